@@ -1,0 +1,593 @@
+"""Image processor of EfficientSAM: picture -> `pixel_values`, and low-resolution mask logits -> masks of the picture.
+
+Also the four helpers that `pipeline("mask-generation")` asks of an image processor. No torchvision anywhere.
+"""
+
+import math
+import os
+from itertools import product
+from typing import TypedDict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageInput, SizeDict, load_image
+from transformers.processing_utils import Unpack
+
+# The mask decoder enlarges the patch grid (1/16 of the input) four times: a pixel of its masks is 4 x 4 of the input.
+INPUT_PIXELS_PER_MASK_PIXEL = 4
+
+
+class EfficientSamImageProcessorKwargs(TypedDict, total=False):
+    """Options of [`EfficientSamImageProcessor`], for its constructor and for a single call."""
+
+    do_convert_rgb: bool | None
+    do_resize: bool | None
+    size: int | dict[str, int] | SizeDict | None
+    keep_aspect_ratio: bool | None
+    size_divisor: int | None
+    do_rescale: bool | None
+    rescale_factor: float | None
+    do_normalize: bool | None
+    image_mean: float | list[float] | tuple[float, ...] | None
+    image_std: float | list[float] | tuple[float, ...] | None
+    max_image_pixels: int | None
+    input_data_format: str | None
+    device: str | torch.device | None
+    return_tensors: str | None
+
+
+class EfficientSamImageProcessor(PilBackend):
+    """
+    Turns pictures into `pixel_values` as the official EfficientSAM does: floats in [0, 1], resized to `size` by
+    bilinear interpolation without antialiasing and without rounding to bytes, normalised.
+
+    Pictures may be PIL images of any mode (turned upright as their EXIF tag says), paths or URLs, arrays or tensors
+    (H x W, H x W x C or C x H x W with 1, 3 or 4 channels; where both layouts fit, an array is read as H x W x C and a
+    tensor as C x H x W), a stacked batch, or a list of any of these. Alpha is dropped. Values become [0, 1]:
+    bytes / 255; unsigned 16-bit / 65535; other integers / 255, or / 65535 if any exceeds 255; floats in [0, 1] as
+    they are, floats that reach beyond that, up to 255, / 255.
+
+    Args:
+        do_convert_rgb: turn gray, palette, CMYK, alpha... into RGB. If off, pictures must have three channels.
+        do_resize: resize to `size`. If off, pictures are only padded to a multiple of `size_divisor`.
+        size: `{"height": int, "width": int}` of the model input, in pixels. An int means a square.
+        keep_aspect_ratio: False squashes to `size` as the official model does. True makes the longest side
+            `max(size)` and pads with zeros, after normalisation, at the bottom and right.
+        size_divisor: the padded height and width are multiples of this, the patch size of the model.
+        do_rescale: bring pixels to [0, 1] as described above. If off, values are taken as they are.
+        rescale_factor: factor for bytes; other ranges are scaled in proportion.
+        do_normalize, image_mean, image_std: subtract the mean and divide by the standard deviation of each channel.
+        max_image_pixels: larger pictures are refused; `None` lifts the limit.
+
+    The call also takes `input_data_format` ("channels_first" or "channels_last"), `device` (where to resize) and
+    `return_tensors` ("pt", which is also what `None` gives, or "np").
+
+    Returns of a call: `pixel_values` [B, 3, H, W] float32, `original_sizes` [B, 2] int64 (height and width of the
+    upright picture) and `reshaped_input_sizes` [B, 2] int64 (height and width in `pixel_values` before padding).
+
+    Raises:
+        ValueError: no picture, an empty one, one over `max_image_pixels`, a shape that is no picture, NaN, or values
+            out of range.
+        TypeError: something that is not a picture.
+    """
+
+    valid_kwargs = EfficientSamImageProcessorKwargs
+    do_convert_rgb = True
+    do_resize = True
+    size = SizeDict(height=1024, width=1024)
+    keep_aspect_ratio = False
+    size_divisor = 16
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    max_image_pixels = 178_956_970  # where PIL itself takes a file for a decompression bomb
+
+    def __init__(self, **kwargs: Unpack[EfficientSamImageProcessorKwargs]):
+        super().__init__(**kwargs)
+        if "max_image_pixels" in kwargs:  # the base class takes None for "not given"; here it means "no limit"
+            self.max_image_pixels = kwargs["max_image_pixels"]
+
+    # ---------------------------------------------------------------------------------------------- options
+
+    def _standardize_kwargs(self, **kwargs) -> dict:
+        kwargs = super()._standardize_kwargs(default_to_square=True, **kwargs)
+        size = kwargs["size"]
+        if size is None or not (size.height and size.width):
+            raise ValueError(
+                f"size needs a height and a width, got {size and dict(size)}; to keep the aspect ratio, give both and "
+                "set keep_aspect_ratio=True."
+            )
+        return kwargs
+
+    def _validate_preprocess_kwargs(self, size_divisor: int, return_tensors: str | None = None, **kwargs):
+        if size_divisor < 1:
+            raise ValueError(f"size_divisor must be at least 1, got {size_divisor}.")
+        if return_tensors not in (None, "pt", "np"):
+            raise ValueError(f'return_tensors must be "pt" or "np", got {return_tensors!r}.')
+
+    def get_reshaped_input_size(self, original_size: tuple[int, int], **kwargs) -> tuple[int, int]:
+        """
+        Height and width that a picture of `original_size` (height, width) has in `pixel_values` before padding.
+        `do_resize`, `size` and `keep_aspect_ratio` may be overridden as in a call.
+        """
+        height, width = original_size
+        if not kwargs.get("do_resize", self.do_resize):
+            return height, width
+        size = self._standardize_kwargs(size=kwargs.get("size", self.size))["size"]
+        if not kwargs.get("keep_aspect_ratio", self.keep_aspect_ratio):
+            return size.height, size.width
+        scale = max(size.height, size.width) / max(height, width)
+        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+    # ---------------------------------------------------------------------------------- picture -> pixel_values
+
+    def _preprocess_image_like_inputs(self, images: ImageInput, return_tensors: str | None, **kwargs) -> BatchFeature:
+        # One picture at a time: each is decoded, resized and let go before the next one is decoded.
+        pixel_values, original_sizes, reshaped_input_sizes = [], [], []
+        for image in _list_images(images):
+            image = self.process_image(image, **kwargs)
+            original_sizes.append(image.shape[-2:])
+            pixel_values.append(self._preprocess(image, **kwargs))
+            reshaped_input_sizes.append(tuple(pixel_values[-1].shape[-2:]))
+        data = {
+            "pixel_values": _pad_and_stack(pixel_values, kwargs["size_divisor"]),
+            "original_sizes": torch.tensor(original_sizes, dtype=torch.int64),
+            "reshaped_input_sizes": torch.tensor(reshaped_input_sizes, dtype=torch.int64),
+        }
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def process_image(
+        self,
+        image: ImageInput | str | os.PathLike,
+        do_convert_rgb: bool = True,
+        do_rescale: bool = True,
+        max_image_pixels: int | None = None,
+        input_data_format: str | None = None,
+        **kwargs,
+    ) -> np.ndarray:
+        """
+        One picture as an array [3, H, W]: bytes where the picture has bytes, else float32 in [0, 1] (as given, if
+        `do_rescale` is off). `max_image_pixels=None` means no limit. Errors: see the class.
+        """
+        if isinstance(image, (str, os.PathLike)):
+            image = Image.open(image) if os.path.exists(image) else load_image(os.fspath(image))
+        if isinstance(image, Image.Image):
+            _check_image_size(image.height, image.width, max_image_pixels)
+            pixels, input_data_format = _pil_to_array(image, do_convert_rgb), "channels_last"
+        elif isinstance(image, torch.Tensor):
+            image = image.detach().cpu()
+            pixels = (image.float() if image.is_floating_point() else image).numpy()
+            input_data_format = input_data_format or _infer_data_format(pixels.shape, "channels_first")
+        elif isinstance(image, np.ndarray):
+            pixels = image
+            input_data_format = input_data_format or _infer_data_format(pixels.shape, "channels_last")
+        else:
+            raise TypeError(
+                f"An image must be a PIL image, a path, an array or a tensor, not {type(image).__name__}; pass "
+                "several as a list."
+            )
+        pixels = _to_channels_first(pixels, input_data_format)
+        _check_image_size(*pixels.shape[-2:], max_image_pixels)
+        if do_convert_rgb:
+            pixels = np.repeat(pixels, 3, axis=0) if len(pixels) == 1 else pixels[:3]
+        if len(pixels) != 3:
+            raise ValueError(f"The model needs 3 channels, got {len(pixels)}; set do_convert_rgb=True.")
+        return _to_bytes_or_unit_floats(pixels, do_rescale)
+
+    def _preprocess(
+        self,
+        image: np.ndarray,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: float | tuple[float, ...],
+        image_std: float | tuple[float, ...],
+        device: str | torch.device | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Array [3, h, w] of `process_image` -> float32 tensor [3, H, W], resized and normalised, not padded."""
+        size = self.get_reshaped_input_size(image.shape[-2:], **kwargs)
+        pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device=device, dtype=torch.float32)
+        pixels = F.interpolate(pixels[None], size=size, mode="bilinear", align_corners=False, antialias=False)[0]
+        if do_rescale:
+            pixels = pixels * (rescale_factor if image.dtype == np.uint8 else 255 * rescale_factor)
+        if do_normalize:
+            mean, std = (torch.as_tensor(x, device=pixels.device).reshape(-1, 1, 1) for x in (image_mean, image_std))
+            pixels = (pixels - mean) / std
+        return pixels
+
+    # ------------------------------------------------------------------------------------ logits -> masks
+
+    def post_process_masks(
+        self,
+        masks: torch.Tensor | list[torch.Tensor],
+        original_sizes: torch.Tensor | list[tuple[int, int]],
+        reshaped_input_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
+        mask_threshold: float = 0.0,
+        binarize: bool = True,
+        num_prompts: list[int] | None = None,
+    ) -> list[torch.Tensor]:
+        """
+        Brings the model's low-resolution mask logits to the size of each picture, in one bicubic interpolation.
+
+        Args:
+            masks: [B, Q, M, h, w], or one [Q, M, h, w] a picture: logits that cover the whole (padded) model input.
+                The input's size is taken to be 4h x 4w, which holds for every EfficientSAM.
+            original_sizes: [B, 2], height and width of each picture.
+            reshaped_input_sizes: [B, 2], height and width of each picture in the model input before padding.
+                `None`: nothing was padded.
+            mask_threshold: logits above it belong to the object.
+            binarize: return bool masks; else float32 logits.
+            num_prompts: number of real prompts of each picture; the padded ones after them are dropped.
+
+        Returns:
+            One tensor [Q, M, height, width] a picture, in the picture's own pixels.
+
+        Raises:
+            ValueError: if the arguments disagree about the number of pictures, or a picture does not fit the input.
+        """
+        sizes = _to_list(original_sizes)
+        input_sizes = [None] * len(sizes) if reshaped_input_sizes is None else _to_list(reshaped_input_sizes)
+        counts = [None] * len(sizes) if num_prompts is None else _to_list(num_prompts)
+        if not len(masks) == len(sizes) == len(input_sizes) == len(counts):
+            raise ValueError(
+                f"Got masks for {len(masks)} images, {len(sizes)} original_sizes, {len(input_sizes)} "
+                f"reshaped_input_sizes and {len(counts)} num_prompts; there must be one of each for each image."
+            )
+        output_masks = []
+        for image_masks, size, input_size, count in zip(masks, sizes, input_sizes, counts, strict=True):
+            image_masks = torch.as_tensor(image_masks)[:count]
+            if image_masks.ndim != 4:
+                raise ValueError(f"Masks of an image must be [Q, M, h, w], got shape {tuple(image_masks.shape)}.")
+            if binarize:  # a few prompts at a time, as floats take four times the memory of the answer
+                parts = [_resize_masks(m, size, input_size) > mask_threshold for m in image_masks.split(8)]
+                output_masks.append(torch.cat(parts))
+            else:
+                output_masks.append(_resize_masks(image_masks, size, input_size))
+        return output_masks
+
+    # ------------------------------------------------------------------------ for pipeline("mask-generation")
+
+    def generate_crop_boxes(
+        self,
+        image: ImageInput,
+        target_size: int | None = None,
+        crop_n_layers: int = 0,
+        overlap_ratio: float = 512 / 1500,
+        points_per_crop: int = 32,
+        crop_n_points_downscale_factor: int = 1,
+        device: str | torch.device | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, list[np.ndarray], torch.Tensor]:
+        """
+        Cuts a picture into crops (segment-anything's layers) and lays a grid of points over each.
+
+        Args:
+            image: one picture.
+            target_size: the height of this processor's `size`, as the pipeline passes it; another one is refused.
+            crop_n_layers: layer i (from 1) adds 4**i overlapping crops to the whole picture.
+            overlap_ratio: overlap of the crops of layer 1 as a fraction of the picture's short side; it halves with
+                each layer.
+            points_per_crop: points along each side of the grid; they are the centres of its cells.
+            crop_n_points_downscale_factor: the grid of layer i has this factor to the power i fewer points a side.
+            device: where the tensors go.
+
+        Returns:
+            `crop_boxes` [C, 4] float32, (x1, y1, x2, y2) in pixels of the picture, the whole picture first;
+            `points` [1, N, C, 2] float32, (x, y) in the model frame of each crop;
+            the C crops, arrays [3, h, w];
+            `labels` [1, N, C] int64, all 1.
+            Where a layer has fewer points than N, they are repeated: the copies fall to non-maximum suppression.
+        """
+        if target_size not in (None, self.size.height):
+            raise ValueError(
+                f"target_size={target_size} differs from the height of this processor's size, {self.size.height}; "
+                "change the processor's size instead."
+            )
+        images = _list_images(image)
+        if len(images) != 1:
+            raise ValueError(f"Crops are made of one image at a time, got {len(images)}.")
+        pixels = self.process_image(images[0], self.do_convert_rgb, self.do_rescale, self.max_image_pixels)
+
+        crop_boxes, layers = _crop_boxes(*pixels.shape[-2:], crop_n_layers, overlap_ratio)
+        crops = [pixels[:, top:bottom, left:right] for left, top, right, bottom in crop_boxes]
+        num_points = points_per_crop**2
+        points = []
+        for crop, layer in zip(crops, layers, strict=True):
+            grid = _point_grid(max(1, int(points_per_crop / crop_n_points_downscale_factor**layer)))
+            height, width = self.get_reshaped_input_size(crop.shape[-2:])
+            points.append(np.resize(grid * (width, height), (num_points, 2)))  # np.resize repeats
+
+        crop_boxes = torch.tensor(crop_boxes, dtype=torch.float32, device=device)
+        points = torch.tensor(np.stack(points, axis=1)[None], dtype=torch.float32, device=device)
+        labels = torch.ones(points.shape[:-1], dtype=torch.int64, device=device)
+        return crop_boxes, points, crops, labels
+
+    def filter_masks(
+        self,
+        masks: torch.Tensor,
+        iou_scores: torch.Tensor,
+        original_size: tuple[int, int],
+        cropped_box_image: torch.Tensor | list[int],
+        pred_iou_thresh: float = 0.88,
+        stability_score_thresh: float = 0.95,
+        mask_threshold: float = 0.0,
+        stability_score_offset: float = 1.0,
+    ) -> tuple[list[dict], torch.Tensor, torch.Tensor]:
+        """
+        Keeps the masks of one crop that are confident, stable, not empty, and not cut off by the crop's border.
+
+        Args:
+            masks: [Q, M, h, w] logits at the size of the crop.
+            iou_scores: [Q, M], the model's own estimates.
+            original_size: height and width of the whole picture.
+            cropped_box_image: [4], the crop (x1, y1, x2, y2) in pixels of the picture.
+            pred_iou_thresh: least `iou_scores`, exclusive; 0 keeps all.
+            stability_score_thresh: least stability, exclusive; 0 keeps all. Stability is the IoU of the two masks
+                that `mask_threshold` plus and minus `stability_score_offset` give.
+
+        Returns:
+            The N masks that are left, as uncompressed COCO RLE of the whole picture; `iou_scores` [N];
+            `boxes` [N, 4] int64, first and last column and row (x1, y1, x2, y2) in the picture.
+        """
+        masks, scores = masks.flatten(0, 1), iou_scores.flatten(0, 1).to(masks.device)
+        if len(masks) != len(scores):
+            raise ValueError(f"Got {len(masks)} masks but {len(scores)} iou_scores.")
+        keep = (masks > mask_threshold).flatten(1).any(dim=1)
+        if pred_iou_thresh > 0:
+            keep &= scores > pred_iou_thresh
+        if stability_score_thresh > 0:
+            keep &= _stability_score(masks, mask_threshold, stability_score_offset) > stability_score_thresh
+        masks, scores = masks[keep] > mask_threshold, scores[keep]
+
+        crop_box = [int(x) for x in cropped_box_image]
+        height, width = (int(x) for x in original_size)
+        left, top, right, bottom = crop_box
+        boxes = _mask_to_box(masks) + torch.tensor([left, top, left, top], device=masks.device)
+        keep = ~_touches_crop_border(boxes, crop_box, (height, width))
+        masks = F.pad(masks[keep], (left, width - right, top, height - bottom))
+        return _mask_to_rle(masks), scores[keep], boxes[keep]
+
+    def post_process_for_mask_generation(
+        self,
+        all_masks: list[dict],
+        all_scores: torch.Tensor,
+        all_boxes: torch.Tensor,
+        crops_nms_thresh: float = 0.7,
+    ) -> tuple[list[np.ndarray], torch.Tensor, list[dict], torch.Tensor]:
+        """
+        Drops the masks whose box overlaps that of a better one by an IoU of more than `crops_nms_thresh`.
+
+        Args:
+            all_masks, all_scores, all_boxes: what `filter_masks` returned, concatenated over crops and points.
+
+        Returns:
+            N bool arrays [height, width], best first; their `iou_scores` [N]; their RLEs; their boxes [N, 4].
+        """
+        keep = _non_maximum_suppression(all_boxes, all_scores, crops_nms_thresh)
+        rle_masks = [all_masks[i] for i in keep.tolist()]
+        masks = [_rle_to_mask(rle) for rle in rle_masks]
+        keep = keep.to(all_scores.device)
+        return masks, all_scores[keep], rle_masks, all_boxes[keep]
+
+
+# ------------------------------------------------------------------------------------------------ reading pictures
+
+
+def _list_images(images) -> list:
+    """One picture, a stacked batch or (nested) lists of them -> flat list of pictures."""
+    if isinstance(images, (list, tuple)):
+        flat = [image for item in images for image in _list_images(item)]
+    elif isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+        flat = list(images)
+    else:
+        flat = [images]
+    if not flat:
+        raise ValueError("There is no image in the batch; pass at least one.")
+    return flat
+
+
+def _check_image_size(height: int, width: int, max_image_pixels: int | None):
+    if height == 0 or width == 0:
+        raise ValueError(f"An image has no pixels: its height is {height} and its width {width}.")
+    if max_image_pixels is not None and height * width > max_image_pixels:
+        raise ValueError(
+            f"An image of {width} x {height} pixels is over the limit of {max_image_pixels} pixels; make it smaller, "
+            "or raise max_image_pixels of the image processor (None lifts the limit)."
+        )
+
+
+def _pil_to_array(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
+    """Upright picture as H x W or H x W x C."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        # 16-bit gray ("I;16..."), or "I", which is how PIL has long opened 16-bit files: convert("RGB") would clip it.
+        pixels = np.array(image)
+        return pixels.astype(np.uint16) if pixels.min() >= 0 and pixels.max() <= 65535 else pixels
+    if image.mode == "F" or not do_convert_rgb:
+        return np.array(image)
+    if "transparency" in image.info:
+        image = image.convert("RGBA")  # PIL asks for this detour for palettes with transparency
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _infer_data_format(shape: tuple[int, ...], preferred: str) -> str:
+    """Whichever of "channels_first" and "channels_last" has 1, 3 or 4 channels; `preferred` if both do."""
+    if len(shape) == 2:
+        return "channels_last"
+    if len(shape) != 3:
+        raise ValueError(
+            f"An image must be H x W, H x W x C or C x H x W, got an array of shape {tuple(shape)}; pass several as a "
+            "list."
+        )
+    found = [
+        data_format
+        for data_format, channels in (("channels_first", shape[0]), ("channels_last", shape[-1]))
+        if channels in (1, 3, 4)
+    ]
+    if not found:
+        raise ValueError(
+            f"An image must have 1, 3 or 4 channels, first or last, got an array of shape {tuple(shape)}; pass "
+            "several gray images as a list."
+        )
+    return preferred if preferred in found else found[0]
+
+
+def _to_channels_first(pixels: np.ndarray, data_format: str) -> np.ndarray:
+    if pixels.ndim == 2:
+        return pixels[None]
+    if pixels.ndim != 3:
+        raise ValueError(f"An image must have 2 or 3 dimensions, got an array of shape {tuple(pixels.shape)}.")
+    return np.moveaxis(pixels, -1, 0) if str(getattr(data_format, "value", data_format)) == "channels_last" else pixels
+
+
+def _to_bytes_or_unit_floats(pixels: np.ndarray, do_rescale: bool) -> np.ndarray:
+    """Bytes stay, everything else becomes float32 in [0, 1] by the rules in the class's docstring."""
+    kind = pixels.dtype.kind
+    if pixels.dtype == np.uint8:
+        return pixels
+    if kind not in "buif":
+        raise TypeError(f"Pixels must be numbers, got an array of {pixels.dtype}.")
+    if kind == "f" and not np.isfinite(pixels).all():
+        raise ValueError("An image holds NaN or infinite pixels.")
+    if not do_rescale or kind == "b":
+        return pixels.astype(np.float32)
+    low, high = float(pixels.min()), float(pixels.max())
+    if kind == "f":
+        return _floats_to_unit(pixels.astype(np.float32), low, high)
+    if low < 0 or high > 65535:
+        raise ValueError(f"Integer pixels must lie in 0 to 65535, got {low:g} to {high:g}.")
+    return pixels.astype(np.float32) / (65535 if pixels.dtype.type is np.uint16 or high > 255 else 255)
+
+
+def _floats_to_unit(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
+    slack = 1e-3  # rounding of an earlier resize
+    if low >= -slack and high <= 1 + slack:
+        return pixels
+    if low < -slack * 255 or high > 255 * (1 + slack) or high < 2:
+        raise ValueError(
+            f"Float pixels must lie in [0, 1] or in [0, 255], got {low:g} to {high:g}; clip or scale them, or, if the "
+            "image is normalised already, set do_rescale=False and do_normalize=False."
+        )
+    return pixels / 255
+
+
+def _pad_and_stack(images: list[torch.Tensor], divisor: int) -> torch.Tensor:
+    """[3, h, w] each -> [B, 3, H, W], zeros at the bottom and right up to the common multiple of `divisor`."""
+    height, width = (math.ceil(max(image.shape[axis] for image in images) / divisor) * divisor for axis in (1, 2))
+    return torch.stack([F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images])
+
+
+# ---------------------------------------------------------------------------------------------------- masks
+
+
+def _to_list(sizes) -> list:
+    return sizes.tolist() if isinstance(sizes, (torch.Tensor, np.ndarray)) else list(sizes)
+
+
+def _resize_masks(masks: torch.Tensor, size: tuple[int, int], input_size: tuple[int, int] | None) -> torch.Tensor:
+    """
+    [Q, M, h, w] logits of the padded model input -> [Q, M, *size], float32.
+
+    A pixel centre (x + 0.5) of the picture lies at (x + 0.5) * input width / picture width in the model input, and a
+    quarter of that in the logits. The operator behind F.interpolate takes this scale and the output size apart from
+    each other, so padding is left out in the same single interpolation that undoes the resize.
+    """
+    masks = masks.float()
+    padded_size = [INPUT_PIXELS_PER_MASK_PIXEL * n for n in masks.shape[-2:]]
+    if input_size is None or list(input_size) == padded_size:
+        return F.interpolate(masks, size=tuple(size), mode="bicubic", align_corners=False)
+    if any(n > padded for n, padded in zip(input_size, padded_size, strict=True)):
+        raise ValueError(
+            f"reshaped_input_sizes gives {tuple(input_size)}, but masks of {tuple(masks.shape[-2:])} cover an input "
+            f"of only {tuple(padded_size)} pixels."
+        )
+    scales = [INPUT_PIXELS_PER_MASK_PIXEL * n / n_input for n, n_input in zip(size, input_size, strict=True)]
+    return torch.ops.aten.upsample_bicubic2d(masks, list(size), False, *scales)
+
+
+def _stability_score(masks: torch.Tensor, threshold: float, offset: float) -> torch.Tensor:
+    """[N, h, w] logits -> [N]: IoU of the masks at a higher and a lower threshold; the one lies within the other."""
+    inner = torch.count_nonzero(masks > threshold + offset, dim=(-2, -1))
+    outer = torch.count_nonzero(masks > threshold - offset, dim=(-2, -1))
+    return inner / outer.clamp(min=1)
+
+
+def _mask_to_box(masks: torch.Tensor) -> torch.Tensor:
+    """[N, h, w] bool, none of them empty -> [N, 4] int64: first and last column and row that hold a pixel."""
+    rows, columns = masks.any(dim=2).byte(), masks.any(dim=1).byte()
+    x1, y1 = columns.argmax(dim=1), rows.argmax(dim=1)
+    x2 = columns.shape[1] - 1 - columns.flip(1).argmax(dim=1)
+    y2 = rows.shape[1] - 1 - rows.flip(1).argmax(dim=1)
+    return torch.stack([x1, y1, x2, y2], dim=1)
+
+
+def _touches_crop_border(boxes: torch.Tensor, crop_box: list[int], image_size: tuple[int, int], reach: int = 20):
+    """[N, 4] boxes in the picture -> [N]: do they come near the crop's border where it is not the picture's own?"""
+    crop_border = torch.tensor(crop_box, device=boxes.device)
+    image_border = torch.tensor([0, 0, image_size[1], image_size[0]], device=boxes.device)
+    near_crop, near_image = (boxes - crop_border).abs() <= reach, (boxes - image_border).abs() <= reach
+    return (near_crop & ~near_image).any(dim=1)
+
+
+def _mask_to_rle(masks: torch.Tensor) -> list[dict]:
+    """[N, h, w] bool -> N uncompressed COCO RLEs: lengths of runs down the columns, the first of them background."""
+    height, width = masks.shape[-2:]
+    rles = []
+    for mask in masks.cpu().numpy():
+        starts = np.flatnonzero(np.diff(mask.ravel(order="F"), prepend=False))
+        counts = np.diff(starts, prepend=0, append=height * width)
+        rles.append({"size": [height, width], "counts": counts.tolist()})
+    return rles
+
+
+def _rle_to_mask(rle: dict) -> np.ndarray:
+    height, width = rle["size"]
+    inside = np.arange(len(rle["counts"])) % 2 == 1
+    return np.repeat(inside, rle["counts"]).reshape(width, height).T
+
+
+def _non_maximum_suppression(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+    """[N, 4] boxes and [N] scores -> indices of the boxes kept, best first, on the CPU. Memory grows with N only."""
+    boxes = boxes.detach().cpu().double()
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    rest = scores.detach().cpu().argsort(descending=True, stable=True)
+    keep = []
+    while len(rest):
+        best, rest = rest[0], rest[1:]
+        keep.append(best)
+        overlap = torch.minimum(boxes[best, 2:], boxes[rest, 2:]) - torch.maximum(boxes[best, :2], boxes[rest, :2])
+        intersection = overlap.clamp(min=0).prod(dim=1)
+        union = areas[best] + areas[rest] - intersection
+        rest = rest[intersection <= iou_threshold * union]
+    return torch.stack(keep) if keep else torch.empty(0, dtype=torch.int64)
+
+
+def _crop_boxes(height: int, width: int, n_layers: int, overlap_ratio: float) -> tuple[list[list[int]], list[int]]:
+    """Boxes (x1, y1, x2, y2) of the whole picture (layer 0) and of the 4**i crops of each layer i; their layers."""
+    crop_boxes, layers = [[0, 0, width, height]], [0]
+    for layer in range(1, n_layers + 1):
+        per_side = 2**layer
+        overlap = int(overlap_ratio * min(height, width) * 2 / per_side)
+        crop_width, crop_height = (math.ceil((n + overlap * (per_side - 1)) / per_side) for n in (width, height))
+        for i, j in product(range(per_side), repeat=2):
+            left, top = i * (crop_width - overlap), j * (crop_height - overlap)
+            if left < width and top < height:  # rounding can push the last crops of a tiny picture out of it
+                crop_boxes.append([left, top, min(left + crop_width, width), min(top + crop_height, height)])
+                layers.append(layer)
+    return crop_boxes, layers
+
+
+def _point_grid(n: int) -> np.ndarray:
+    """[n * n, 2]: centres (x, y) of the cells of an n x n grid over the unit square, row by row."""
+    centres = (np.arange(n) + 0.5) / n
+    x, y = np.meshgrid(centres, centres)
+    return np.stack([x, y], axis=-1).reshape(-1, 2)
+
+
+__all__ = ["EfficientSamImageProcessor"]

@@ -1,0 +1,870 @@
+"""EfficientSAM in the order in which an image flows through it.
+
+pixels -> patches -> vision layers -> neck -> image embedding
+points, boxes, masks -> prompt encoder -> prompt tokens
+image embedding + prompt tokens -> two-way transformer -> upscaling, hypernetworks, IoU head -> masks and scores
+
+Shape letters: B images, Q prompts an image, P points a prompt, T tokens, M candidate masks, N = h * w grid cells,
+C channels. Grids are kept channel-last and flat, `[..., N, C]`, but for the public image embedding `[B, C, h, w]`.
+Paper: EfficientSAM, arXiv 2312.00863; the decoder is that of Segment Anything, arXiv 2304.02643.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput
+from transformers.utils.generic import TransformersKwargs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_efficientsam import (
+    EfficientSamConfig,
+    EfficientSamMaskDecoderConfig,
+    EfficientSamPromptEncoderConfig,
+    EfficientSamVisionConfig,
+)
+
+
+# What an input token is; a row number of the prompt encoder's table once 1 is added. Every negative label means
+# "no point here": -1 in the official model, -10 in transformers' processors.
+PADDING, BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -1, 0, 1, 2, 3
+MISSING_BOX = -10.0  # a box whose four coordinates are this is padding, as transformers' processors write it
+
+
+@dataclass
+class EfficientSamVisionOutput(ModelOutput):
+    """
+    Output of the vision encoder.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, output_channels, H / 16, W / 16)`): The image embedding.
+        hidden_states (`tuple` of `torch.FloatTensor` of shape `(B, N, hidden_size)`, *optional*):
+            The input of the first layer and the output of each, with `output_hidden_states=True`.
+        attentions (`tuple` of `torch.FloatTensor` of shape `(B, heads, N, N)`, *optional*):
+            Attention weights of each layer, with `output_attentions=True` and eager attention.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class EfficientSamImageSegmentationOutput(ModelOutput):
+    """
+    Output of [`EfficientSamModel`], field for field that of transformers' `SamModel`.
+
+    Args:
+        iou_scores (`torch.FloatTensor` of shape `(B, Q, M)`): Predicted IoU of each mask with the true one.
+        pred_masks (`torch.FloatTensor` of shape `(B, Q, M, H / 4, W / 4)`):
+            Mask logits over the model input, above 0 inside; `processor.post_process_masks` brings them to the image.
+        vision_hidden_states (`tuple`, *optional*): Hidden states of the vision encoder.
+        vision_attentions (`tuple`, *optional*): Attentions of the vision encoder.
+        mask_decoder_attentions (`tuple` of `torch.FloatTensor` of shape `(B, Q, heads, T, N)`, *optional*):
+            Token-to-image attention weights of each two-way layer, with eager attention.
+    """
+
+    iou_scores: torch.FloatTensor | None = None
+    pred_masks: torch.FloatTensor | None = None
+    vision_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    vision_attentions: tuple[torch.FloatTensor, ...] | None = None
+    mask_decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(q k^T * scaling + mask) v on `[batch, heads, length, head_dim]`; returns `[batch, length, heads, ...]`."""
+    weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+# ---------------------------------------------------------------------------------------------- vision encoder
+
+
+class EfficientSamPatchEmbeddings(nn.Module):
+    """Pixels `[B, 3, H, W]` -> patch tokens with positions `[B, N, C]`, for any H and W that are multiples of 16."""
+
+    def __init__(self, config: EfficientSamVisionConfig):
+        super().__init__()
+        self.num_channels, self.patch_size = config.num_channels, config.patch_size
+        self.projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        # Row 0 belongs to the class token of pretraining. It is kept so that weights travel whole, and not read here.
+        self.pretrain_grid = config.pretrain_image_size // config.patch_size
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + self.pretrain_grid**2, config.hidden_size))
+
+    def interpolate_positions(self, height: int, width: int) -> torch.Tensor:
+        """The position table `[1, height * width, C]` for a grid of `height` x `width` patches (bicubic)."""
+        table = self.position_embeddings[:, 1:].float()  # bicubic in half precision is slow or missing on CPU
+        if (height, width) != (self.pretrain_grid, self.pretrain_grid):
+            table = table.reshape(1, self.pretrain_grid, self.pretrain_grid, -1).permute(0, 3, 1, 2)
+            table = F.interpolate(table, size=(height, width), mode="bicubic", align_corners=False)
+            table = table.flatten(2).transpose(1, 2)
+        return table.to(self.position_embeddings.dtype)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        _, channels, height, width = pixel_values.shape
+        if channels != self.num_channels or height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; it needs {self.num_channels} channels and a "
+                f"height and width that are multiples of {self.patch_size}. The processor makes it so."
+            )
+        patches = self.projection(pixel_values.to(self.projection.weight.dtype))  # [B, C, h, w]
+        positions = self.interpolate_positions(*patches.shape[-2:])
+        return patches.flatten(2).transpose(1, 2) + positions
+
+
+class EfficientSamVisionAttention(nn.Module):
+    """Global multi-head self-attention over `[B, N, C]`."""
+
+    def __init__(self, config: EfficientSamVisionConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            None,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(hidden_states.shape)), weights
+
+
+class EfficientSamMLP(nn.Module):
+    """Linear, activation, linear: `[..., hidden_size] -> [..., hidden_size]`."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.activation = ACT2FN[hidden_act]
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class EfficientSamVisionLayer(GradientCheckpointingLayer):
+    """A pre-norm transformer layer over `[B, N, C]`."""
+
+    def __init__(self, config: EfficientSamVisionConfig):
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = EfficientSamVisionAttention(config)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = EfficientSamMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        hidden_states = hidden_states + self.attention(self.layernorm_before(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.layernorm_after(hidden_states))
+
+
+class EfficientSamVisionNeck(nn.Module):
+    """Patch tokens `[B, N, C]` -> image embedding `[B, output_channels, h, w]`. No normalisation comes before it."""
+
+    def __init__(self, config: EfficientSamVisionConfig):
+        super().__init__()
+        self.projection = nn.Linear(config.hidden_size, config.output_channels, bias=False)  # the 1 x 1 convolution
+        self.layernorm1 = nn.LayerNorm(config.output_channels, eps=config.layer_norm_eps)
+        self.conv = nn.Conv2d(config.output_channels, config.output_channels, kernel_size=3, padding=1, bias=False)
+        self.layernorm2 = nn.LayerNorm(config.output_channels, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        hidden_states = self.layernorm1(self.projection(hidden_states))
+        grid = hidden_states.transpose(1, 2).unflatten(2, (height, width))  # [B, C, h, w]
+        grid = self.conv(grid).permute(0, 2, 3, 1)
+        return self.layernorm2(grid).permute(0, 3, 1, 2)
+
+
+class EfficientSamPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, and what transformers needs to know about the family."""
+
+    config_class = EfficientSamConfig
+    config: EfficientSamConfig
+    base_model_prefix = "efficientsam"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = [
+        "EfficientSamPatchEmbeddings",
+        "EfficientSamVisionLayer",
+        "EfficientSamPromptEncoder",
+        "EfficientSamMaskDecoder",
+    ]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, EfficientSamPatchEmbeddings):
+            init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
+        elif isinstance(module, EfficientSamPositionEmbedding):
+            frequencies = torch.randn(2, module.frequencies.shape[1])
+            scales = torch.tensor(module.scales).repeat(math.ceil(frequencies.shape[1] / len(module.scales)))
+            init.copy_(module.frequencies, frequencies * scales[: frequencies.shape[1]])
+
+
+class EfficientSamVisionEncoder(EfficientSamPreTrainedModel):
+    """Patch embeddings, transformer layers and neck: `[B, 3, H, W]` -> `[B, output_channels, H / 16, W / 16]`."""
+
+    config_class = EfficientSamVisionConfig
+    config: EfficientSamVisionConfig
+    _can_record_outputs = {"hidden_states": EfficientSamVisionLayer, "attentions": EfficientSamVisionAttention}
+
+    def __init__(self, config: EfficientSamVisionConfig):
+        super().__init__(config)
+        self.embeddings = EfficientSamPatchEmbeddings(config)
+        self.layers = nn.ModuleList([EfficientSamVisionLayer(config) for _ in range(config.num_hidden_layers)])
+        self.neck = EfficientSamVisionNeck(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> EfficientSamVisionOutput:
+        hidden_states = self.embeddings(pixel_values)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        patch_size = self.config.patch_size
+        height, width = pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
+        return EfficientSamVisionOutput(last_hidden_state=self.neck(hidden_states, height, width))
+
+
+class EfficientSamVisionModel(EfficientSamPreTrainedModel):
+    """The vision encoder alone, with the parameter names it has inside [`EfficientSamModel`]."""
+
+    config_class = EfficientSamVisionConfig
+    config: EfficientSamVisionConfig
+
+    def __init__(self, config: EfficientSamVisionConfig):
+        super().__init__(config)
+        self.vision_encoder = EfficientSamVisionEncoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_encoder.get_input_embeddings()
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> EfficientSamVisionOutput:
+        """
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): Normalised pixels, H and W multiples of 16.
+
+        Returns:
+            [`EfficientSamVisionOutput`]
+
+        Raises:
+            ValueError: if the channels or the sides of `pixel_values` do not fit.
+        """
+        return self.vision_encoder(pixel_values, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------- prompt encoder
+
+
+class EfficientSamPositionEmbedding(nn.Module):
+    """Random Fourier features of a position: x, y in [0, 1] -> sines and cosines, `[..., 2] -> [..., C]`."""
+
+    def __init__(self, config: EfficientSamPromptEncoderConfig):
+        super().__init__()
+        self.scales = config.position_scales
+        self.register_buffer("frequencies", torch.zeros(2, config.hidden_size // 2))
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        # float32 throughout: a phase of many cycles has no digits left in half precision
+        phases = 2 * math.pi * ((2 * positions.float() - 1) @ self.frequencies.float())
+        return torch.cat([phases.sin(), phases.cos()], dim=-1).to(self.frequencies.dtype)
+
+    def grid(self, height: int, width: int) -> torch.Tensor:
+        """Features of the cell centres of a grid, row by row: `[height * width, C]`."""
+        device = self.frequencies.device
+        y = (torch.arange(height, device=device) + 0.5) / height
+        x = (torch.arange(width, device=device) + 0.5) / width
+        cells = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)
+        return self(cells.flatten(0, 1))
+
+
+class EfficientSamMaskEmbedding(nn.Module):
+    """Mask logits `[B, 4h, 4w]` -> dense prompt `[B, h * w, C]`."""
+
+    def __init__(self, config: EfficientSamPromptEncoderConfig):
+        super().__init__()
+        narrow, wide = config.mask_input_channels // 4, config.mask_input_channels
+        self.conv1 = nn.Conv2d(1, narrow, kernel_size=2, stride=2)
+        self.layernorm1 = nn.LayerNorm(narrow, eps=config.layer_norm_eps)
+        self.conv2 = nn.Conv2d(narrow, wide, kernel_size=2, stride=2)
+        self.layernorm2 = nn.LayerNorm(wide, eps=config.layer_norm_eps)
+        self.projection = nn.Linear(wide, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, masks: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.conv1(masks.unsqueeze(1).to(self.conv1.weight.dtype)).permute(0, 2, 3, 1)
+        hidden_states = self.activation(self.layernorm1(hidden_states)).permute(0, 3, 1, 2)
+        hidden_states = self.conv2(hidden_states).permute(0, 2, 3, 1)
+        hidden_states = self.activation(self.layernorm2(hidden_states))
+        return self.projection(hidden_states.flatten(1, 2))
+
+
+class EfficientSamPromptEncoder(nn.Module):
+    """Points, boxes and masks in the model frame -> prompt tokens `[B, Q, T, C]` and a dense prompt `[B, Q, N, C]`."""
+
+    def __init__(self, config: EfficientSamPromptEncoderConfig):
+        super().__init__()
+        self.config = config
+        self.position_embedding = EfficientSamPositionEmbedding(config)
+        self.padding_embed = nn.Embedding(1, config.hidden_size)
+        self.background_embed = nn.Embedding(1, config.hidden_size) if config.background_points else None
+        self.foreground_embed = nn.Embedding(1, config.hidden_size)
+        self.box_top_left_embed = nn.Embedding(1, config.hidden_size)
+        self.box_bottom_right_embed = nn.Embedding(1, config.hidden_size)
+        self.mask_embed = EfficientSamMaskEmbedding(config) if config.mask_prompts else None
+        self.no_mask_embed = nn.Embedding(1, config.hidden_size) if config.mask_prompts else None
+
+    def forward(
+        self,
+        points: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        boxes: torch.Tensor | None,
+        masks: torch.Tensor | None,
+        batch_size: int,
+        grid_size: tuple[int, int],
+        input_size: tuple[int, int],
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """
+        Args:
+            points, labels, boxes, masks: as in [`EfficientSamModel.forward`], each may be `None`.
+            batch_size, grid_size, input_size: B, `(h, w)` of the image embedding and `(H, W)` of the model input.
+
+        Returns:
+            tokens `[B, Q, T, C]`; which of them take part, `[B, Q, T]` bool, or `None` for all;
+            the dense prompt `[B, Q or 1, N, C]`, or `None` for nothing to add.
+        """
+        positions, kinds = self.tokens_of(points, labels, boxes, masks, batch_size)
+        positions, kinds, taking_part = self.fill_slots(positions, kinds)
+        height, width = input_size
+        scale = positions.new_tensor([width, height])
+        # The official model moves every coordinate to the pixel's centre, padding included.
+        tokens = self.position_embedding((positions + 0.5) / scale)
+        tokens = tokens + F.embedding(kinds + 1, self.kind_table())
+        return tokens, taking_part, self.dense_prompt(masks, grid_size)
+
+    def tokens_of(self, points, labels, boxes, masks, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All point and box-corner tokens: positions `[B, Q, T, 2]` in pixels and kinds `[B, Q, T]`."""
+        num_prompts = next((x.shape[1] for x in (points, boxes, masks) if x is not None), 1)
+        device = self.padding_embed.weight.device
+        positions = torch.empty(batch_size, num_prompts, 0, 2, device=device)
+        kinds = torch.empty(batch_size, num_prompts, 0, dtype=torch.long, device=device)
+        if points is not None:
+            self.check_labels(labels)
+            positions = torch.cat([positions, points.to(positions)], dim=2)
+            kinds = torch.cat([kinds, labels.to(kinds)], dim=2)
+        if boxes is not None:
+            missing = (boxes == MISSING_BOX).all(dim=-1, keepdim=True)
+            corners = torch.tensor([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], device=device)
+            positions = torch.cat([positions, boxes.to(positions).unflatten(-1, (2, 2))], dim=2)
+            kinds = torch.cat([kinds, torch.where(missing, PADDING, corners)], dim=2)
+        kinds = kinds.clamp(min=PADDING)
+        positions = torch.where(kinds.unsqueeze(-1) == PADDING, -1.0, positions)
+        return positions, kinds
+
+    def check_labels(self, labels: torch.Tensor) -> None:
+        if torch.compiler.is_compiling():  # reading values would break the graph; see kind_table
+            return
+        if (labels > FOREGROUND).any():
+            raise ValueError(
+                "input_labels may be 1 (object), 0 (background) or negative (padding); pass boxes as input_boxes."
+            )
+        if self.background_embed is None and (labels == BACKGROUND).any():
+            raise ValueError(
+                "This model has no background points (label 0): its config says "
+                "prompt_encoder_config.background_points=False. Use a checkpoint trained with them, or leave them out."
+            )
+
+    def fill_slots(self, positions: torch.Tensor, kinds: torch.Tensor):
+        """Pads each prompt to the slots it would have alone, and says which tokens are more than that."""
+        slots = self.config.num_prompt_slots
+        missing = slots - kinds.shape[2]
+        if missing >= 0:
+            positions = F.pad(positions, (0, 0, 0, missing), value=-1.0)
+            return positions, F.pad(kinds, (0, missing), value=PADDING), None
+        is_padding = kinds == PADDING
+        wanted = slots - (~is_padding).sum(dim=-1, keepdim=True)  # padding tokens that this prompt has when alone
+        return positions, kinds, ~is_padding | (is_padding.cumsum(dim=-1) <= wanted)
+
+    def kind_table(self) -> torch.Tensor:
+        """One row for each kind of token, `[5, C]`."""
+        foreground = self.foreground_embed.weight
+        # Without background points label 0 is an error. Compiled code cannot raise it, so there it poisons the output.
+        background = torch.full_like(foreground, math.nan)
+        if self.background_embed is not None:
+            background = self.background_embed.weight
+        corners = (self.box_top_left_embed.weight, self.box_bottom_right_embed.weight)
+        return torch.cat([self.padding_embed.weight, background, foreground, *corners])
+
+    def dense_prompt(self, masks: torch.Tensor | None, grid_size: tuple[int, int]) -> torch.Tensor | None:
+        if masks is None:
+            return None if self.no_mask_embed is None else self.no_mask_embed.weight[None, None]
+        if self.mask_embed is None:
+            raise ValueError(
+                "This model takes no mask prompts: its config says prompt_encoder_config.mask_prompts=False. "
+                "Use a checkpoint trained with them, or leave input_masks out."
+            )
+        size = (4 * grid_size[0], 4 * grid_size[1])
+        if masks.shape[-2:] != size:
+            masks = F.interpolate(masks.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
+        return self.mask_embed(masks.flatten(0, 1)).unflatten(0, masks.shape[:2])
+
+
+# ------------------------------------------------------------------------------------------------ mask decoder
+
+
+class EfficientSamAttention(nn.Module):
+    """
+    Multi-head attention between sets that belong to prompts, `[B, Q, length, C]`. A side that is the same for all
+    prompts has Q = 1 and is neither copied nor projected once a prompt.
+    """
+
+    def __init__(self, config: EfficientSamMaskDecoderConfig, downsample_rate: int = 1):
+        super().__init__()
+        self.config = config
+        inner_size = config.hidden_size // downsample_rate
+        self.head_dim = inner_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.hidden_size, inner_size)
+        self.k_proj = nn.Linear(config.hidden_size, inner_size)
+        self.v_proj = nn.Linear(config.hidden_size, inner_size)
+        self.o_proj = nn.Linear(inner_size, config.hidden_size)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            query (`[B, Qq, Lq, C]`), key and value (`[B, Qk, Lk, C]`): Qq and Qk are equal, or one of them is 1.
+            attention_mask (`[B, Qk, 1, Lk]`, *optional*): added to the attention logits.
+
+        Returns:
+            `[B, Q, Lq, C]` and, with eager attention, the weights `[B, Q, heads, Lq, Lk]`.
+        """
+        query, key, value = self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        batch_size, num_prompts, length = query.shape[:3]
+        shared_keys = key.shape[1] == 1
+        if shared_keys:  # every prompt looks at the same image: the prompts' queries are more queries of one set
+            query = query.flatten(1, 2).unsqueeze(1)
+        elif num_prompts == 1:
+            num_prompts = key.shape[1]
+            query = query.expand(-1, num_prompts, -1, -1)
+        query, key, value = (self.split_heads(x) for x in (query, key, value))
+        output, weights = self.attend(query, key, value, attention_mask, **kwargs)
+        output = output.reshape(batch_size, num_prompts, length, -1)
+        if weights is not None:
+            if shared_keys:
+                weights = weights.unflatten(2, (num_prompts, length)).transpose(1, 2)
+            else:
+                weights = weights.unflatten(0, (batch_size, num_prompts))
+        return self.o_proj(output), weights
+
+    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        """`[B, Q, L, C] -> [B * Q, heads, L, C / heads]`"""
+        return states.flatten(0, 1).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def attend(self, query, key, value, attention_mask, **kwargs):
+        implementation = self.config._attn_implementation
+        if attention_mask is not None:
+            attention_mask = attention_mask.flatten(0, 1).unsqueeze(1)  # [B * Q, 1, 1, Lk]
+            if "flash" in implementation:
+                implementation = "sdpa"  # flash kernels take no mask of single keys; the token side is small
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        return attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
+
+
+class EfficientSamTwoWayLayer(GradientCheckpointingLayer):
+    """Tokens attend to each other and to the image, then the image to the tokens."""
+
+    def __init__(self, config: EfficientSamMaskDecoderConfig, first: bool):
+        super().__init__()
+        self.first = first
+        self.self_attention = EfficientSamAttention(config)
+        self.layernorm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.token_to_image_attention = EfficientSamAttention(config, config.attention_downsample_rate)
+        self.layernorm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = EfficientSamMLP(config.hidden_size, config.mlp_dim, config.hidden_act)
+        self.layernorm3 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.image_to_token_attention = EfficientSamAttention(config, config.attention_downsample_rate)
+        self.layernorm4 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        image: torch.Tensor,
+        token_positions: torch.Tensor,
+        image_positions: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        # In the first layer the tokens are still nothing but their positions, which are therefore not added again.
+        # Unlike in SAM, positions are in the values and the residual too, and the first layer keeps its residual.
+        tokens = tokens if self.first else tokens + token_positions
+        update, _ = self.self_attention(tokens, tokens, tokens, attention_mask, **kwargs)
+        tokens = self.layernorm1(tokens + update)
+
+        query, key = tokens + token_positions, image + image_positions
+        update, weights = self.token_to_image_attention(query, key, image, **kwargs)
+        tokens = self.layernorm2(tokens + update)
+
+        tokens = self.layernorm3(tokens + self.mlp(tokens))
+
+        query, key = image + image_positions, tokens + token_positions
+        update, _ = self.image_to_token_attention(query, key, tokens, attention_mask, **kwargs)
+        image = self.layernorm4(image + update)  # from the first layer on each prompt has an image of its own
+        return tokens, image, weights
+
+
+class EfficientSamFeedForward(nn.Module):
+    """`depth` linear layers with an activation between: the hypernetworks and the IoU head."""
+
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, depth: int, hidden_act: str):
+        super().__init__()
+        sizes = [input_dim] + [hidden_dim] * (depth - 1) + [output_dim]
+        self.layers = nn.ModuleList([nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False)])
+        self.activation = ACT2FN[hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers[:-1]:
+            hidden_states = self.activation(layer(hidden_states))
+        return self.layers[-1](hidden_states)
+
+
+class EfficientSamMaskUpscaling(nn.Module):
+    """Doubles the grid once for each entry of `upscaling_channels`: `[B, C, h, w] -> [B, C_last, 4h, 4w]`."""
+
+    def __init__(self, config: EfficientSamMaskDecoderConfig):
+        super().__init__()
+        channels = [config.hidden_size, *config.upscaling_channels]
+        self.convs = nn.ModuleList(
+            [nn.ConvTranspose2d(*pair, kernel_size=2, stride=2) for pair in zip(channels, channels[1:], strict=False)]
+        )
+        # One group: mean and variance over channels and positions together. None after the last convolution.
+        self.norms = nn.ModuleList([nn.GroupNorm(1, c, eps=config.layer_norm_eps) for c in channels[1:-1]])
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        for conv, norm in zip(self.convs[:-1], self.norms, strict=True):
+            image = self.activation(norm(conv(image)))
+        return self.activation(self.convs[-1](image))
+
+
+class EfficientSamMaskDecoder(nn.Module):
+    """Image `[B, 1 or Q, N, C]` and prompt tokens `[B, Q, T, C]` -> mask logits and predicted IoU."""
+
+    def __init__(self, config: EfficientSamMaskDecoderConfig):
+        super().__init__()
+        self.config = config
+        num_mask_tokens = 1 + config.num_multimask_outputs  # token 0 is the single mask's
+        self.iou_token = nn.Embedding(1, config.hidden_size)
+        self.mask_tokens = nn.Embedding(num_mask_tokens, config.hidden_size)
+        self.layers = nn.ModuleList(
+            [EfficientSamTwoWayLayer(config, first=i == 0) for i in range(config.num_hidden_layers)]
+        )
+        self.final_token_to_image_attention = EfficientSamAttention(config, config.attention_downsample_rate)
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.upscaling = EfficientSamMaskUpscaling(config)
+        width, act = config.hidden_size, config.hidden_act
+        self.hypernetworks = nn.ModuleList(
+            [
+                EfficientSamFeedForward(width, width, config.upscaling_channels[-1], 3, act)
+                for _ in range(num_mask_tokens)
+            ]
+        )
+        self.iou_head = EfficientSamFeedForward(
+            width, config.iou_head_hidden_dim, num_mask_tokens, config.iou_head_depth, act
+        )
+
+    def forward(
+        self,
+        image: torch.Tensor,
+        image_positions: torch.Tensor,
+        prompt_tokens: torch.Tensor,
+        taking_part: torch.Tensor | None,
+        grid_size: tuple[int, int],
+        multimask_output: bool,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            image: `[B, 1 or Q, N, C]`, one grid for all prompts or one for each.
+            image_positions: `[N, C]`.
+            prompt_tokens: `[B, Q, T, C]`.
+            taking_part: `[B, Q, T]` bool, or `None` where all tokens do.
+            grid_size: `(h, w)` with h * w = N.
+
+        Returns:
+            mask logits `[B, Q, M, 4h, 4w]` and IoU scores `[B, Q, M]`.
+        """
+        num_prompts = prompt_tokens.shape[1]
+        every_value = torch.is_grad_enabled() or kwargs.get("output_attentions")  # wanted later, so no use to chunk
+        step = num_prompts if every_value else self.config.prompts_per_chunk
+        masks, scores = [], []
+        for start in range(0, num_prompts, step):
+            part = slice(start, start + step)
+            chunk_masks, chunk_scores = self.decode(
+                image if image.shape[1] == 1 else image[:, part],
+                image_positions,
+                prompt_tokens[:, part],
+                None if taking_part is None else taking_part[:, part],
+                grid_size,
+                multimask_output,
+                **kwargs,
+            )
+            masks.append(chunk_masks)
+            scores.append(chunk_scores)
+        if len(masks) == 1:
+            return masks[0], scores[0]
+        return torch.cat(masks, dim=1), torch.cat(scores, dim=1)
+
+    def decode(self, image, image_positions, prompt_tokens, taking_part, grid_size, multimask_output, **kwargs):
+        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        output_tokens = output_tokens.expand(*prompt_tokens.shape[:2], -1, -1)
+        token_positions = torch.cat([output_tokens, prompt_tokens], dim=2)
+        attention_mask = None
+        if taking_part is not None:
+            allowed = F.pad(taking_part, (output_tokens.shape[2], 0), value=True).unsqueeze(2)  # [B, Q, 1, T]
+            attention_mask = torch.zeros_like(allowed, dtype=image.dtype)
+            attention_mask = attention_mask.masked_fill(~allowed, torch.finfo(image.dtype).min)
+
+        tokens = token_positions
+        for layer in self.layers:
+            tokens, image, _ = layer(tokens, image, token_positions, image_positions, attention_mask, **kwargs)
+        update, _ = self.final_token_to_image_attention(
+            tokens + token_positions, image + image_positions, image, **kwargs
+        )
+        tokens = self.final_layernorm(tokens + update)
+
+        wanted = slice(1, None) if multimask_output else slice(0, 1)
+        scores = self.iou_head(tokens[:, :, 0])[:, :, wanted]
+        mask_tokens = tokens[:, :, 1 : 1 + len(self.hypernetworks)]
+        filters = [net(mask_tokens[:, :, i]) for i, net in list(enumerate(self.hypernetworks))[wanted]]
+        filters = torch.stack(filters, dim=2)  # [B, Q, M, C_last]
+        grid = image.flatten(0, 1).transpose(1, 2).unflatten(2, grid_size)
+        grid = self.upscaling(grid).unflatten(0, image.shape[:2])  # [B, Q, C_last, 4h, 4w]
+        masks = filters @ grid.flatten(3)
+        return masks.unflatten(3, grid.shape[-2:]), scores
+
+
+# --------------------------------------------------------------------------------------------------- the whole
+
+
+class EfficientSamModel(EfficientSamPreTrainedModel):
+    """EfficientSAM: an image and prompts -> candidate masks with predicted IoU. Interface of transformers' `SamModel`."""
+
+    input_modalities = ("image", "text")
+    _can_record_outputs = {"mask_decoder_attentions": OutputRecorder(EfficientSamTwoWayLayer, index=2)}
+
+    def __init__(self, config: EfficientSamConfig):
+        super().__init__(config)
+        self.vision_encoder = EfficientSamVisionEncoder(config.vision_config)
+        self.prompt_encoder = EfficientSamPromptEncoder(config.prompt_encoder_config)
+        # The decoder is no PreTrainedModel, so nothing else hands the choice of attention down to it.
+        config.mask_decoder_config._attn_implementation = config._attn_implementation
+        self.mask_decoder = EfficientSamMaskDecoder(config.mask_decoder_config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """
+        Prompt encoder and mask decoder start as Segment Anything's. With transformers' small default the mask tokens
+        and the two box corners are hardly told apart, and a new decoder stays at its first masks for long.
+        """
+        super()._init_weights(module)
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+            if module is self.prompt_encoder.no_mask_embed:
+                # Nothing added where no mask is given: enabling mask prompts leaves trained numbers as they are.
+                init.zeros_(module.weight)
+        elif isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_encoder.get_input_embeddings()
+
+    def get_image_embeddings(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.FloatTensor:
+        """
+        Encodes images once, for many prompts. Carries gradients unless called under `torch.no_grad()`.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): Normalised pixels, H and W multiples of 16.
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, 256, H / 16, W / 16)`, to be passed on as `image_embeddings`.
+
+        Raises:
+            ValueError: if the channels or the sides of `pixel_values` do not fit.
+        """
+        return self.vision_encoder(pixel_values, **kwargs).last_hidden_state
+
+    @capture_outputs
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_points: torch.Tensor | None = None,
+        input_labels: torch.Tensor | None = None,
+        input_boxes: torch.Tensor | None = None,
+        input_masks: torch.Tensor | None = None,
+        image_embeddings: torch.Tensor | None = None,
+        multimask_output: bool = True,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> EfficientSamImageSegmentationOutput:
+        """
+        Coordinates are pixels of the model input (x to the right, y down; 0 is the first pixel); the processor
+        converts from the image's own. B images, Q prompts an image, P points a prompt.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`, *optional*):
+                Normalised pixels; H and W are multiples of 16 and need not be equal.
+            input_points (`torch.FloatTensor` of shape `(B, Q, P, 2)`, *optional*): Points (x, y).
+            input_labels (`torch.LongTensor` of shape `(B, Q, P)`, *optional*):
+                1 on the object, 0 on the background (only if the config has `background_points`), negative for
+                padding. All points are on the object if it is not given.
+            input_boxes (`torch.FloatTensor` of shape `(B, Q, 4)`, *optional*):
+                Boxes (x1, y1, x2, y2), one a prompt, beside that prompt's points; a box of four times -10 is padding.
+            input_masks (`torch.FloatTensor` of shape `(B, Q, H / 4, W / 4)`, *optional*):
+                Mask logits of an earlier prediction, one a prompt (only if the config has `mask_prompts`). Other
+                sizes are resampled; `(B, H / 4, W / 4)` serves all of an image's prompts.
+            image_embeddings (`torch.FloatTensor` of shape `(B, 256, H / 16, W / 16)`, *optional*):
+                Result of `get_image_embeddings`, in place of `pixel_values`.
+            multimask_output (`bool`, defaults to `True`):
+                Three candidates (whole, part and subpart of what an ambiguous prompt can mean), or one mask.
+
+        Returns:
+            [`EfficientSamImageSegmentationOutput`] with `pred_masks` `(B, Q, M, H / 4, W / 4)` and `iou_scores`
+            `(B, Q, M)`.
+
+        Raises:
+            ValueError: if not exactly one of `pixel_values` and `image_embeddings` is given, if shapes disagree, or
+                if the prompt is of a kind the model lacks.
+        """
+        if (pixel_values is None) == (image_embeddings is None):
+            raise ValueError("Give exactly one of pixel_values and image_embeddings.")
+        vision_output = EfficientSamVisionOutput(last_hidden_state=image_embeddings)
+        if pixel_values is not None:
+            vision_output = self.vision_encoder(pixel_values, **kwargs)
+        image = vision_output.last_hidden_state
+        batch_size, grid_size = image.shape[0], tuple(image.shape[-2:])
+
+        if input_points is not None and input_labels is None:
+            input_labels = torch.ones_like(input_points[..., 0], dtype=torch.long)
+        if input_masks is not None and input_masks.ndim == 3:
+            input_masks = input_masks.unsqueeze(1)
+        check_prompts(batch_size, input_points, input_labels, input_boxes, input_masks)
+
+        patch_size = self.config.vision_config.patch_size
+        prompt_tokens, taking_part, dense_prompt = self.prompt_encoder(
+            input_points,
+            input_labels,
+            input_boxes,
+            input_masks,
+            batch_size,
+            grid_size,
+            input_size=(patch_size * grid_size[0], patch_size * grid_size[1]),
+        )
+        image = image.flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, N, C]
+        if dense_prompt is not None:
+            image = image + dense_prompt
+        pred_masks, iou_scores = self.mask_decoder(
+            image,
+            self.prompt_encoder.position_embedding.grid(*grid_size).to(image.device),
+            prompt_tokens,
+            taking_part,
+            grid_size,
+            multimask_output,
+            **kwargs,
+        )
+        return EfficientSamImageSegmentationOutput(
+            iou_scores=iou_scores,
+            pred_masks=pred_masks,
+            vision_hidden_states=vision_output.hidden_states,
+            vision_attentions=vision_output.attentions,
+        )
+
+
+def check_prompts(batch_size: int, points, labels, boxes, masks) -> None:
+    """Raises a ValueError if the prompts' shapes do not fit each other or the batch."""
+    wanted = {"input_points": (points, "(B, Q, P, 2)"), "input_boxes": (boxes, "(B, Q, 4)")}
+    for name, (tensor, shape) in wanted.items():
+        last = int(shape[-2])
+        if tensor is not None and (tensor.ndim != shape.count(",") + 1 or tensor.shape[-1] != last):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {shape}. The processor makes it so.")
+    if labels is not None and (points is None or labels.shape != points.shape[:-1]):
+        raise ValueError(
+            f"input_labels has shape {tuple(labels.shape)}; it must hold one label for each of input_points, "
+            f"{None if points is None else tuple(points.shape[:-1])}."
+        )
+    given = {"input_points": points, "input_boxes": boxes, "input_masks": masks}
+    given = {name: tuple(tensor.shape[:2]) for name, tensor in given.items() if tensor is not None}
+    if masks is not None and masks.shape[1] == 1 and len(given) > 1:
+        given["input_masks"] = (masks.shape[0], next(iter(given.values()))[1])  # one mask serves all prompts
+    if any(shape[0] != batch_size for shape in given.values()) or len(set(given.values())) > 1:
+        raise ValueError(
+            f"The prompts must be for {batch_size} image(s) and the same number of prompts, but come as "
+            f"(images, prompts) {given}. Pad with label -10, or boxes of -10; the processor does."
+        )
+
+
+__all__ = ["EfficientSamModel", "EfficientSamPreTrainedModel", "EfficientSamVisionEncoder", "EfficientSamVisionModel"]

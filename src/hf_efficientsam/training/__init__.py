@@ -1,0 +1,1 @@
+"""Parts of training: data, prompts, losses, metrics. The scripts in `training/` put them together."""

@@ -1,0 +1,129 @@
+"""The loss of promptable masks: SAM's, with a balanced cross-entropy for the first steps."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .metrics import filled_box, mask_iou
+from .prompts import boxes_from_masks
+
+
+class MaskLoss(nn.Module):
+    """Focal + dice + cross-entropy on the best of M candidates, squared error of the IoU head on all of them.
+
+    Focal and dice follow SAM (20 : 1, IoU 1). With them alone a fresh decoder stays at empty masks for long; a
+    `balanced_bce_weight` for the first part of training leads out of there, see `balance_weights`.
+    """
+
+    def __init__(
+        self,
+        focal_weight: float = 20.0,
+        dice_weight: float = 1.0,
+        iou_weight: float = 1.0,
+        balanced_bce_weight: float = 0.0,
+        focal_alpha: float = 0.25,
+        focal_gamma: float = 2.0,
+    ):
+        super().__init__()
+        self.focal_weight = focal_weight
+        self.dice_weight = dice_weight
+        self.iou_weight = iou_weight
+        self.balanced_bce_weight = balanced_bce_weight
+        self.focal_alpha = focal_alpha
+        self.focal_gamma = focal_gamma
+
+    def forward(
+        self,
+        pred_masks: torch.Tensor,
+        iou_scores: torch.Tensor,
+        targets: torch.Tensor,
+        valid: torch.Tensor,
+        num_prompts: int | float | torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            pred_masks: logits [B,Q,M,h,w], resized to the targets' size (bilinear) if it differs.
+            iou_scores: [B,Q,M].
+            targets: [B,Q,H,W] of 0 and 1, not empty where valid.
+            valid: bool [B,Q]; the other prompts are padding.
+            num_prompts: what the sum over prompts is divided by; by default the valid ones here. For the gradient of
+                one global batch give the number over all processes and accumulation steps (and undo any averaging
+                over processes, e.g. DistributedDataParallel's, by multiplying the loss with their number).
+
+        Returns:
+            `loss`, to be differentiated; its unweighted parts, detached: `focal`, `dice`, `bce` (0 where its weight
+            is) and `iou`; `best` int64 [B,Q], the candidate that the mask losses were taken of (0 for padding).
+        """
+        # In float32 whatever the model computes in: sums over a mask overflow or lose digits in half precision.
+        prompts = pred_masks[valid].float(), iou_scores[valid].float(), targets[valid].float()
+        # Prompts are independent. A few at a time stay in the CPU's cache, which makes this four times as fast.
+        logits_at_once = 2**20 if pred_masks.device.type == "cpu" else 2**28
+        count = max(1, logits_at_once // (pred_masks.shape[2] * targets.shape[-2] * targets.shape[-1]))
+        chunks = [self._prompt_losses(*chunk) for chunk in zip(*(p.split(count) for p in prompts), strict=True)]
+        losses = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+        best = torch.zeros(valid.shape, dtype=torch.int64, device=valid.device)
+        best[valid] = losses.pop("best")
+        divisor = max(len(prompts[0]), 1) if num_prompts is None else num_prompts
+        means = {name: loss.sum() / divisor for name, loss in losses.items()}
+        return {"loss": means.pop("loss"), **{name: part.detach() for name, part in means.items()}, "best": best}
+
+    def _prompt_losses(self, logits: torch.Tensor, scores: torch.Tensor, target: torch.Tensor) -> dict:
+        """logits [N,M,h,w], scores [N,M], target [N,H,W] -> `loss`, its parts and `best`, each [N]."""
+        weights = balance_weights(target) if self.balanced_bce_weight else None
+        with torch.no_grad():
+            candidates = _resize(logits, target.shape[-2:])
+            ious = mask_iou(candidates > 0, target[:, None] > 0.5)
+            best = self._mask_losses(candidates, target, weights)["loss"].argmin(1)
+        # Only the chosen candidate is computed again with gradients: a third of the memory and of the backward pass.
+        chosen = _resize(logits[torch.arange(len(best), device=best.device), best][:, None], target.shape[-2:])
+        losses = {name: part[:, 0] for name, part in self._mask_losses(chosen, target, weights).items()}
+        losses["iou"] = (scores - ious).square().mean(1)
+        losses["loss"] = losses["loss"] + self.iou_weight * losses["iou"]
+        return {**losses, "best": best}
+
+    def _mask_losses(
+        self, logits: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """logits [N,M,H,W], target and weights [N,H,W] -> [N,M] each: the parts and their weighted sum `loss`."""
+        target = target[:, None]
+        probability = logits.sigmoid()
+        cross_entropy = F.softplus(logits) - logits * target
+
+        alpha = 1 - self.focal_alpha + (2 * self.focal_alpha - 1) * target
+        focal = (alpha * (probability - target).abs() ** self.focal_gamma * cross_entropy).mean((-2, -1))
+
+        overlap = (probability * target).sum((-2, -1))
+        dice = 1 - (2 * overlap + 1) / (probability.sum((-2, -1)) + target.sum((-2, -1)) + 1)
+
+        bce = torch.zeros_like(dice) if weights is None else (cross_entropy * weights[:, None]).sum((-2, -1))
+        loss = self.focal_weight * focal + self.dice_weight * dice + self.balanced_bce_weight * bce
+        return {"focal": focal, "dice": dice, "bce": bce, "loss": loss}
+
+
+def balance_weights(target: torch.Tensor) -> torch.Tensor:
+    """Weights float32 [N,H,W] of the balanced cross-entropy, for masks [N,H,W].
+
+    The object's pixels share 1/2, the background inside the object's box enlarged twice about its centre 1/4, the
+    background outside 1/4; together 1. If one of the two backgrounds has no pixel the other has all of their 1/2. A
+    mean over all pixels would let the empty mask win for small objects.
+    """
+    inside = target > 0.5
+    left_top, right_bottom = boxes_from_masks(inside).split(2, -1)
+    centre, side = (left_top + right_bottom) / 2, right_bottom - left_top
+    enlarged = filled_box(torch.cat([centre - side, centre + side], -1), *target.shape[-2:])
+    near, far = enlarged & ~inside, ~enlarged & ~inside
+    object_mean, near_mean, far_mean = (
+        region / region.sum((-2, -1), keepdim=True).clamp(min=1) for region in (inside, near, far)
+    )
+    background = near_mean + far_mean
+    background = background / background.sum((-2, -1), keepdim=True).clamp(min=1)
+    return 0.5 * object_mean + 0.5 * background
+
+
+def _resize(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    if logits.shape[-2:] == size:
+        return logits
+    # All masks as channels of one image: twice as fast on the CPU as a batch of three-channel images.
+    resized = F.interpolate(logits.flatten(0, 1)[None], size, mode="bilinear", align_corners=False)
+    return resized.view(*logits.shape[:2], *size)

@@ -1,0 +1,65 @@
+"""Overlap of masks, and what trivial answers to a box would score."""
+
+import torch
+
+COCO_AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
+
+
+def mask_iou(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Intersection over union float32 [...] of masks [...,H,W]; two empty masks agree, so theirs is 1."""
+    predicted, target = predicted.bool(), target.bool()
+    intersection = (predicted & target).sum((-2, -1), dtype=torch.int32)
+    union = (predicted | target).sum((-2, -1), dtype=torch.int32)
+    return torch.where(union > 0, intersection / union.clamp(min=1), 1.0)
+
+
+def filled_box(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Boxes [...,4] (left, top, right, bottom in pixels, right and bottom exclusive) -> bool masks [...,H,W].
+
+    A pixel belongs to the box if its centre does.
+    """
+    x, y = _pixel_centres(height, width, boxes.device)
+    left, top, right, bottom = boxes[..., None, None].unbind(-3)
+    return (x >= left) & (x < right) & (y >= top) & (y < bottom)
+
+
+def inscribed_ellipse(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The largest ellipse in each box [...,4], as bool masks [...,H,W]; conventions as in `filled_box`."""
+    x, y = _pixel_centres(height, width, boxes.device)
+    left, top, right, bottom = boxes[..., None, None].unbind(-3)
+    # Multiplied out, so that a box without area is an empty ellipse and not a division by zero.
+    box_width, box_height = right - left, bottom - top
+    dx, dy = (2 * x - left - right) * box_height, (2 * y - top - bottom) * box_width
+    return (dx**2 + dy**2 <= (box_width * box_height) ** 2) & (box_width > 0) & (box_height > 0)
+
+
+class MeanIoU:
+    """Mean IoU over masks, in all and by the object's size as in COCO: below 32^2 pixels, below 96^2, the rest."""
+
+    def __init__(self):
+        self.sums = dict.fromkeys(("all", *COCO_AREAS), 0.0)
+        self.counts = dict.fromkeys(self.sums, 0)
+
+    def update(self, ious: torch.Tensor, areas: torch.Tensor) -> None:
+        """Add masks: ious [N] and the areas [N] of the true masks in pixels of the original image."""
+        ious, areas = ious.detach().double().cpu(), areas.cpu()
+        if ious.shape != areas.shape:
+            raise ValueError(f"Give one area for each IoU: got {tuple(areas.shape)} for {tuple(ious.shape)}.")
+        self._add("all", ious)
+        for group, (lowest, highest) in COCO_AREAS.items():
+            self._add(group, ious[(areas >= lowest) & (areas < highest)])
+
+    def compute(self) -> dict[str, dict[str, float | int]]:
+        """{"all": {"miou": ..., "count": ...}, "small": ..., ...}; groups without masks are left out."""
+        return {g: {"miou": self.sums[g] / n, "count": n} for g, n in self.counts.items() if n}
+
+    def _add(self, group: str, ious: torch.Tensor) -> None:
+        self.sums[group] += ious.sum().item()
+        self.counts[group] += ious.numel()
+
+
+def _pixel_centres(height: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [1,W] and y [H,1]."""
+    x = torch.arange(width, device=device) + 0.5
+    y = torch.arange(height, device=device) + 0.5
+    return x[None, :], y[:, None]

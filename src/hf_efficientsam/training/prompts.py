@@ -1,0 +1,90 @@
+"""Prompts from masks: boxes, first clicks and corrections.
+
+Boxes are (left, top, right, bottom) in pixels of the masks, right and bottom exclusive: pixel (0, 0) alone has the box
+(0, 0, 1, 1). Points are (x, y) indices of a pixel, as floats; the model adds the half that leads to its centre.
+Random numbers are drawn on the CPU, so that a seed gives the same prompts on every device.
+"""
+
+import torch
+
+
+def boxes_from_masks(masks: torch.Tensor) -> torch.Tensor:
+    """Tight boxes float32 [...,4] of masks [...,H,W]; an empty mask, such as padding, has the box (0, 0, 0, 0)."""
+    left, right = _extent(masks.amax(-2) > 0)  # several times as fast as any()
+    top, bottom = _extent(masks.amax(-1) > 0)
+    return torch.stack([left, top, right, bottom], -1).float()
+
+
+def jitter_boxes(
+    boxes: torch.Tensor,
+    size: int | tuple[int, int],
+    generator: torch.Generator,
+    noise: float = 0.1,
+    max_pixels: float = 20,
+) -> torch.Tensor:
+    """SAM's imprecise boxes: every coordinate moves by Gaussian noise.
+
+    Args:
+        boxes: [...,4].
+        size: of the image in pixels, one side or (height, width); the result stays inside.
+        generator: on the CPU.
+        noise: standard deviation as a share of the box's side.
+        max_pixels: the noise is cut off at so many pixels.
+
+    Returns:
+        float32 [...,4]; a box that would become thinner than one pixel keeps its coordinates along that axis.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    boxes = boxes.float()
+    sides = boxes[..., 2:] - boxes[..., :2]
+    shift = torch.randn(boxes.shape, generator=generator).to(boxes.device) * noise * torch.cat([sides, sides], -1)
+    limit = boxes.new_tensor([width, height, width, height])
+    moved = torch.minimum((boxes + shift.clamp(-max_pixels, max_pixels)).clamp(min=0), limit)
+    thin = moved[..., 2:] - moved[..., :2] < 1
+    return torch.where(torch.cat([thin, thin], -1), boxes, moved)
+
+
+def sample_points(masks: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A uniformly random pixel inside each mask [...,H,W]: float32 [...,2].
+
+    An empty mask, such as padding, gives the point (0, 0), which means nothing: leave such masks out of the loss with
+    `Batch.valid`.
+    """
+    masks = masks.bool()
+    rows = masks.sum(-1, dtype=torch.int32).cumsum(-1)
+    area = rows[..., -1:]
+    # The n-th of the mask's pixels: first its row, then its place in that row.
+    random = torch.rand(area.shape, generator=generator, dtype=torch.float64).to(masks.device)
+    n = (random * area).long()
+    y = (rows <= n).sum(-1, keepdim=True).clamp(max=masks.shape[-2] - 1)
+    row = masks.gather(-2, y[..., None].expand(*y.shape[:-1], 1, masks.shape[-1])).squeeze(-2).long()
+    before = rows.gather(-1, y) - row.sum(-1, keepdim=True)
+    x = (row.cumsum(-1) <= n - before).sum(-1, keepdim=True)
+    return torch.where(area > 0, torch.cat([x, y], -1), 0).float()
+
+
+def sample_error_points(
+    predicted: torch.Tensor, target: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next click: a uniformly random pixel where prediction and target [...,H,W] differ.
+
+    Returns:
+        points float32 [...,2] and labels int64 [...]: 1 where the object was missed, 0 where the prediction is too
+        large. Where nothing is wrong the click is a random pixel of the target.
+    """
+    target = target.bool()
+    error = predicted.bool() ^ target
+    region = error | (target & ~error.amax((-2, -1), keepdim=True))
+    points = sample_points(region, generator)
+    x, y = points.long().unbind(-1)
+    labels = target.flatten(-2).gather(-1, (y * target.shape[-1] + x)[..., None])[..., 0].long()
+    return points, labels
+
+
+def _extent(occupied: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and one past the last True of [...,L]; (0, 0) if there is none."""
+    length = occupied.shape[-1]
+    index = torch.arange(length, device=occupied.device)
+    last = torch.where(occupied, index + 1, 0).amax(-1)
+    first = torch.where(occupied, index, length).amin(-1)
+    return torch.where(last > 0, first, 0), last

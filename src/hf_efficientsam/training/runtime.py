@@ -1,0 +1,117 @@
+"""What every training script needs around its loop: its recipe, its checkpoints, its curve."""
+
+import argparse
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from accelerate import Accelerator
+from transformers import HfArgumentParser
+
+
+Recipe = TypeVar("Recipe")
+
+
+def parse_recipe(recipe_class: type[Recipe], description: str, arguments: list[str] | None = None) -> Recipe:
+    """
+    A recipe from `--config FILE.yaml` and the command line, which has the last word. Every field needs a default.
+
+    Raises:
+        SystemExit: with code 2 and one sentence if the file or an argument does not fit.
+    """
+    parser = HfArgumentParser(
+        recipe_class, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    config_parser = argparse.ArgumentParser(add_help=False)
+    config_parser.add_argument("--config", type=Path)
+    parser.add_argument("--config", metavar="FILE.yaml", help="values for the options above")
+    config, rest = config_parser.parse_known_args(arguments)
+    if config.config is not None:
+        parser.set_defaults(**_read_yaml(parser, config.config, {f.name for f in dataclasses.fields(recipe_class)}))
+    return parser.parse_args_into_dataclasses(rest)[0]
+
+
+def _read_yaml(parser: argparse.ArgumentParser, path: Path, names: set[str]) -> dict:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        parser.error(f"--config: {path} cannot be read ({error.strerror}).")
+    except yaml.YAMLError as error:
+        parser.error(f"--config: {path} is not YAML: {' '.join(str(error).split())}")
+    if not isinstance(values, dict) or not values.keys() <= names:
+        unknown = sorted(values.keys() - names) if isinstance(values, dict) else "no `name: value` lines"
+        parser.error(f"--config: {path} has {unknown}; the names are {', '.join(sorted(names))}.")
+    # argparse converts strings as it does on the command line (YAML reads 1e-4 as one), and leaves lists alone.
+    return {name: value if isinstance(value, list | bool) else str(value) for name, value in values.items()}
+
+
+class Checkpoints:
+    """
+    The states of a run under `folder`, one directory for each saved step. A directory appears under its name only
+    when it is complete, so a killed run never leaves one that cannot be resumed.
+
+    Args:
+        accelerator: whose prepared models, optimisers, schedules and random states are saved.
+        folder: made on first use.
+        keep: how many of the newest to keep.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, keep: int = 2):
+        self.accelerator, self.folder, self.keep = accelerator, Path(folder), keep
+
+    def steps(self) -> list[int]:
+        return sorted(int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*"))
+
+    def save(self, step: int) -> None:
+        """Called on every process."""
+        writing = self.folder / "writing"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(writing, ignore_errors=True)  # what a killed run left
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(writing)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            writing.rename(self.folder / f"step_{step:08d}")
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self.folder / f"step_{old:08d}")
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> int:
+        """Loads the newest state and returns its step; 0 if there is none."""
+        steps = self.steps()
+        if not steps:
+            return 0
+        self.accelerator.load_state(self.folder / f"step_{steps[-1]:08d}")
+        return steps[-1]
+
+
+class Curve:
+    """Numbers over steps as JSON lines, and as a picture. Resuming at a step drops what was written after it."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = Path(path)
+        self.rows = []
+        if step and self.path.is_file():
+            rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+            self.rows = [row for row in rows if row["step"] <= step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def add(self, **row: float) -> None:
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def plot(self, names: list[str]) -> None:
+        """Draws a panel for each name into a PNG beside the JSON lines."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
+        for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+            axis.plot([row["step"] for row in self.rows], [row[name] for row in self.rows])
+            axis.set(title=name, xlabel="step")
+            axis.grid(alpha=0.3)
+        figure.savefig(self.path.with_suffix(".png"), dpi=100)

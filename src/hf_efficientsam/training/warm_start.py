@@ -1,0 +1,71 @@
+"""A trained ViT's weights as the start of our vision encoder: weight selection (arXiv 2311.18823)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_efficientsam.modeling_efficientsam import EfficientSamVisionEncoder
+
+
+@torch.no_grad()
+def select_weights(teacher: nn.Module, student: EfficientSamVisionEncoder) -> None:
+    """
+    Copies evenly spaced channels, heads and MLP units of a transformers `Dinov2Model` into `student`.
+
+    The teacher must have as many layers, heads of the same width, and a width that is a multiple of the student's;
+    with equal widths this copies everything. Layer scale is folded into the output projections, the patch kernel is
+    resampled to the student's patch size (and scaled by the ratio of areas, so that its responses keep their size),
+    the position table to the student's pretraining grid. The neck has no counterpart and is left as it is.
+
+    Raises:
+        ValueError: if the two do not fit.
+    """
+    ours, theirs = student.config, teacher.config
+    step = theirs.hidden_size // ours.hidden_size
+    if (
+        theirs.hidden_size != step * ours.hidden_size
+        or theirs.num_attention_heads != step * ours.num_attention_heads
+        or theirs.hidden_size * theirs.mlp_ratio != step * ours.intermediate_size
+        or theirs.num_hidden_layers != ours.num_hidden_layers
+    ):
+        raise ValueError(
+            f"A teacher of width {theirs.hidden_size}, {theirs.num_attention_heads} heads and "
+            f"{theirs.num_hidden_layers} layers has no evenly spaced part of width {ours.hidden_size}, "
+            f"{ours.num_attention_heads} heads and {ours.num_hidden_layers} layers; choose a teacher whose width and "
+            "heads are the same multiple of the student's and whose depth is equal."
+        )
+    channels = torch.arange(0, theirs.hidden_size, step)
+    units = torch.arange(0, step * ours.intermediate_size, step)
+    head_dim = ours.hidden_size // ours.num_attention_heads
+    heads = torch.arange(theirs.hidden_size).unflatten(0, (-1, head_dim))[::step].flatten()
+
+    def copy(target: nn.Module, source: nn.Module, rows: torch.Tensor, columns: torch.Tensor | None = None) -> None:
+        weight = source.weight[rows]
+        target.weight.copy_(weight if columns is None else weight[:, columns])
+        target.bias.copy_(source.bias[rows])
+
+    def fold(target: nn.Module, layer_scale: nn.Module) -> None:
+        scale = layer_scale.lambda1[channels]
+        target.weight.mul_(scale[:, None])
+        target.bias.mul_(scale)
+
+    patches = teacher.embeddings.patch_embeddings.projection
+    kernel = F.interpolate(patches.weight[channels], size=ours.patch_size, mode="bicubic", antialias=True)
+    student.embeddings.projection.weight.copy_(kernel * (theirs.patch_size / ours.patch_size) ** 2)
+    student.embeddings.projection.bias.copy_(patches.bias[channels])
+    positions = teacher.embeddings.position_embeddings[:, :, channels]
+    grid = round((positions.shape[1] - 1) ** 0.5)
+    table = positions[:, 1:].transpose(1, 2).unflatten(2, (grid, grid))
+    table = F.interpolate(table, size=student.embeddings.pretrain_grid, mode="bicubic", antialias=True)
+    table = torch.cat([positions[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
+    student.embeddings.position_embeddings.copy_(table)
+    for target, source in zip(student.layers, teacher.encoder.layer, strict=True):
+        copy(target.layernorm_before, source.norm1, channels)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            copy(getattr(target.attention, name), getattr(source.attention, name), heads, channels)
+        copy(target.attention.o_proj, source.attention.o_proj, channels, heads)
+        fold(target.attention.o_proj, source.layer_scale1)
+        copy(target.layernorm_after, source.norm2, channels)
+        copy(target.mlp.fc1, source.mlp.fc1, units, channels)
+        copy(target.mlp.fc2, source.mlp.fc2, channels, units)
+        fold(target.mlp.fc2, source.layer_scale2)

@@ -1,0 +1,94 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from hf_efficientsam.training.batch import Batch, MaskTrainingSet, collate
+from hf_efficientsam.training.data.coco import CocoMasks
+
+
+def coco_masks(folder, masks_per_image, first_id=0):
+    """Images of noise, image i with masks_per_image[i] boxes."""
+    (folder / "images").mkdir(parents=True)
+    images, annotations = [], []
+    for i, count in enumerate(masks_per_image, start=first_id):
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 50, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "width": 50, "height": 40})
+        for k in range(count):
+            box = [5 * k, 5, 5 * k + 20, 5, 5 * k + 20, 35, 5 * k, 35]
+            annotations.append({"id": len(annotations), "image_id": i, "segmentation": [box]})
+    (folder / "masks.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return CocoMasks(folder / "masks.json")
+
+
+@pytest.fixture
+def two_sets(tmp_path):
+    return [coco_masks(tmp_path / "a", [1, 3]), coco_masks(tmp_path / "b", [5, 2, 4], first_id=10)]
+
+
+def same(one, other):
+    return all(torch.equal(one[key], other[key]) for key in ("pixel_values", "masks"))
+
+
+def test_several_sets_are_read_one_after_the_other(two_sets):
+    dataset = MaskTrainingSet(two_sets, size=32)
+    assert [dataset[i]["image_id"] for i in range(len(dataset))] == [0, 1, 10, 11, 12]
+    with pytest.raises(IndexError):
+        dataset[5]
+    assert len(MaskTrainingSet(two_sets[0], size=32)) == 2
+
+
+def test_an_item_depends_on_seed_epoch_and_index_only(two_sets):
+    dataset, again = MaskTrainingSet(two_sets, size=32), MaskTrainingSet(two_sets, size=32)
+    first = [dataset[i] for i in range(5)]
+    assert all(same(again[i], first[i]) for i in reversed(range(5)))
+    again.set_epoch(1)
+    assert not same(again[2], first[2])
+    again.set_epoch(0)
+    assert same(again[2], first[2])
+    assert not same(MaskTrainingSet(two_sets, size=32, seed=1)[2], first[2])
+
+
+def test_pixel_values_are_normalised(tmp_path):
+    coco = coco_masks(tmp_path, [1])
+    Image.new("RGB", (50, 40), (255, 0, 0)).save(tmp_path / "images" / "0.png")
+    pixel_values = MaskTrainingSet(coco, size=16)[0]["pixel_values"]
+    expected = torch.tensor([(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225])
+    assert torch.allclose(pixel_values, expected[:, None, None].expand(3, 16, 16), atol=1e-5)
+
+
+def test_collate_pads_with_masks_that_are_not_valid(two_sets):
+    dataset = MaskTrainingSet(two_sets, size=32, max_masks=4, scale=(1, 1))
+    items = [dataset[i] for i in range(5)]
+    batch = collate(items)
+    assert batch.pixel_values.shape == (5, 3, 32, 32) and batch.pixel_values.dtype == torch.float32
+    assert batch.masks.shape == (5, 4, 32, 32) and batch.masks.dtype == torch.uint8
+    assert batch.valid.sum(1).tolist() == [1, 3, 4, 2, 4]
+    assert batch.image_ids == [0, 1, 10, 11, 12]
+    assert torch.equal(batch.masks.flatten(2).any(-1), batch.valid), "padding is empty, and nothing else is"
+    assert torch.equal(batch.masks[1, :3], items[1]["masks"])
+
+
+def test_batch_moves_to_a_device(two_sets):
+    batch = collate([MaskTrainingSet(two_sets, size=32)[0]]).to("meta", non_blocking=True)
+    assert isinstance(batch, Batch) and batch.image_ids == [0]
+    assert {batch.pixel_values.device.type, batch.masks.device.type, batch.valid.device.type} == {"meta"}
+
+
+def test_workers_that_live_on_hear_of_the_epoch(two_sets):
+    dataset = MaskTrainingSet(two_sets, size=32)
+    loader = DataLoader(dataset, batch_size=5, collate_fn=collate, num_workers=1, persistent_workers=True)
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        (batch,) = loader
+        assert torch.equal(batch.pixel_values[0], dataset[0]["pixel_values"])
+
+
+def test_nothing_to_train_on(tmp_path):
+    for datasets in ([], coco_masks(tmp_path, [0])):
+        with pytest.raises(ValueError, match="no image"):
+            MaskTrainingSet(datasets, size=32)

@@ -1,0 +1,226 @@
+"""Trains EfficientSAM for promptable masks on COCO-style json.
+
+    accelerate launch training/finetune_masks.py --config training/recipes/masks_ti_256.yaml
+    accelerate launch training/finetune_masks.py --train my/instances.json --model bundled --output_dir runs/mine
+
+A run that is started again in the same `--output_dir` goes on where it stopped. The result is `OUTPUT_DIR/model`,
+which `from_pretrained`, `efficientsam segment --model` and `training/evaluate_masks.py` take; the curve is beside it.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import get_cosine_schedule_with_warmup
+
+from hf_efficientsam import (
+    EfficientSamConfig,
+    EfficientSamImageProcessor,
+    EfficientSamModel,
+    EfficientSamProcessor,
+    EfficientSamVisionModel,
+    bundled_checkpoint,
+)
+from hf_efficientsam.training.batch import MaskTrainingSet, collate
+from hf_efficientsam.training.data.coco import CocoMasks
+from hf_efficientsam.training.data.synthetic import random_ellipses
+from hf_efficientsam.training.interactive import InteractiveSegmentation
+from hf_efficientsam.training.losses import MaskLoss
+from hf_efficientsam.training.runtime import Checkpoints, Curve, parse_recipe
+
+
+@dataclass(frozen=True)
+class Recipe:
+    train: list[str] = field(
+        default_factory=list,
+        metadata={"help": "COCO-style json files, images beside each; one named twice weighs double"},
+    )
+    output_dir: str = field(default="runs/masks", metadata={"help": "checkpoints, curve and the trained model"})
+    # What is trained: a whole model, or a new one around an encoder, or a new one.
+    model: str | None = field(default=None, metadata={"help": "start from this model (path or Hub name, or: bundled)"})
+    encoder: str | None = field(default=None, metadata={"help": "else start from this EfficientSamVisionModel"})
+    background_points: bool = field(default=True, metadata={"help": "a new model takes background points (label 0)"})
+    mask_prompts: bool = field(default=True, metadata={"help": "a new model takes mask prompts"})
+    position_scales: list[float] = field(
+        default_factory=lambda: [1.0, 2.0, 4.0, 8.0],
+        metadata={"help": "a new model's Fourier frequencies; see config"},
+    )
+    # Data.
+    image_size: int = field(default=512, metadata={"help": "side of the model input in pixels"})
+    crop_scale: float = field(default=0.3, metadata={"help": "smallest part of an image's area that a crop keeps"})
+    color_jitter: float = field(default=0.2, metadata={"help": "strength of brightness, contrast, saturation changes"})
+    max_masks: int = field(default=12, metadata={"help": "masks an image and step"})
+    batch_size: int = field(default=8, metadata={"help": "images a step and process"})
+    num_workers: int = field(default=1, metadata={"help": "processes that read images"})
+    # Prompts; see hf_efficientsam/training/interactive.py.
+    box_probability: float = field(default=0.5, metadata={"help": "share of first prompts that are a box alone"})
+    both_probability: float = field(default=0.1, metadata={"help": "share that are a box with clicks"})
+    corrections: int = field(default=1, metadata={"help": "rounds of correcting clicks"})
+    correction_probability: float = field(default=0.5, metadata={"help": "share of steps that have them"})
+    geometry_steps: int = field(
+        default=0,
+        metadata={"help": "first steps on random ellipses, encoder frozen: a new decoder learns what a box is"},
+    )
+    # Loss. SAM's is 20 : 1 : 1 without cross-entropy; a new decoder then stays at the empty mask for very long.
+    focal_weight: float = field(default=0.0, metadata={"help": "weight of the focal loss"})
+    dice_weight: float = field(default=1.0, metadata={"help": "weight of the dice loss"})
+    iou_weight: float = field(default=1.0, metadata={"help": "weight of the IoU head's squared error"})
+    balanced_bce_weight: float = field(default=2.0, metadata={"help": "weight of the balanced cross-entropy"})
+    loss_stride: int = field(default=2, metadata={"help": "masks are compared at this fraction of the input's side"})
+    # Optimisation.
+    steps: int = field(default=2000, metadata={"help": "optimiser steps"})
+    learning_rate: float = field(default=5e-4, metadata={"help": "peak of the cosine schedule"})
+    encoder_rate: float = field(default=0.5, metadata={"help": "the encoder's learning rate as a share of it"})
+    weight_decay: float = field(default=0.05, metadata={"help": "AdamW's"})
+    warmup_steps: int = field(default=100, metadata={"help": "linear warm-up"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
+    seed: int = field(default=0, metadata={"help": "of everything random"})
+    save_steps: int = field(default=200, metadata={"help": "a checkpoint every so many steps"})
+    log_steps: int = field(default=20, metadata={"help": "a point of the curve every so many steps"})
+
+    def __post_init__(self):
+        if not self.train:
+            raise SystemExit("finetune_masks: give --train at least one COCO-style json file.")
+
+
+def build_model(recipe: Recipe) -> EfficientSamModel:
+    if recipe.model is not None:
+        path = bundled_checkpoint() if recipe.model == "bundled" else recipe.model
+        return EfficientSamModel.from_pretrained(path, dtype=torch.float32)
+    prompt_encoder = {
+        "background_points": recipe.background_points,
+        "mask_prompts": recipe.mask_prompts,
+        "position_scales": recipe.position_scales,
+    }
+    if recipe.encoder is None:
+        return EfficientSamModel(EfficientSamConfig(prompt_encoder_config=prompt_encoder))
+    encoder = EfficientSamVisionModel.from_pretrained(recipe.encoder, dtype=torch.float32)
+    config = EfficientSamConfig(vision_config=encoder.config.to_dict(), prompt_encoder_config=prompt_encoder)
+    model = EfficientSamModel(config)
+    model.vision_encoder.load_state_dict(encoder.vision_encoder.state_dict())
+    return model
+
+
+def parameter_groups(model: EfficientSamModel, recipe: Recipe) -> list[dict]:
+    """Encoder and the rest, each with and without weight decay (none for biases, norms and embeddings)."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        in_encoder = name.startswith("vision_encoder.") and ".neck." not in name
+        decays = parameter.ndim > 1 and "embed" not in name and "token" not in name
+        groups.setdefault((in_encoder, decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": recipe.learning_rate * (recipe.encoder_rate if in_encoder else 1),
+            "weight_decay": recipe.weight_decay if decays else 0,
+        }
+        for (in_encoder, decays), parameters in groups.items()
+    ]
+
+
+def save_model(model: EfficientSamModel, recipe: Recipe) -> None:
+    model.config.vision_config.image_size = recipe.image_size
+    folder = Path(recipe.output_dir) / "model"
+    model.save_pretrained(folder)
+    size = {"height": recipe.image_size, "width": recipe.image_size}
+    EfficientSamProcessor(EfficientSamImageProcessor(size=size)).save_pretrained(folder)
+
+
+def main() -> None:
+    recipe = parse_recipe(Recipe, __doc__)
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
+    set_seed(recipe.seed)
+    model = build_model(recipe)
+    loss = MaskLoss(recipe.focal_weight, recipe.dice_weight, recipe.iou_weight, recipe.balanced_bce_weight)
+    task = InteractiveSegmentation(
+        model,
+        loss,
+        recipe.box_probability,
+        recipe.both_probability,
+        corrections=recipe.corrections,
+        correction_probability=recipe.correction_probability,
+        loss_stride=recipe.loss_stride,
+    )
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), betas=(0.9, 0.999))
+    schedule = get_cosine_schedule_with_warmup(optimizer, recipe.warmup_steps, recipe.steps)
+    sources = {path: CocoMasks(path) for path in dict.fromkeys(recipe.train)}
+    data = MaskTrainingSet(
+        [sources[path] for path in recipe.train],
+        recipe.image_size,
+        max_masks=recipe.max_masks,
+        scale=(recipe.crop_scale, 1.0),
+        color_jitter=recipe.color_jitter,
+        seed=recipe.seed,
+    )
+    loader = DataLoader(
+        data,
+        recipe.batch_size,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=collate,
+        num_workers=recipe.num_workers,
+        persistent_workers=recipe.num_workers > 0,
+    )
+    task, optimizer, loader = accelerator.prepare(task, optimizer, loader)
+    accelerator.register_for_checkpointing(schedule)  # a prepared one would step once for every process
+
+    checkpoints = Checkpoints(accelerator, Path(recipe.output_dir) / "checkpoints")
+    step = checkpoints.resume()
+    curve = Curve(Path(recipe.output_dir) / "curve.jsonl", step) if accelerator.is_main_process else None
+    progress = tqdm(total=recipe.steps, initial=step, disable=not accelerator.is_main_process, mininterval=5)
+    started, sums = time.perf_counter(), {}
+    task.train()
+    while step < recipe.steps:
+        epoch, position = divmod(step, len(loader))
+        data.set_epoch(epoch)
+        batches = accelerator.skip_first_batches(loader, position) if position else loader
+        batches.set_epoch(epoch)
+        for batch in batches:
+            generator = torch.Generator().manual_seed((recipe.seed + step) * 1009 + accelerator.process_index)
+            # The loss is a mean over the masks of all processes; DDP will average, so each counts as many times.
+            num_prompts = accelerator.reduce(batch.valid.sum()) / accelerator.num_processes
+            geometry = step < recipe.geometry_steps
+            masks = batch.masks
+            if geometry:
+                masks = random_ellipses(batch.valid.shape, recipe.image_size, generator).to(masks.device)
+            losses = task(batch.pixel_values, masks, batch.valid, generator, num_prompts, train_encoder=not geometry)
+            accelerator.backward(losses["loss"])
+            accelerator.clip_grad_norm_(task.parameters(), recipe.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            step += 1
+            progress.update()
+
+            sums = {name: sums.get(name, 0) + value.detach().item() for name, value in losses.items()}
+            if not torch.isfinite(losses["loss"]):
+                raise FloatingPointError(
+                    f"The loss is {losses['loss'].item()} at step {step}, images {batch.image_ids}; the newest checkpoint "
+                    f"is step {max(checkpoints.steps(), default=0)}. Lower --learning_rate and start again."
+                )
+            if step % recipe.log_steps == 0 or step == recipe.steps:
+                means = {name: round(value / recipe.log_steps, 5) for name, value in sums.items()}
+                sums = {}
+                if curve is not None:
+                    curve.add(
+                        step=step, **means, lr=schedule.get_last_lr()[0], seconds=round(time.perf_counter() - started)
+                    )
+                    progress.set_postfix(means)
+            if step % recipe.save_steps == 0 or step == recipe.steps:
+                checkpoints.save(step)
+                if accelerator.is_main_process:
+                    save_model(accelerator.unwrap_model(task).model, recipe)
+                    curve.plot(["loss", "dice", "iou", "lr"])
+            if step == recipe.steps:
+                break
+    progress.close()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
