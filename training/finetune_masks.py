@@ -23,6 +23,7 @@ from hf_efficientsam import (
     EfficientSamImageProcessor,
     EfficientSamModel,
     EfficientSamProcessor,
+    EfficientSamVisionConfig,
     EfficientSamVisionModel,
     bundled_checkpoint,
 )
@@ -41,13 +42,14 @@ class Recipe:
         metadata={"help": "COCO-style json files, images beside each; one named twice weighs double"},
     )
     output_dir: str = field(default="runs/masks", metadata={"help": "checkpoints, curve and the trained model"})
-    # What is trained: a whole model, or a new one around an encoder, or a new one.
-    model: str | None = field(default=None, metadata={"help": "start from this model (path or Hub name, or: bundled)"})
-    encoder: str | None = field(default=None, metadata={"help": "else start from this EfficientSamVisionModel"})
+    model: str | None = field(
+        default=None, metadata={"help": "start from this model (path or Hub name, or: bundled); else from a new Ti"}
+    )
+    encoder: str | None = field(default=None, metadata={"help": "with the encoder of this EfficientSamVisionModel"})
     background_points: bool = field(default=True, metadata={"help": "a new model takes background points (label 0)"})
     mask_prompts: bool = field(default=True, metadata={"help": "a new model takes mask prompts"})
     position_scales: list[float] = field(
-        default_factory=lambda: [1.0, 2.0, 4.0, 8.0],
+        default_factory=lambda: [1.0, 1.0, 2.0],
         metadata={"help": "a new model's Fourier frequencies; see config"},
     )
     # Data.
@@ -91,18 +93,18 @@ class Recipe:
 def build_model(recipe: Recipe) -> EfficientSamModel:
     if recipe.model is not None:
         path = bundled_checkpoint() if recipe.model == "bundled" else recipe.model
-        return EfficientSamModel.from_pretrained(path, dtype=torch.float32)
-    prompt_encoder = {
-        "background_points": recipe.background_points,
-        "mask_prompts": recipe.mask_prompts,
-        "position_scales": recipe.position_scales,
-    }
-    if recipe.encoder is None:
-        return EfficientSamModel(EfficientSamConfig(prompt_encoder_config=prompt_encoder))
-    encoder = EfficientSamVisionModel.from_pretrained(recipe.encoder, dtype=torch.float32)
-    config = EfficientSamConfig(vision_config=encoder.config.to_dict(), prompt_encoder_config=prompt_encoder)
-    model = EfficientSamModel(config)
-    model.vision_encoder.load_state_dict(encoder.vision_encoder.state_dict())
+        model = EfficientSamModel.from_pretrained(path, dtype=torch.float32)
+    else:
+        vision = {} if recipe.encoder is None else EfficientSamVisionConfig.from_pretrained(recipe.encoder).to_dict()
+        prompt_encoder = {
+            "background_points": recipe.background_points,
+            "mask_prompts": recipe.mask_prompts,
+            "position_scales": recipe.position_scales,
+        }
+        model = EfficientSamModel(EfficientSamConfig(vision_config=vision, prompt_encoder_config=prompt_encoder))
+    if recipe.encoder is not None:
+        encoder = EfficientSamVisionModel.from_pretrained(recipe.encoder, dtype=torch.float32)
+        model.vision_encoder.load_state_dict(encoder.vision_encoder.state_dict())
     return model
 
 
@@ -208,7 +210,10 @@ def main() -> None:
                 sums = {}
                 if curve is not None:
                     curve.add(
-                        step=step, **means, lr=schedule.get_last_lr()[0], seconds=round(time.perf_counter() - started)
+                        step=step,
+                        **means,
+                        lr=max(schedule.get_last_lr()),
+                        seconds=round(time.perf_counter() - started),
                     )
                     progress.set_postfix(means)
             if step % recipe.save_steps == 0 or step == recipe.steps:

@@ -525,8 +525,8 @@ class EfficientSamAttention(nn.Module):
         implementation = self.config._attn_implementation
         if attention_mask is not None:
             attention_mask = attention_mask.flatten(0, 1).unsqueeze(1)  # [B * Q, 1, 1, Lk]
-            if "flash" in implementation:
-                implementation = "sdpa"  # flash kernels take no mask of single keys; the token side is small
+            if "flash" in implementation or "flex" in implementation:
+                implementation = "sdpa"  # these take no mask of single keys as it is; the token side is small
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         return attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
 
@@ -742,6 +742,17 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.vision_encoder.get_input_embeddings()
 
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
+        """As transformers'; one name for the whole model reaches the mask decoder too."""
+        if isinstance(attn_implementation, dict):
+            return super().set_attn_implementation(attn_implementation, **kwargs)
+        # Prompt encoder and mask decoder are no PreTrainedModels: transformers would warn that it sets their configs
+        # unchecked. What the whole model supports they support, and that is checked here.
+        super().set_attn_implementation({"": attn_implementation}, **kwargs)
+        self.vision_encoder.set_attn_implementation(attn_implementation, **kwargs)
+        for config in (self.config.prompt_encoder_config, self.config.mask_decoder_config):
+            config._attn_implementation = self.config._attn_implementation
+
     def get_image_embeddings(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> torch.FloatTensor:
@@ -802,6 +813,10 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         """
         if (pixel_values is None) == (image_embeddings is None):
             raise ValueError("Give exactly one of pixel_values and image_embeddings.")
+        for name in ("original_sizes", "reshaped_input_sizes"):  # of the processor, for its post-processing alone
+            kwargs.pop(name, None)
+        for name in ("output_attentions", "output_hidden_states"):  # the parts do not see this config
+            kwargs.setdefault(name, getattr(self.config, name))
         vision_output = EfficientSamVisionOutput(last_hidden_state=image_embeddings)
         if pixel_values is not None:
             vision_output = self.vision_encoder(pixel_values, **kwargs)
@@ -826,7 +841,7 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         )
         image = image.flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, N, C]
         if dense_prompt is not None:
-            image = image + dense_prompt
+            image = image + dense_prompt.to(image.device)
         pred_masks, iou_scores = self.mask_decoder(
             image,
             self.prompt_encoder.position_embedding.grid(*grid_size).to(image.device),

@@ -11,7 +11,6 @@ import yaml
 from accelerate import Accelerator
 from transformers import HfArgumentParser
 
-
 Recipe = TypeVar("Recipe")
 
 
@@ -28,24 +27,29 @@ def parse_recipe(recipe_class: type[Recipe], description: str, arguments: list[s
     config_parser = argparse.ArgumentParser(add_help=False)
     config_parser.add_argument("--config", type=Path)
     parser.add_argument("--config", metavar="FILE.yaml", help="values for the options above")
-    config, rest = config_parser.parse_known_args(arguments)
-    if config.config is not None:
-        parser.set_defaults(**_read_yaml(parser, config.config, {f.name for f in dataclasses.fields(recipe_class)}))
-    return parser.parse_args_into_dataclasses(rest)[0]
+    config, given = config_parser.parse_known_args(arguments)
+    names = {f.name for f in dataclasses.fields(recipe_class)}
+    from_file = [] if config.config is None else _read_yaml(parser, config.config, names)
+    values = vars(parser.parse_args(from_file + given))
+    return recipe_class(**{name: values[name] for name in names})
 
 
-def _read_yaml(parser: argparse.ArgumentParser, path: Path, names: set[str]) -> dict:
+def _read_yaml(parser: argparse.ArgumentParser, path: Path, names: set[str]) -> list[str]:
+    """The file as command-line arguments, so that argparse converts and checks both alike; null is the default."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         parser.error(f"--config: {path} cannot be read ({error.strerror}).")
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         parser.error(f"--config: {path} is not YAML: {' '.join(str(error).split())}")
     if not isinstance(values, dict) or not values.keys() <= names:
-        unknown = sorted(values.keys() - names) if isinstance(values, dict) else "no `name: value` lines"
+        unknown = sorted(map(str, values.keys() - names)) if isinstance(values, dict) else "no `name: value` lines"
         parser.error(f"--config: {path} has {unknown}; the names are {', '.join(sorted(names))}.")
-    # argparse converts strings as it does on the command line (YAML reads 1e-4 as one), and leaves lists alone.
-    return {name: value if isinstance(value, list | bool) else str(value) for name, value in values.items()}
+    arguments = []
+    for name, value in values.items():
+        if value is not None:
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return arguments
 
 
 class Checkpoints:

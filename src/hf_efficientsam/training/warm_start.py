@@ -21,6 +21,11 @@ def select_weights(teacher: nn.Module, student: EfficientSamVisionEncoder) -> No
         ValueError: if the two do not fit.
     """
     ours, theirs = student.config, teacher.config
+    if theirs.model_type != "dinov2" or theirs.use_swiglu_ffn or not theirs.qkv_bias:
+        raise ValueError(
+            f"The teacher is not built like the student (model type {theirs.model_type}); choose a teacher that is a "
+            "Dinov2Model with plain MLPs and biases."
+        )
     step = theirs.hidden_size // ours.hidden_size
     if (
         theirs.hidden_size != step * ours.hidden_size

@@ -1,0 +1,168 @@
+"""Draws masks and the prompts that led to them over a picture. Needs only PIL and numpy."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+
+# Told apart with every kind of colour vision, and against most photographs; after eight objects they start again.
+PALETTE = (
+    (0, 140, 255),  # blue
+    (255, 176, 0),  # amber
+    (220, 38, 127),  # magenta
+    (0, 190, 150),  # bluish green
+    (240, 228, 66),  # yellow
+    (120, 94, 240),  # violet
+    (254, 97, 0),  # orange
+    (150, 220, 255),  # pale blue
+)
+FOREGROUND_COLOR, BACKGROUND_COLOR = (0, 158, 60), (214, 20, 40)
+OPACITY = 0.45  # of the fill
+
+
+def draw_masks(
+    image: Image.Image,
+    masks,
+    points: Sequence | None = None,
+    labels: Sequence | None = None,
+    boxes: Sequence | None = None,
+    scores: Sequence[float] | None = None,
+) -> Image.Image:
+    """
+    Lays each mask over the picture in a colour of its own, with an outline, its prompts, and a tag with its number
+    (where there are several) and score (where given). Lines and text grow with the picture.
+
+    Coordinates are (x, y) in pixels of `image`, x to the right and y down. N objects, drawn in order.
+
+    Args:
+        image: the picture, upright (an EXIF tag is not looked at); any mode that PIL converts to RGB.
+        masks: N masks of the picture's height and width, true or above 0 inside; arrays or tensors.
+        points: for each object a list of its points (x, y), or `None`.
+        labels: for each object a list of its points' labels: 1 on the object (circle), 0 on the background (cross),
+            negative for a point to be left out. Without labels every point is on the object.
+        boxes: for each object its box (x1, y1, x2, y2), or `None`.
+        scores: for each object its score.
+
+    Returns:
+        A new RGB picture of the same size.
+
+    Raises:
+        ValueError: if a mask is not of the picture's size, or there is not one entry for each mask.
+    """
+    masks = [np.asarray(mask) > 0 for mask in masks]
+    for mask in masks:
+        if mask.shape != (image.height, image.width):
+            raise ValueError(
+                f"A mask has shape {mask.shape}, but the image is {image.height} pixels high and {image.width} wide; "
+                "masks are [N, height, width]."
+            )
+    for name, values in {"points": points, "labels": labels, "boxes": boxes, "scores": scores}.items():
+        if values is not None and len(values) != len(masks):
+            raise ValueError(f"There are {len(masks)} masks but {name} for {len(values)} objects; give one for each.")
+
+    width = line_width(image.size)
+    image = image.convert("RGB")
+    for i, mask in enumerate(masks):
+        _draw_mask(image, mask, color_of(i), width)
+    draw = ImageDraw.Draw(image)
+    for i, box in enumerate(boxes or []):
+        if box is not None and len(box):
+            draw.rectangle([round(float(x)) for x in box], outline=color_of(i), width=width)
+    for i, mask in enumerate(masks):
+        parts = [str(i + 1)] if len(masks) > 1 else []
+        parts += [f"{float(scores[i]):.2f}"] if scores is not None else []
+        if parts and mask.any():
+            _draw_tag(draw, "  ".join(parts), _top_of(mask), color_of(i), image.size)
+    for i, prompt in enumerate(points or []):  # last, as they are small and must stay visible
+        for k, point in enumerate(prompt if prompt is not None else []):
+            label = 1 if labels is None else int(labels[i][k])
+            if label >= 0:
+                _draw_point(image, point, label, radius=3 * width + 1)
+    return image
+
+
+def color_of(index: int) -> tuple[int, int, int]:
+    return PALETTE[index % len(PALETTE)]
+
+
+def line_width(size: tuple[int, int]) -> int:
+    """Width in pixels of an outline that looks the same on pictures of any (width, height)."""
+    return max(1, round(max(size) / 280))
+
+
+def _draw_mask(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int], width: int) -> None:
+    """Fill and outline, in place. Only the mask's surroundings are touched, so many small masks are cheap."""
+    if not mask.any():
+        return
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    margin = 4 * width
+    left, top = max(0, columns[0] - margin), max(0, rows[0] - margin)
+    right, bottom = min(mask.shape[1], columns[-1] + 1 + margin), min(mask.shape[0], rows[-1] + 1 + margin)
+    inside = mask[top:bottom, left:right]
+
+    # A blurred step is a function of the distance to the edge; its inverse (that of the logistic curve is close
+    # enough) gives the distance in pixels, positive inside, and with it an outline with soft rather than jagged edges.
+    blurred = Image.fromarray(inside.astype(np.uint8) * 255).filter(ImageFilter.GaussianBlur(width))
+    step = np.asarray(blurred, dtype=np.float32) / 255
+    step = step.clip(1 / 512, 1 - 1 / 512)
+    distance = width * np.log(step / (1 - step)) / 1.7
+    line = (width / 2 + 0.5 - np.abs(distance)).clip(0, 1)[..., None]
+    halo = (width + 0.5 - np.abs(distance)).clip(0, 1)[..., None] * 0.6
+
+    area = (int(left), int(top), int(right), int(bottom))
+    pixels = np.asarray(image.crop(area), dtype=np.float32)
+    pixels = np.where(inside[..., None], (1 - OPACITY) * pixels + OPACITY * np.float32(color), pixels)
+    pixels = (1 - halo) * pixels + halo * 255
+    pixels = (1 - line) * pixels + line * np.float32(color)
+    image.paste(Image.fromarray(pixels.round().astype(np.uint8)), area[:2])
+
+
+def _top_of(mask: np.ndarray) -> tuple[int, int]:
+    """(x, y) of the middle pixel of a mask's first row."""
+    row = int(mask.any(axis=1).argmax())
+    columns = np.flatnonzero(mask[row])
+    return int(columns[len(columns) // 2]), row
+
+
+def _draw_tag(draw: ImageDraw.ImageDraw, text: str, anchor: tuple[int, int], color, size: tuple[int, int]) -> None:
+    """Text on a rounded patch that stands on `anchor`, moved where it would leave the picture."""
+    height = max(9, round(max(size) / 36))
+    font = ImageFont.load_default(size=height)
+    pad = height // 3
+    text_left, text_top, text_right, text_bottom = draw.textbbox((0, 0), text, font=font)
+    tag_width, tag_height = text_right - text_left + 2 * pad, text_bottom - text_top + 2 * pad
+    left = max(0, min(anchor[0] - tag_width // 2, size[0] - tag_width))
+    top = max(0, min(anchor[1] - tag_height // 2, size[1] - tag_height))
+    draw.rounded_rectangle((left, top, left + tag_width, top + tag_height), radius=pad, fill=color)
+    luminance = np.dot(color, (0.299, 0.587, 0.114))
+    ink = "black" if luminance > 110 else "white"
+    draw.text((left + pad - text_left, top + pad - text_top), text, font=font, fill=ink)
+
+
+def _draw_point(image: Image.Image, point, label: int, radius: int) -> None:
+    """A green circle on the object or a red cross on the background, both ringed with white."""
+
+    def circle(draw: ImageDraw.ImageDraw, unit: float) -> None:
+        draw.ellipse((0, 0, 2 * unit, 2 * unit), fill="white")
+        draw.ellipse((0.28 * unit, 0.28 * unit, 1.72 * unit, 1.72 * unit), fill=FOREGROUND_COLOR)
+
+    def cross(draw: ImageDraw.ImageDraw, unit: float) -> None:
+        for start, thickness, color in ((0.16, 0.85, "white"), (0.36, 0.4, BACKGROUND_COLOR)):
+            near, far = start * unit, (2 - start) * unit
+            for line in ((near, near, far, far), (near, far, far, near)):
+                draw.line(line, fill=color, width=round(thickness * unit))
+
+    stamp = _stamp(circle if label else cross, 2 * radius + 1)
+    # Pixel p covers p to p + 1, so its index is the coordinate rounded down.
+    image.paste(stamp, (int(point[0]) - radius, int(point[1]) - radius), stamp)
+
+
+def _stamp(draw_shape: Callable, side: int, enlarge: int = 8) -> Image.Image:
+    """A small RGBA picture, drawn large and shrunk so that its edges are smooth."""
+    large = Image.new("RGBA", (side * enlarge, side * enlarge), (255, 255, 255, 0))
+    draw_shape(ImageDraw.Draw(large), (side * enlarge - 1) / 2)
+    return large.resize((side, side), Image.Resampling.BOX)
+
+
+__all__ = ["draw_masks"]

@@ -1,0 +1,283 @@
+"""The scripts in `training/`, run as a user does, on tiny models and a handful of images."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+from transformers import Dinov2Config, Dinov2Model
+
+from hf_efficientsam import (
+    EfficientSamConfig,
+    EfficientSamImageProcessor,
+    EfficientSamModel,
+    EfficientSamProcessor,
+    EfficientSamVisionModel,
+)
+
+TRAINING = Path(__file__).resolve().parents[1] / "training"
+SIZE = 64  # of the model input
+STEPS, SAVE_STEPS = 7, 3  # epochs have 2 steps: checkpoints lie within them and between them
+
+pytestmark = pytest.mark.slow  # every run of a script begins with importing torch and transformers
+
+
+def command(script: str, *arguments) -> list[str]:
+    return [sys.executable, str(TRAINING / f"{script}.py"), *map(str, arguments)]
+
+
+def environment() -> dict:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(script: str, *arguments, code: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run(command(script, *arguments), env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory) -> Path:
+    """A json of 5 images with 1 to 5 objects each: bright rectangles and discs on a dark ground."""
+    folder = tmp_path_factory.mktemp("coco")
+    (folder / "images").mkdir()
+    images, annotations = [], []
+    for i in range(5):
+        width, height = 60 + 8 * i, 80 - 6 * i
+        image = Image.new("RGB", (width, height), (20, 10 * i, 40))
+        draw = ImageDraw.Draw(image)
+        for n in range(i + 1):
+            left, top = 2 + 9 * n, 3 + 7 * n
+            right, bottom = left + 12 + i, top + 20
+            draw.rectangle((left, top, right - 1, bottom - 1), fill=(250 - 30 * n, 200, 60 * n))
+            polygon = [left, top, right, top, right, bottom, left, bottom]
+            annotations.append(
+                {"id": len(annotations) + 1, "image_id": i, "segmentation": [polygon], "iscrowd": 0, "category_id": 1}
+            )
+        image.save(folder / "images" / f"{i}.jpg")
+        images.append({"id": i, "file_name": f"{i}.jpg", "width": width, "height": height})
+    (folder / "masks.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_channels": 32}
+    decoder = {"hidden_size": 32, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
+    config = EfficientSamConfig(
+        vision_config={**vision, "image_size": SIZE, "pretrain_image_size": SIZE},
+        prompt_encoder_config={"hidden_size": 32, "background_points": True, "mask_prompts": True},
+        mask_decoder_config={**decoder, "upscaling_channels": [8, 4]},
+    )
+    EfficientSamModel(config).half().save_pretrained(folder)  # half precision, as the bundled one
+    EfficientSamProcessor(EfficientSamImageProcessor(size=SIZE)).save_pretrained(folder)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------ finetune_masks
+
+
+@pytest.fixture(scope="module")
+def finetune(coco, tiny_model, tmp_path_factory) -> list:
+    """Arguments of a tiny run, part of them in a recipe file."""
+    recipe = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    recipe.write_text(
+        f"train: {coco / 'masks.json'}\nimage_size: {SIZE}\nbatch_size: 2\nmax_masks: 3\nsteps: {STEPS}\n"
+        "warmup_steps: 2\nlearning_rate: 1e-3\ngeometry_steps: 2\nlog_steps: 1\n"
+    )
+    return ["--config", recipe, "--model", tiny_model, "--save_steps", SAVE_STEPS]
+
+
+@pytest.fixture(scope="module")
+def finetuned(finetune, tmp_path_factory) -> Path:
+    """The output folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("finetuned")
+    run("finetune_masks", *finetune, "--output_dir", folder)
+    return folder
+
+
+def read_curve(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_finetune_writes_a_model_a_processor_and_a_curve(finetuned, tiny_model):
+    model, info = EfficientSamModel.from_pretrained(finetuned / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.dtype == torch.float32 and model.config.vision_config.image_size == SIZE
+    before = EfficientSamModel.from_pretrained(tiny_model, dtype=torch.float32).state_dict()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert "vision_encoder.layers.0.mlp.fc1.weight" in changed
+    assert "prompt_encoder.box_top_left_embed.weight" in changed
+    assert "prompt_encoder.position_embedding.frequencies" not in changed
+
+    size = EfficientSamProcessor.from_pretrained(finetuned / "model").image_processor.size
+    assert (size.height, size.width) == (SIZE, SIZE)
+    curve = read_curve(finetuned)
+    assert [row["step"] for row in curve] == list(range(1, STEPS + 1))
+    assert all(row["loss"] > 0 for row in curve)
+    assert (finetuned / "curve.png").read_bytes().startswith(b"\x89PNG")
+    kept = sorted(path.name for path in (finetuned / "checkpoints").iterdir())
+    assert kept == [f"step_{SAVE_STEPS * 2:08d}", f"step_{STEPS:08d}"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_killed_and_resumed_run_ends_as_one_that_was_not(finetune, finetuned, tmp_path, num_workers):
+    arguments = [*finetune, "--output_dir", tmp_path, "--num_workers", num_workers]
+    first = tmp_path / "checkpoints" / f"step_{SAVE_STEPS:08d}"
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            command("finetune_masks", *arguments), env=environment(), stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 200
+        while not first.is_dir():
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.005)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    # Half a checkpoint, as if the kill had struck while the next one was written.
+    writing = tmp_path / "checkpoints" / "writing"
+    writing.mkdir(exist_ok=True)
+    (writing / "model.safetensors").write_bytes(b"half of")
+    done = [path.name for path in (tmp_path / "checkpoints").glob("step_*")]
+    assert f"step_{STEPS:08d}" not in done, "the run was over before it could be killed"
+
+    run("finetune_masks", *arguments)
+    assert read_curve(tmp_path) == read_curve(finetuned)
+    resumed, expected = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path, finetuned))
+    assert resumed.keys() == expected.keys()
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    assert not writing.exists()
+
+
+def test_a_finished_run_has_nothing_left_to_do(finetune, finetuned):
+    weights = (finetuned / "model" / "model.safetensors").read_bytes()
+    curve = read_curve(finetuned)
+    run("finetune_masks", *finetune, "--output_dir", finetuned)
+    assert (finetuned / "model" / "model.safetensors").read_bytes() == weights
+    assert read_curve(finetuned) == curve
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("stepz: 3\n", "['stepz']; the names are"),
+        ("steps: [1\n", "is not YAML"),
+        ("steps: many\n", "invalid int value: 'many'"),
+        (None, "cannot be read"),
+    ],
+)
+def test_finetune_refuses_a_bad_config_in_one_sentence(tmp_path, text, sentence):
+    path = tmp_path / "recipe.yaml"
+    if text is not None:
+        path.write_text(text)
+    error = run("finetune_masks", "--config", path, "--output_dir", tmp_path / "run", code=2).stderr
+    assert sentence in error.splitlines()[-1] and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_finetune_asks_for_data(tmp_path):
+    done = subprocess.run(command("finetune_masks"), env=environment(), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1] == "finetune_masks: give --train at least one COCO-style json file."
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------ evaluate_masks
+
+
+def test_evaluate(coco, tiny_model, tmp_path):
+    output, picture = tmp_path / "new" / "metrics.json", tmp_path / "cases.png"
+    table = run(
+        "evaluate_masks", "--model", tiny_model, "--annotations", coco / "masks.json", "--output", output,
+        "--picture", picture,
+    ).stdout  # fmt: skip
+    report = json.loads(output.read_text())
+    assert (report["images"], report["masks"]) == (5, 15)
+    assert report["input_size"] == {"height": SIZE, "width": SIZE}
+    assert report["protocol"] and report["versions"]["torch"] == torch.__version__.split("+")[0]
+    results = report["results"]
+    assert set(results) == {"box", "click1", "click3", "click5", "baseline"}
+    assert results["baseline"]["filled_box"]["all"] == {"miou": 1.0, "count": 15}  # every object is a rectangle
+    assert 0.7 < results["baseline"]["ellipse"]["all"]["miou"] < 0.85  # pi / 4, and pixels
+    assert set(results["box"]) == {"confident", "best", "single"}
+    for prompt in ("box", "click1", "click3", "click5"):
+        assert 0 <= results[prompt]["confident"]["all"]["miou"] <= results[prompt]["best"]["all"]["miou"] <= 1
+    assert f"{results['box']['confident']['all']['miou']:.4f}" in table
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_repeats_itself_whatever_else_is_asked(coco, tiny_model, tmp_path):
+    def numbers(*arguments):
+        run(
+            "evaluate_masks", "--model", tiny_model, "--annotations", coco / "masks.json", "--images",
+            coco / "images", "--limit", 3, "--output", tmp_path / "out.json", *arguments,
+        )  # fmt: skip
+        return json.loads((tmp_path / "out.json").read_text())
+
+    both, one = numbers("--prompts", "click3", "box"), numbers("--prompts", "click3")
+    assert (one["images"], one["masks"]) == (3, 6)
+    assert both["results"]["click3"] == one["results"]["click3"]
+    assert numbers("--prompts", "click3", "--seed", 1)["results"] != one["results"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "Give --annotations"),
+        (["--annotations", "absent.json"], "There is no annotation file absent.json"),
+        (["--annotations", "COCO", "--prompts", "circle"], "The prompt 'circle' is unknown"),
+        (["--annotations", "COCO", "--limit", "0"], "There is no mask to evaluate"),
+        (["--annotations", "COCO", "--images", "elsewhere"], "which is not in elsewhere"),
+        (["--annotations", "COCO", "--prompts", "click1", "--picture", "a.png"], "add box to --prompts"),
+        (["--annotations", "COCO", "--model", "VISION"], "is no whole EfficientSamModel"),
+    ],
+)
+def test_evaluate_refuses_bad_input_in_one_sentence(coco, tiny_model, tmp_path, arguments, sentence):
+    if "VISION" in arguments:  # the kind of directory that distill_encoder writes, with a processor
+        EfficientSamVisionModel(EfficientSamModel.from_pretrained(tiny_model).config.vision_config).save_pretrained(
+            tmp_path
+        )
+        EfficientSamProcessor.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    places = {"COCO": coco / "masks.json", "VISION": tmp_path}
+    error = run("evaluate_masks", *(places.get(argument, argument) for argument in arguments), code=2).stderr
+    assert sentence in error.splitlines()[-1] and "Traceback" not in error
+
+
+# ----------------------------------------------------------------------------------------- distill_encoder
+
+
+def test_distill_writes_an_encoder_that_finetune_takes(coco, tmp_path):
+    torch.manual_seed(0)
+    teacher = Dinov2Config(hidden_size=192, num_attention_heads=3, num_hidden_layers=12, image_size=56, patch_size=14)
+    Dinov2Model(teacher).save_pretrained(tmp_path / "teacher")
+    run(
+        "distill_encoder", "--teacher", tmp_path / "teacher", "--images", coco / "images", "--output_dir",
+        tmp_path / "encoder", "--steps", 2, "--batch_size", 2, "--warmup_steps", 1,
+    )  # fmt: skip
+    encoder, info = EfficientSamVisionModel.from_pretrained(tmp_path / "encoder", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    curve = json.loads((tmp_path / "encoder" / "curve.json").read_text())
+    assert [row["step"] for row in curve] == [1, 2] and all(row["loss"] > 0 for row in curve)
+
+    run(
+        "finetune_masks", "--train", coco / "masks.json", "--encoder", tmp_path / "encoder", "--output_dir",
+        tmp_path / "run", "--image_size", SIZE, "--batch_size", 2, "--steps", 1, "--num_workers", 0,
+        "--geometry_steps", 1,
+    )  # fmt: skip
+    model = EfficientSamModel.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.prompt_encoder_config.background_points and model.config.prompt_encoder_config.mask_prompts
+    # A step of geometry leaves the encoder as it was distilled.
+    ours, distilled = model.vision_encoder.layers, encoder.vision_encoder.layers
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), distilled.parameters(), strict=True))

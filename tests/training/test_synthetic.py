@@ -1,0 +1,51 @@
+import math
+
+import pytest
+import torch
+
+from hf_efficientsam.training.data.synthetic import random_ellipses
+from hf_efficientsam.training.prompts import boxes_from_masks
+
+
+def ellipses(*shape, size=64, seed=0):
+    return random_ellipses(shape, size, torch.Generator().manual_seed(seed))
+
+
+def test_shape_and_values():
+    masks = ellipses(2, 3, size=32)
+    assert masks.shape == (2, 3, 32, 32) and masks.dtype == torch.uint8
+    assert masks.unique().tolist() == [0, 1]
+
+
+def test_randomness_comes_from_the_generator_alone():
+    first = ellipses(4, seed=1)
+    torch.rand(3)
+    assert torch.equal(first, ellipses(4, seed=1))
+    assert not torch.equal(first, ellipses(4, seed=2))
+
+
+@pytest.mark.parametrize("size", [2, 16])
+def test_never_empty(size):
+    assert ellipses(300, size=size).flatten(1).any(1).all()
+
+
+def test_they_are_ellipses_of_many_sizes_and_proportions():
+    masks = ellipses(400, size=128)
+    boxes = boxes_from_masks(masks)
+    inside = (boxes[:, :2] > 0).all(1) & (boxes[:, 2:] < 128).all(1)  # not cut off by the border
+    width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
+    large = inside & (width > 20) & (height > 20)
+    assert large.sum() > 30
+    filled = masks[large].sum((1, 2)) / (width * height)[large]
+    assert filled.mean().item() == pytest.approx(math.pi / 4, abs=0.01)
+    assert (filled - math.pi / 4).abs().max() < 0.06
+    assert (width < 20).any() and (width > 90).any()
+    assert (width > 3 * height).any() and (height > 3 * width).any()
+    assert not inside.all()  # some reach beyond the image
+
+
+def test_x_and_y_are_drawn_alike():
+    masks = ellipses(600, size=64).float()
+    columns, rows = masks.mean((0, 1)), masks.mean((0, 2))
+    assert (columns - rows).abs().max() < 0.06
+    assert torch.allclose(columns, columns.flip(0), atol=0.08)
