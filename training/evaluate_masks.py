@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from tqdm.auto import tqdm
 
-from hf_efficientsam import EfficientSamModel, EfficientSamProcessor, bundled_checkpoint
+from hf_efficientsam import EfficientSamModel, EfficientSamProcessor
+from hf_efficientsam.cli import find_checkpoint, load_model
 from hf_efficientsam.training.data.coco import CocoMasks, decode
 from hf_efficientsam.training.evaluation import PROTOCOL, ImagePredictor, evaluate_image, num_clicks
 from hf_efficientsam.training.metrics import MeanIoU
@@ -56,13 +57,8 @@ def load(recipe: Recipe) -> tuple[EfficientSamModel, EfficientSamProcessor, Coco
     dataset = CocoMasks(recipe.annotations, recipe.images)
     if not len(dataset) or (recipe.limit is not None and recipe.limit < 1):
         raise ValueError(f"There is no mask to evaluate in {recipe.annotations} with --limit {recipe.limit}.")
-    path = bundled_checkpoint() if recipe.model == "bundled" else recipe.model
-    processor = EfficientSamProcessor.from_pretrained(path)
-    model, info = EfficientSamModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"{path} is no whole EfficientSamModel: it lacks {len(info['missing_keys'])} of its weights.")
-    device = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.eval().to(device), processor, dataset
+    model, processor = load_model(find_checkpoint(None if recipe.model == "bundled" else recipe.model))
+    return model if recipe.device is None else model.to(recipe.device), processor, dataset
 
 
 def print_table(results: dict) -> None:
@@ -97,7 +93,7 @@ def main() -> None:
     recipe = parse_recipe(Recipe, __doc__)
     try:
         model, processor, dataset = load(recipe)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         print(f"evaluate_masks: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

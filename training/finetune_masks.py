@@ -7,13 +7,16 @@ A run that is started again in the same `--output_dir` goes on where it stopped.
 which `from_pretrained`, `efficientsam segment --model` and `training/evaluate_masks.py` take; the curve is beside it.
 """
 
+import math
+import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
@@ -48,9 +51,8 @@ class Recipe:
     encoder: str | None = field(default=None, metadata={"help": "with the encoder of this EfficientSamVisionModel"})
     background_points: bool = field(default=True, metadata={"help": "a new model takes background points (label 0)"})
     mask_prompts: bool = field(default=True, metadata={"help": "a new model takes mask prompts"})
-    position_scales: list[float] = field(
-        default_factory=lambda: [1.0, 1.0, 2.0],
-        metadata={"help": "a new model's Fourier frequencies; see config"},
+    position_init: str = field(
+        default="axes", metadata={"help": "a new model's Fourier frequencies: gaussian or axes"}
     )
     # Data.
     image_size: int = field(default=512, metadata={"help": "side of the model input in pixels"})
@@ -85,10 +87,6 @@ class Recipe:
     save_steps: int = field(default=200, metadata={"help": "a checkpoint every so many steps"})
     log_steps: int = field(default=20, metadata={"help": "a point of the curve every so many steps"})
 
-    def __post_init__(self):
-        if not self.train:
-            raise SystemExit("finetune_masks: give --train at least one COCO-style json file.")
-
 
 def build_model(recipe: Recipe) -> EfficientSamModel:
     if recipe.model is not None:
@@ -99,7 +97,7 @@ def build_model(recipe: Recipe) -> EfficientSamModel:
         prompt_encoder = {
             "background_points": recipe.background_points,
             "mask_prompts": recipe.mask_prompts,
-            "position_scales": recipe.position_scales,
+            "position_init": recipe.position_init,
         }
         model = EfficientSamModel(EfficientSamConfig(vision_config=vision, prompt_encoder_config=prompt_encoder))
     if recipe.encoder is not None:
@@ -135,13 +133,23 @@ def save_model(model: EfficientSamModel, recipe: Recipe) -> None:
 
 def main() -> None:
     recipe = parse_recipe(Recipe, __doc__)
-    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
+    accelerator = Accelerator(
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        # Which parts a step uses (mask token 0 or the other three, the mask prompts) is drawn by chance.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
     set_seed(recipe.seed)
-    model = build_model(recipe)
-    loss = MaskLoss(recipe.focal_weight, recipe.dice_weight, recipe.iou_weight, recipe.balanced_bce_weight)
+    try:
+        sources = {path: CocoMasks(path) for path in dict.fromkeys(recipe.train)}
+        model = build_model(recipe)
+        if not sources:
+            raise ValueError("Give --train at least one COCO-style json file.")
+    except (OSError, ValueError) as error:
+        print(f"finetune_masks: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     task = InteractiveSegmentation(
         model,
-        loss,
+        MaskLoss(recipe.focal_weight, recipe.dice_weight, recipe.iou_weight, recipe.balanced_bce_weight),
         recipe.box_probability,
         recipe.both_probability,
         corrections=recipe.corrections,
@@ -150,7 +158,6 @@ def main() -> None:
     )
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe), betas=(0.9, 0.999))
     schedule = get_cosine_schedule_with_warmup(optimizer, recipe.warmup_steps, recipe.steps)
-    sources = {path: CocoMasks(path) for path in dict.fromkeys(recipe.train)}
     data = MaskTrainingSet(
         [sources[path] for path in recipe.train],
         recipe.image_size,
@@ -171,11 +178,12 @@ def main() -> None:
     task, optimizer, loader = accelerator.prepare(task, optimizer, loader)
     accelerator.register_for_checkpointing(schedule)  # a prepared one would step once for every process
 
-    checkpoints = Checkpoints(accelerator, Path(recipe.output_dir) / "checkpoints")
+    output = Path(recipe.output_dir)
+    checkpoints = Checkpoints(accelerator, output / "checkpoints")
     step = checkpoints.resume()
-    curve = Curve(Path(recipe.output_dir) / "curve.jsonl", step) if accelerator.is_main_process else None
+    curve = Curve(output / "curve.jsonl", step) if accelerator.is_main_process else None
     progress = tqdm(total=recipe.steps, initial=step, disable=not accelerator.is_main_process, mininterval=5)
-    started, sums = time.perf_counter(), {}
+    started, sums, summed = time.perf_counter(), Counter(), 0
     task.train()
     while step < recipe.steps:
         epoch, position = divmod(step, len(loader))
@@ -184,12 +192,12 @@ def main() -> None:
         batches.set_epoch(epoch)
         for batch in batches:
             generator = torch.Generator().manual_seed((recipe.seed + step) * 1009 + accelerator.process_index)
-            # The loss is a mean over the masks of all processes; DDP will average, so each counts as many times.
-            num_prompts = accelerator.reduce(batch.valid.sum()) / accelerator.num_processes
             geometry = step < recipe.geometry_steps
             masks = batch.masks
             if geometry:
                 masks = random_ellipses(batch.valid.shape, recipe.image_size, generator).to(masks.device)
+            # A mean over the masks of all processes: DDP averages over the processes, so each divides by its share.
+            num_prompts = accelerator.reduce(batch.valid.sum()) / accelerator.num_processes
             losses = task(batch.pixel_values, masks, batch.valid, generator, num_prompts, train_encoder=not geometry)
             accelerator.backward(losses["loss"])
             accelerator.clip_grad_norm_(task.parameters(), recipe.max_grad_norm)
@@ -199,23 +207,21 @@ def main() -> None:
             step += 1
             progress.update()
 
-            sums = {name: sums.get(name, 0) + value.detach().item() for name, value in losses.items()}
-            if not torch.isfinite(losses["loss"]):
+            losses = {name: value.item() for name, value in accelerator.reduce(losses, "mean").items()}
+            if not math.isfinite(losses["loss"]):
                 raise FloatingPointError(
-                    f"The loss is {losses['loss'].item()} at step {step}, images {batch.image_ids}; the newest checkpoint "
-                    f"is step {max(checkpoints.steps(), default=0)}. Lower --learning_rate and start again."
+                    f"The loss is {losses['loss']} at step {step}, images {batch.image_ids}; the newest checkpoint is "
+                    f"step {max(checkpoints.steps(), default=0)}. Lower --learning_rate and start again."
                 )
+            sums.update(losses)
+            summed += 1
             if step % recipe.log_steps == 0 or step == recipe.steps:
-                means = {name: round(value / recipe.log_steps, 5) for name, value in sums.items()}
-                sums = {}
+                means = {name: round(value / summed, 5) for name, value in sums.items()}
+                sums, summed = Counter(), 0
+                seconds = round(time.perf_counter() - started)
+                progress.set_postfix(means)
                 if curve is not None:
-                    curve.add(
-                        step=step,
-                        **means,
-                        lr=max(schedule.get_last_lr()),
-                        seconds=round(time.perf_counter() - started),
-                    )
-                    progress.set_postfix(means)
+                    curve.add(step=step, **means, lr=max(schedule.get_last_lr()), seconds=seconds)
             if step % recipe.save_steps == 0 or step == recipe.steps:
                 checkpoints.save(step)
                 if accelerator.is_main_process:

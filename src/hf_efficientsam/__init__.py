@@ -35,6 +35,17 @@ __all__ = [
     "bundled_checkpoint",
 ]
 
+# What these save is a self-contained Hub repository: transformers copies the code of classes registered like this.
+for _class in (
+    EfficientSamConfig,
+    EfficientSamVisionConfig,
+    EfficientSamModel,
+    EfficientSamVisionModel,
+    EfficientSamImageProcessor,
+    EfficientSamProcessor,
+):
+    _class.register_for_auto_class()
+
 AutoConfig.register("efficientsam", EfficientSamConfig)
 AutoConfig.register("efficientsam_vision_model", EfficientSamVisionConfig)
 AutoModel.register(EfficientSamConfig, EfficientSamModel)

@@ -3,34 +3,34 @@
 Every wrong input ends in one sentence on stderr and exit code 2. Files appear whole or not at all.
 """
 
-import io
 import json
-import math
-import os
-import re
-import sys
-import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from PIL import Image, ImageOps
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import logging as transformers_logging
 from transformers.utils import cached_file
 
 from . import __version__
-from .configuration_efficientsam import EfficientSamConfig
 from .convert import convert as convert_checkpoint
-from .hub import bundled_checkpoint
 from .image_processing_efficientsam import EfficientSamImageProcessor
-from .modeling_efficientsam import EfficientSamModel
-from .processing_efficientsam import EfficientSamProcessor
-from .visualize import draw_masks
+from .segment_files import (
+    Segmenter,
+    are_numbers,
+    check_images_listed,
+    find_checkpoint,
+    group_prompts,
+    load_model,
+    plan_jobs,
+    read_image,
+    read_prompts_file,
+    run_jobs,
+    segment_file,
+    upright_size,
+)
 
 
 class OneSentenceErrors(typer.core.TyperGroup):
@@ -52,7 +52,13 @@ def explain(error: Exception) -> str:
     return str(error)
 
 
-app = typer.Typer(cls=OneSentenceErrors, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=OneSentenceErrors,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 
 def print_version(wanted: bool) -> None:
@@ -72,277 +78,214 @@ def main(
     transformers_logging.disable_progress_bar()
 
 
-# ------------------------------------------------------------------------------------------------ prompts
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """What was asked of one image, in pixels of the upright image; `labels` has 1 (object) or 0 for each point."""
-
-    points: list[list[float]] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    boxes: list[list[float]] = field(default_factory=list)
-
-
-def read_numbers(values, count: int, name: str, form: str) -> list[float]:
-    """`values`, a list of `count` finite numbers, as floats; else an error that shows the `form` they should have."""
-    right_type = isinstance(values, list) and len(values) == count
-    if not right_type or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-        raise ValueError(f"{name} must be {form}, {count} finite numbers, not {json.dumps(values)}.")
-    return [float(value) for value in values]
-
-
-def parse_option(text: str, count: int, name: str, form: str) -> list[float]:
-    """Numbers of an option such as `--point 580,350`."""
+def parse_option(text: str, name: str, form: str) -> list[float]:
+    """The numbers of an option such as `--point 580,350`, whose form is "X,Y"."""
     try:
-        return read_numbers([float(part) for part in text.split(",")], count, name, form)
+        values = [float(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{name} must be {form}, {count} finite numbers with commas between, not {text!r}.") from None
+        values = None
+    if not are_numbers(values, form.count(",") + 1):
+        raise ValueError(f"{name} needs finite numbers {form} with commas between them, not {text!r}.")
+    return values
 
 
-def parse_prompt_line(line: dict) -> Prompts:
-    """The prompts of one line of a prompts file."""
-    if unknown := line.keys() - {"image", "points", "labels", "boxes"}:
-        raise ValueError(f"unknown key {min(unknown)!r}; a line has image, points, labels and boxes.")
-    for key in ("points", "labels", "boxes"):
-        if not isinstance(line.get(key, []), list):
-            raise ValueError(f"{key} must be a list, not {json.dumps(line[key])}.")
-    points = [read_numbers(point, 2, "a point", "[x, y]") for point in line.get("points", [])]
-    boxes = [read_numbers(box, 4, "a box", "[x1, y1, x2, y2]") for box in line.get("boxes", [])]
-    labels = line.get("labels", [1] * len(points))
-    if len(labels) != len(points):
-        raise ValueError(f"there are {len(points)} points but {len(labels)} labels.")
-    for label in labels:
-        if label not in (0, 1):
-            raise ValueError(f"a label is 1 (on the object) or 0 (on the background), not {json.dumps(label)}.")
-    return Prompts(points, labels, boxes)
+def describe_record(record: dict) -> str:
+    lines = [f"{record['image']}: {record['width']} x {record['height']} pixels"]
+    for i, one in enumerate(record["objects"], start=1):
+        for k, mask in enumerate(one["masks"], start=1):
+            name = f"object {i}, candidate {k}" if len(one["masks"]) > 1 else f"object {i}"
+            box = ",".join(map(str, mask["box"])) if mask["box"] else "none (the mask is empty)"
+            file = f", file {mask['file']}" if "file" in mask else ""
+            lines.append(f"  {name}: score {mask['score']:.3f}, area {mask['area']} pixels, box {box}{file}")
+    return "\n".join(lines)
 
 
-def group_prompts(prompts: Prompts, separate_points: bool) -> list[dict]:
+def check_ending(path: Path | None, name: str, endings: Iterable[str]) -> None:
+    if path is not None and (path.suffix.lower() not in endings or path.is_dir()):
+        raise ValueError(f"{name} {path} must be the name of a file that ends in {', '.join(endings)}.")
+
+
+@app.command(no_args_is_help=True)
+def segment(
+    image: Annotated[Path, typer.Argument(help="An image, or a folder of images (with --prompts).")],
+    point: Annotated[
+        list[str], typer.Option(metavar="X,Y", help="A point on the object. May be given several times.")
+    ] = [],  # noqa: B006
+    background: Annotated[
+        list[str], typer.Option(metavar="X,Y", help="A point that is not on the object. May be given several times.")
+    ] = [],  # noqa: B006
+    box: Annotated[
+        list[str],
+        typer.Option(metavar="X1,Y1,X2,Y2", help="A box around an object: left, top, right, bottom. May be repeated."),
+    ] = [],  # noqa: B006
+    separate_points: Annotated[
+        bool, typer.Option("--separate-points", help="Each point is an object of its own.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="PNG file for the mask; for a folder of images, a folder for the results.")
+    ] = None,
+    overlay: Annotated[
+        Path | None,
+        typer.Option(help="Image file for a picture with the masks drawn in; for a folder of images, another folder."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR_OR_HUB_ID", help="Checkpoint to use instead of the bundled one.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")
+    ] = False,
+    all_masks: Annotated[
+        bool, typer.Option("--all-masks", help="Give every candidate of each object, best first, not only the best.")
+    ] = False,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Refuse images of more pixels than this.")] = (
+        EfficientSamImageProcessor.max_image_pixels
+    ),
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help='For a folder: a file of lines {"image": NAME, "points": ..., "labels": ..., "boxes": ...}.'
+        ),
+    ] = None,
+    only_listed: Annotated[
+        bool, typer.Option("--only-listed", help="Leave out images of the folder that the prompts file does not name.")
+    ] = False,
+) -> None:
     """
-    Which prompts belong to which object, by the rules in the help of `segment`: one dict an object with its `points`,
-    `labels` and `box` (or `None`).
+    Cut out objects that points and boxes show.
+
+    Coordinates are pixels of the upright image, x to the right and y down from the top left corner. All points of a
+    call belong to one object, and a box, if there is one, is around it. Several boxes are several objects: a point
+    then belongs to the one box that contains it, and background points count for every object. With
+    --separate-points each point is an object of its own, too.
+
+    For each object it prints the model's own estimate of the mask's quality (0 to 1), the mask's area, and the
+    tight box around it (left, top, right, bottom; the right and bottom edges lie behind the last pixel).
+
+    The mask is a PNG of the size of the upright image, 255 on the object and 0 elsewhere. With --output mask.png
+    there is mask.png for one object, and mask_1.png, mask_2.png, ... for several, in the order of the boxes, then
+    of separate points. With --all-masks it is mask_OBJECT_CANDIDATE.png, such as mask_1_3.png.
+
+    A folder is segmented as its prompts file says, a JSON object a line: {"image": "a.jpg", "points": [[580, 350],
+    [10, 10]], "labels": [1, 0], "boxes": []}, where label 0 means background. OUTPUT/a.png is the mask and
+    OUTPUT/a.json says what was found. Run again, it does only what is missing. Images that cannot be read are
+    listed at the end, with exit code 2, when all others are done.
     """
-    on_object = [point for point, label in zip(prompts.points, prompts.labels, strict=True) if label == 1]
-    background = [point for point, label in zip(prompts.points, prompts.labels, strict=True) if label == 0]
-    if not on_object and not prompts.boxes:
-        raise ValueError("nothing to segment: give at least one point on the object or one box.")
-    if separate_points:
-        groups = [(box, []) for box in prompts.boxes] + [(None, [point]) for point in on_object]
-    elif len(prompts.boxes) <= 1:
-        groups = [(prompts.boxes[0] if prompts.boxes else None, on_object)]
-    else:
-        groups = [(box, []) for box in prompts.boxes]
-        for x, y in on_object:
-            owners = [points for (x1, y1, x2, y2), points in groups if x1 <= x <= x2 and y1 <= y <= y2]
-            if len(owners) != 1:
-                raise ValueError(
-                    f"the point {x:g},{y:g} lies in {len(owners)} of the {len(groups)} boxes, so its object is not "
-                    "clear; put it into exactly one box, or make points objects of their own (--separate-points)."
-                )
-            owners[0].append([x, y])
-    return [
-        {"points": points + background, "labels": [1] * len(points) + [0] * len(background), "box": box}
-        for box, points in groups
-    ]
-
-
-def as_processor_input(objects: list[dict]) -> dict:
-    return {
-        "input_points": [[one["points"] for one in objects]],
-        "input_labels": [[one["labels"] for one in objects]],
-        "input_boxes": [[one["box"] for one in objects]],
-    }
-
-
-def check_objects(objects: list[dict], size: tuple[int, int], model, processor) -> None:
-    """Raises a ValueError if the prompts do not fit the image of `size` (width, height) or the model."""
-    has_background = any(0 in one["labels"] for one in objects)
-    if has_background and not model.config.prompt_encoder_config.background_points:
-        raise ValueError("this model takes no background points; leave them out, or use one that does (--model).")
-    try:
-        processor(original_sizes=[(size[1], size[0])], **as_processor_input(objects))
-    except ValueError as error:  # the processor numbers images and prompts, which says nothing here
-        raise ValueError(re.sub(r"^Image \d+, prompt \d+: ", "", str(error))) from None
-
-
-# ------------------------------------------------------------------------------------------------ images and files
-
-
-def open_image(path: Path, max_pixels: int, decode: bool = True) -> Image.Image:
-    """
-    The upright image, of any mode. With `decode=False` only its header is read, and its size may be sideways.
-
-    Raises:
-        ValueError: if there is no such file, if it is no whole image, or if it has more than `max_pixels`.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty (0 bytes).")
-    pil_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the limit below says how to lift it
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if width * height <= max_pixels:
-                return ImageOps.exif_transpose(image) if decode else image
-    except Exception as error:  # PIL's readers raise errors of many kinds for broken files
-        raise ValueError(f"{path}: not an image that can be read, or a damaged one ({error}).") from None
-    finally:
-        Image.MAX_IMAGE_PIXELS = pil_limit
-    raise ValueError(
-        f"{path}: {width} x {height} pixels are over the limit of {max_pixels}; to take it all the same, raise the "
-        f"limit with --max-pixels {width * height}."
-    )
-
-
-def encode_image(image: Image.Image, path: Path) -> bytes:
-    """The bytes of an image file of the kind that the ending of `path` asks for."""
-    buffer = io.BytesIO()
-    image.save(buffer, format=Image.registered_extensions()[path.suffix.lower()])
-    return buffer.getvalue()
-
-
-def write_files(files: dict[Path, bytes]) -> None:
-    """Writes all files, or none if one cannot be written. Each appears whole, in the order given."""
-    parts = {path: path.with_name(f".{path.name}.part") for path in files}
-    try:
-        for path, content in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            parts[path].write_bytes(content)
-        for path, part in parts.items():
-            os.replace(part, path)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
-
-
-# ------------------------------------------------------------------------------------------------ the model
-
-
-def find_checkpoint(name: str | None) -> str:
-    """The name or directory to load, after the checks that can be made without loading."""
-    if name is None:
-        name = bundled_checkpoint()
-        if not Path(name).is_dir():
-            raise ValueError(f"The bundled checkpoint is missing at {name}; reinstall hf-efficientsam or use --model.")
-    path = Path(name)
-    if path.is_file():
-        raise ValueError(f"{name} is a file; a checkpoint is a directory, which `efficientsam convert` makes.")
-    if path.is_dir():
-        for pattern, what in (("config.json", "config.json"), ("*.safetensors", "weights (model.safetensors)")):
-            if not any(path.glob(pattern)):
-                raise ValueError(f"{name} is no checkpoint: it has no {what}.")
-    elif path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2:
-        raise ValueError(f"{name}: no such directory.")
-    try:
-        model_type = EfficientSamConfig.get_config_dict(name)[0].get("model_type")
-    except OSError:
-        raise ValueError(f"{name} is neither a directory nor a Hub model that can be reached.") from None
-    if model_type != EfficientSamConfig.model_type:
-        raise ValueError(f"{name} holds a model of type {model_type!r}, not {EfficientSamConfig.model_type!r}.")
-    return name
-
-
-def load_model(name: str) -> tuple[EfficientSamModel, EfficientSamProcessor]:
-    try:
-        processor = EfficientSamProcessor.from_pretrained(name)
-        # float32 whatever was stored: half precision is slow on CPUs.
-        model, loading = EfficientSamModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{name} cannot be loaded: {reason}") from None
-    if loading["missing_keys"]:
-        raise ValueError(f"{name} lacks {len(loading['missing_keys'])} of the model's weights.")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
-
-
-@torch.inference_mode()
-def segment_image(
-    model: EfficientSamModel,
-    processor: EfficientSamProcessor,
-    image: Image.Image,
-    objects: list[dict],
-    all_masks: bool,
-    max_pixels: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Masks [objects, candidates, height, width] bool and scores [objects, candidates], the most confident candidate
-    first; the only one unless `all_masks`.
-    """
-    inputs = processor(image, **as_processor_input(objects), max_image_pixels=max_pixels).to(model.device)
-    sizes = inputs.pop("original_sizes"), inputs.pop("reshaped_input_sizes")
-    outputs = model(**inputs)
-    scores, order = outputs.iou_scores[0].cpu().sort(dim=-1, descending=True)
-    if not all_masks:
-        scores, order = scores[:, :1], order[:, :1]
-    masks = outputs.pred_masks[0].cpu().take_along_dim(order[..., None, None], dim=1)
-    return processor.post_process_masks(masks[None], *sizes)[0], scores
-
-
-def describe_mask(mask: torch.Tensor, score: float, file: str | None) -> dict:
-    rows, columns = mask.any(dim=1).nonzero()[:, 0].tolist(), mask.any(dim=0).nonzero()[:, 0].tolist()
-    box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1] if rows else None
-    return {"score": round(score, 4), "area": int(mask.sum()), "box": box, "file": file}
-
-
-# ------------------------------------------------------------------------------------------------ segment
-
-
-@dataclass(frozen=True)
-class Segmenter:
-    """A model and the options that hold for all images of a call."""
-
-    name: str
-    model: EfficientSamModel
-    processor: EfficientSamProcessor
-    separate_points: bool
-    all_masks: bool
-    max_pixels: int
-
-    def mask_files(self, output: Path, num_objects: int) -> list[list[Path]]:
-        """For each object the file of each candidate, by the rule in the help of `segment`."""
-        if self.all_masks:
-            count = self.model.config.mask_decoder_config.num_multimask_outputs
-            tails = [[f"_{i}_{k}" for k in range(1, count + 1)] for i in range(1, num_objects + 1)]
-        else:
-            tails = [[f"_{i}"] for i in range(1, num_objects + 1)] if num_objects > 1 else [[""]]
-        return [[output.with_name(output.stem + tail + output.suffix) for tail in row] for row in tails]
-
-    def __call__(
-        self, image_path: Path, prompts: Prompts, output: Path | None, overlay: Path | None
-    ) -> tuple[dict, dict[Path, bytes]]:
-        """The record of an image, as `--json` prints it, and the files to be written. Errors are ValueErrors."""
-        image = open_image(image_path, self.max_pixels)
-        objects = group_prompts(prompts, self.separate_points)
-        check_objects(objects, image.size, self.model, self.processor)
-        masks, scores = segment_image(
-            self.model, self.processor, image, objects, self.all_masks, self.max_pixels
-        )
-        files, record_objects = {}, []
-        paths = self.mask_files(output, len(objects)) if output else [[None] * masks.shape[1]] * len(objects)
-        for i, one in enumerate(objects):
-            found = []
-            for mask, score, path in zip(masks[i], scores[i].tolist(), paths[i], strict=True):
-                found.append(describe_mask(mask, score, path and path.name))
-                if path is not None:
-                    files[path] = encode_image(Image.fromarray(mask.byte().numpy() * 255), path)
-            record_objects.append({**one, "masks": found})
-        if overlay is not None:
-            picture = draw_masks(
-                as_rgb(image, self.processor),
-                masks[:, 0],
-                points=[one["points"] for one in objects],
-                labels=[one["labels"] for one in objects],
-                boxes=[one["box"] for one in objects],
-                scores=scores[:, 0],
+    if not image.exists():
+        raise ValueError(f"{image}: no such file.")
+    if image.is_dir():
+        if point or background or box:
+            raise ValueError(f"{image} is a folder; write its prompts into a file and pass it with --prompts.")
+        if prompts is None or output is None:
+            raise ValueError(
+                f"{image} is a folder; it needs a prompts file (--prompts) and a folder for results (--output)."
             )
-            files[overlay] = encode_image(picture, overlay)
-        record = {
-            "image": str(image_path),
-            "width": image.width,
-            "height": image.height,
-            "model": self.name,
-            "objects": record_objects,
-        }
-        return record, files
+        results = [folder for folder in (output, overlay) if folder is not None]
+        for folder in results:
+            if folder.is_file() or image.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"{folder} must be a folder for results that does not hold the images.")
+        entries = read_prompts_file(prompts, separate_points)
+        check_images_listed(image, entries, prompts, only_listed, results)
+    else:
+        if prompts is not None or only_listed:
+            raise ValueError(f"{image} is no folder; give its prompts with --point, --background and --box.")
+        check_ending(output, "--output", [".png"])
+        check_ending(overlay, "--overlay", [".png", ".jpg", ".jpeg", ".webp"])
+        points = [parse_option(text, "--point", "X,Y") for text in point]
+        background_points = [parse_option(text, "--background", "X,Y") for text in background]
+        boxes = [parse_option(text, "--box", "X1,Y1,X2,Y2") for text in box]
+        labels = [1] * len(points) + [0] * len(background_points)
+        objects = group_prompts(points + background_points, labels, boxes, separate_points)
+        read_image(image, max_pixels, upright_size)  # before the model is loaded
+
+    name = find_checkpoint(model)
+    segmenter = Segmenter(name, *load_model(name), all_masks, max_pixels)
+    if image.is_dir():
+        jobs = plan_jobs(segmenter, image, entries, output, overlay)
+        records, failures = run_jobs(
+            jobs, segmenter, lambda record: None if as_json else tqdm.write(describe_record(record))
+        )
+        if as_json:
+            typer.echo(json.dumps({"images": records, "failed": failures}))
+        else:
+            typer.echo(f"{len(records)} of {len(jobs)} images are done")
+        for failure in failures:
+            typer.echo(f"efficientsam: {failure['error']}", err=True)
+        if failures:
+            raise typer.Exit(2)
+    else:
+        record = segment_file(segmenter, image, objects, output, overlay)
+        typer.echo(json.dumps(record) if as_json else describe_record(record))
+
+
+# ------------------------------------------------------------------------------------------------ info and convert
+
+
+@app.command()
+def info(
+    model: Annotated[str | None, typer.Argument(help="Directory or Hub name; the bundled one if not given.")] = None,
+):
+    """Describe a checkpoint: its size, the prompts it takes, and its measured numbers if they come with it."""
+    name = find_checkpoint(model)
+    network, processor = load_model(name)
+    config, size = network.config, processor.image_processor.size
+
+    def millions(module: torch.nn.Module) -> str:
+        return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f} M"
+
+    vision, prompt_encoder = config.vision_config, config.prompt_encoder_config
+    kinds = ["points", "boxes"]
+    kinds += ["background points"] if prompt_encoder.background_points else []
+    kinds += ["masks"] if prompt_encoder.mask_prompts else []
+    aspect = "kept" if processor.image_processor.keep_aspect_ratio else "ignored"
+    rows = {
+        "checkpoint": name,
+        "parameters": millions(network),
+        "  encoder": f"{millions(network.vision_encoder)}, {vision.num_hidden_layers} layers of {vision.hidden_size}",
+        "  prompts": millions(network.prompt_encoder),
+        "  decoder": millions(network.mask_decoder),
+        "input": f"{size.width} x {size.height} pixels, aspect ratio {aspect}",
+        "prompts": ", ".join(kinds),
+        "candidates": f"{config.mask_decoder_config.num_multimask_outputs} masks for each object",
+    }
+    for key, value in rows.items():
+        typer.echo(f"{key:11} {value}")
+    if metrics := cached_file(name, "metrics.json", _raise_exceptions_for_missing_entries=False):
+        typer.echo(describe_metrics(json.loads(Path(metrics).read_bytes())))
+
+
+def describe_metrics(metrics: dict) -> str:
+    """The mIoU table of the json that training/evaluate_masks.py writes."""
+    try:
+        lines = [f"measured    mIoU of {metrics['masks']} masks in {metrics['images']} images"]
+        for prompt, answers in metrics["results"].items():
+            for answer, groups in answers.items():
+                lines.append(f"  {prompt + ', ' + answer:24} {groups['all']['miou']:.4f}")
+    except (KeyError, TypeError, AttributeError):
+        return "measured    see metrics.json, whose form is not known here"
+    return "\n".join(lines)
+
+
+@app.command(no_args_is_help=True)
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="Official file, such as efficient_sam_vitt.pt.")],
+    output: Annotated[Path, typer.Argument(help="Directory to write model and processor to.")],
+    image_size: Annotated[int, typer.Option(min=16, help="Input side in pixels.")] = 1024,
+    num_attention_heads: Annotated[
+        int | None, typer.Option(min=1, help="Heads of the encoder; by default its width / 64.")
+    ] = None,
+    decoder_num_attention_heads: Annotated[int, typer.Option(min=1, help="Heads of the mask decoder.")] = 8,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a directory that is not empty.")] = False,
+) -> None:
+    """Convert an official EfficientSAM checkpoint for from_pretrained and --model."""
+    if output.is_file():
+        raise ValueError(f"{output} is a file; give the name of a directory.")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise ValueError(f"{output} is not empty; choose another directory, or pass --overwrite.")
+    model = convert_checkpoint(
+        checkpoint,
+        output,
+        image_size=image_size,
+        num_attention_heads=num_attention_heads,
+        decoder_num_attention_heads=decoder_num_attention_heads,
+    )
+    typer.echo(f"{output}: {model.num_parameters() / 1e6:.2f} M parameters, input {image_size} x {image_size} pixels")

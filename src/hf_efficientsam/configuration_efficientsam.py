@@ -79,10 +79,10 @@ class EfficientSamPromptEncoderConfig(PreTrainedConfig):
         mask_prompts (`bool`, defaults to `False`):
             Adds an encoder for mask prompts, which the official model lacks.
         mask_input_channels (`int`, defaults to 16): Channels inside the mask prompt encoder.
-        position_scales (`list[float]`, defaults to `[1.0]`):
-            Standard deviations of the random Fourier frequencies at initialisation, in cycles per half image side;
-            the frequencies are dealt out evenly over the list. The published checkpoints bring their own
-            frequencies (scale 1). Several scales make small boxes easier to learn from scratch.
+        position_init (`str`, defaults to `"gaussian"`):
+            How a new model's Fourier frequencies start (checkpoints bring their own): `"gaussian"` as in Segment
+            Anything, normal with one cycle per half image side; `"axes"`, half of them along x and half along y,
+            log-spaced from 1/4 to 16 cycles per half side, from which small boxes are learnt much faster.
         hidden_act (`str`, defaults to `"gelu"`): Activation inside the mask prompt encoder.
         layer_norm_eps (`float`, defaults to 1e-6): Epsilon of its layer normalisations.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
@@ -96,13 +96,14 @@ class EfficientSamPromptEncoderConfig(PreTrainedConfig):
     background_points: bool = False
     mask_prompts: bool = False
     mask_input_channels: int = 16
-    position_scales: list[float] | tuple[float, ...] = (1.0,)
+    position_init: str = "gaussian"
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-6
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        self.position_scales = list(self.position_scales)  # what JSON gives back
+        if self.position_init not in ("gaussian", "axes"):
+            raise ValueError(f"position_init is {self.position_init!r}; it must be 'gaussian' or 'axes'.")
         super().__post_init__(**kwargs)
 
 

@@ -12,9 +12,11 @@ Paper: EfficientSAM, arXiv 2312.00863; the decoder is that of Segment Anything, 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import HfApi, ModelCard
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -31,6 +33,7 @@ from .configuration_efficientsam import (
     EfficientSamPromptEncoderConfig,
     EfficientSamVisionConfig,
 )
+from .model_card_efficientsam import model_card
 
 
 # What an input token is; a row number of the prompt encoder's table once 1 is added. Every negative label means
@@ -238,6 +241,15 @@ class EfficientSamPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _auto_classes = ("AutoModel",)  # that load this class from a saved folder
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As transformers'. The folder holds the code too, for `trust_remote_code=True` where this is not installed."""
+        # transformers writes down one Auto class. Named anew each time, for a model that was itself loaded as remote
+        # code would otherwise keep pointing at the repository it came from.
+        module = type(self).__module__.split(".")[-1]
+        self.config.auto_map = {name: f"{module}.{type(self).__name__}" for name in self._auto_classes}
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -245,9 +257,10 @@ class EfficientSamPreTrainedModel(PreTrainedModel):
         if isinstance(module, EfficientSamPatchEmbeddings):
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
         elif isinstance(module, EfficientSamPositionEmbedding):
-            frequencies = torch.randn(2, module.frequencies.shape[1])
-            scales = torch.tensor(module.scales).repeat(math.ceil(frequencies.shape[1] / len(module.scales)))
-            init.copy_(module.frequencies, frequencies * scales[: frequencies.shape[1]])
+            if module.start == "axes":
+                init.copy_(module.frequencies, axis_frequencies(module.frequencies.shape[1]))
+            else:
+                init.normal_(module.frequencies)
 
 
 class EfficientSamVisionEncoder(EfficientSamPreTrainedModel):
@@ -314,7 +327,7 @@ class EfficientSamPositionEmbedding(nn.Module):
 
     def __init__(self, config: EfficientSamPromptEncoderConfig):
         super().__init__()
-        self.scales = config.position_scales
+        self.start = config.position_init
         self.register_buffer("frequencies", torch.zeros(2, config.hidden_size // 2))
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
@@ -329,6 +342,19 @@ class EfficientSamPositionEmbedding(nn.Module):
         x = (torch.arange(width, device=device) + 0.5) / width
         cells = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)
         return self(cells.flatten(0, 1))
+
+
+def read_rows(embedding: nn.Embedding, device: torch.device) -> torch.Tensor:
+    """The table of an embedding, read through its forward: only there are weights present that accelerate offloads."""
+    return embedding(torch.arange(embedding.num_embeddings, device=device))
+
+
+def axis_frequencies(count: int) -> torch.Tensor:
+    """`[2, count]`: log-spaced from 1/4 to 16, the first half along x and the second along y."""
+    frequencies = torch.zeros(2, count)
+    for axis, part in enumerate(frequencies.tensor_split(2, dim=1)):
+        part[axis] = torch.logspace(-2, 4, part.shape[1], base=2)
+    return frequencies
 
 
 class EfficientSamMaskEmbedding(nn.Module):
@@ -392,13 +418,13 @@ class EfficientSamPromptEncoder(nn.Module):
         scale = positions.new_tensor([width, height])
         # The official model moves every coordinate to the pixel's centre, padding included.
         tokens = self.position_embedding((positions + 0.5) / scale)
-        tokens = tokens + F.embedding(kinds + 1, self.kind_table())
-        return tokens, taking_part, self.dense_prompt(masks, grid_size)
+        tokens = tokens + F.embedding(kinds + 1, self.kind_table(kinds.device))
+        return tokens, taking_part, self.dense_prompt(masks, grid_size, kinds.device)
 
     def tokens_of(self, points, labels, boxes, masks, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All point and box-corner tokens: positions `[B, Q, T, 2]` in pixels and kinds `[B, Q, T]`."""
         num_prompts = next((x.shape[1] for x in (points, boxes, masks) if x is not None), 1)
-        device = self.padding_embed.weight.device
+        device = self.position_embedding.frequencies.device
         positions = torch.empty(batch_size, num_prompts, 0, 2, device=device)
         kinds = torch.empty(batch_size, num_prompts, 0, dtype=torch.long, device=device)
         if points is not None:
@@ -438,19 +464,21 @@ class EfficientSamPromptEncoder(nn.Module):
         wanted = slots - (~is_padding).sum(dim=-1, keepdim=True)  # padding tokens that this prompt has when alone
         return positions, kinds, ~is_padding | (is_padding.cumsum(dim=-1) <= wanted)
 
-    def kind_table(self) -> torch.Tensor:
+    def kind_table(self, device: torch.device) -> torch.Tensor:
         """One row for each kind of token, `[5, C]`."""
-        foreground = self.foreground_embed.weight
+        foreground = read_rows(self.foreground_embed, device)
         # Without background points label 0 is an error. Compiled code cannot raise it, so there it poisons the output.
         background = torch.full_like(foreground, math.nan)
         if self.background_embed is not None:
-            background = self.background_embed.weight
-        corners = (self.box_top_left_embed.weight, self.box_bottom_right_embed.weight)
-        return torch.cat([self.padding_embed.weight, background, foreground, *corners])
+            background = read_rows(self.background_embed, device)
+        corners = (read_rows(self.box_top_left_embed, device), read_rows(self.box_bottom_right_embed, device))
+        return torch.cat([read_rows(self.padding_embed, device), background, foreground, *corners])
 
-    def dense_prompt(self, masks: torch.Tensor | None, grid_size: tuple[int, int]) -> torch.Tensor | None:
+    def dense_prompt(
+        self, masks: torch.Tensor | None, grid_size: tuple[int, int], device: torch.device
+    ) -> torch.Tensor | None:
         if masks is None:
-            return None if self.no_mask_embed is None else self.no_mask_embed.weight[None, None]
+            return None if self.no_mask_embed is None else read_rows(self.no_mask_embed, device)[None, None]
         if self.mask_embed is None:
             raise ValueError(
                 "This model takes no mask prompts: its config says prompt_encoder_config.mask_prompts=False. "
@@ -676,7 +704,7 @@ class EfficientSamMaskDecoder(nn.Module):
         return torch.cat(masks, dim=1), torch.cat(scores, dim=1)
 
     def decode(self, image, image_positions, prompt_tokens, taking_part, grid_size, multimask_output, **kwargs):
-        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        output_tokens = torch.cat([read_rows(x, image.device) for x in (self.iou_token, self.mask_tokens)])
         output_tokens = output_tokens.expand(*prompt_tokens.shape[:2], -1, -1)
         token_positions = torch.cat([output_tokens, prompt_tokens], dim=2)
         attention_mask = None
@@ -711,6 +739,7 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
     """EfficientSAM: an image and prompts -> candidate masks with predicted IoU. Interface of transformers' `SamModel`."""
 
     input_modalities = ("image", "text")
+    _auto_classes = ("AutoModel", "AutoModelForMaskGeneration")
     _can_record_outputs = {"mask_decoder_attentions": OutputRecorder(EfficientSamTwoWayLayer, index=2)}
 
     def __init__(self, config: EfficientSamConfig):
@@ -752,6 +781,16 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         self.vision_encoder.set_attn_implementation(attn_implementation, **kwargs)
         for config in (self.config.prompt_encoder_config, self.config.mask_decoder_config):
             config._attn_implementation = self.config._attn_implementation
+
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
+        # Here meet push_to_hub and save_pretrained(push_to_hub=True); what is already written stays as it is. A
+        # README.md that is new in the folder yet not of the repository is the empty form of transformers.
+        exists = HfApi().file_exists(repo_id, "README.md", token=kwargs.get("token"))
+        if not exists and "README.md" not in files_timestamps:
+            path = Path(working_dir, "README.md")
+            tags = (ModelCard.load(path).data.tags or []) if path.exists() else []
+            model_card(self, repo_id, tags).save(path)
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
 
     def get_image_embeddings(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-
 # Told apart with every kind of colour vision, and against most photographs; after eight objects they start again.
 PALETTE = (
     (0, 140, 255),  # blue
@@ -107,8 +106,8 @@ def _draw_mask(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int]
     step = np.asarray(blurred, dtype=np.float32) / 255
     step = step.clip(1 / 512, 1 - 1 / 512)
     distance = width * np.log(step / (1 - step)) / 1.7
-    line = (width / 2 + 0.5 - np.abs(distance)).clip(0, 1)[..., None]
-    halo = (width + 0.5 - np.abs(distance)).clip(0, 1)[..., None] * 0.6
+    line = _coverage(distance, 0, width)[..., None]
+    halo = 0.7 * _coverage(distance, -max(1, 0.7 * width), 0)[..., None]
 
     area = (int(left), int(top), int(right), int(bottom))
     pixels = np.asarray(image.crop(area), dtype=np.float32)
@@ -116,6 +115,11 @@ def _draw_mask(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int]
     pixels = (1 - halo) * pixels + halo * 255
     pixels = (1 - line) * pixels + line * np.float32(color)
     image.paste(Image.fromarray(pixels.round().astype(np.uint8)), area[:2])
+
+
+def _coverage(distance: np.ndarray, start: float, end: float) -> np.ndarray:
+    """How much of each pixel lies in the band from `start` to `end`."""
+    return (distance - start + 0.5).clip(0, 1) * (end - distance + 0.5).clip(0, 1)
 
 
 def _top_of(mask: np.ndarray) -> tuple[int, int]:

@@ -141,6 +141,7 @@ def test_a_killed_save_is_no_checkpoint(tmp_path, monkeypatch):
     def killed(folder):
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"half of")
+        (folder / "model_1.safetensors").write_bytes(b"of another kind of run")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -153,6 +154,7 @@ def test_a_killed_save_is_no_checkpoint(tmp_path, monkeypatch):
     resumed.checkpoints.save(2)  # and the next save is not in its way
     assert resumed.checkpoints.steps() == [1, 2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
+    assert not (tmp_path / "step_00000002" / "model_1.safetensors").exists()
 
 
 # -------------------------------------------------------------------------------------------------- curve

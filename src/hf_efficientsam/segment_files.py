@@ -1,0 +1,445 @@
+"""Image files and prompts -> mask files: what `efficientsam segment` does, for one image or a folder that is resumed.
+
+Prompts are in pixels of the upright image. An object is a dict with its `points` [[x, y], ...], their `labels` (1 on
+the object, 0 on the background) and its `box` [x1, y1, x2, y2] or `None`. Wrong input is a ValueError of one sentence.
+"""
+
+import io
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from .configuration_efficientsam import EfficientSamConfig
+from .hub import bundled_checkpoint
+from .modeling_efficientsam import EfficientSamModel
+from .processing_efficientsam import EfficientSamProcessor
+from .visualize import draw_masks
+
+# ------------------------------------------------------------------------------------------------ prompts
+
+
+def are_numbers(values, count: int) -> bool:
+    """Whether `values` is a list of `count` finite numbers; whether they lie in the image is checked later."""
+    if not isinstance(values, list) or len(values) != count:
+        return False
+    return all(isinstance(value, int | float) and abs(value) < 1e9 for value in values)
+
+
+def parse_line(line: bytes) -> tuple[str, list, list, list]:
+    """Image name, points, labels and boxes of one line of a prompts file."""
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"this is not JSON: {error}.") from None
+    if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
+        raise ValueError('a line must be an object {"image": "name.jpg", "points": [...], "boxes": [...]}.')
+    if unknown := entry.keys() - {"image", "points", "labels", "boxes"}:
+        raise ValueError(f"unknown key {min(unknown)!r}; there are image, points, labels and boxes.")
+    points, boxes = entry.get("points", []), entry.get("boxes", [])
+    if not isinstance(points, list) or not all(are_numbers(point, 2) for point in points):
+        raise ValueError("points must be a list of [x, y], finite numbers in pixels.")
+    if not isinstance(boxes, list) or not all(are_numbers(box, 4) for box in boxes):
+        raise ValueError("boxes must be a list of [x1, y1, x2, y2], finite numbers in pixels.")
+    labels = entry.get("labels", [1] * len(points))
+    if not isinstance(labels, list) or len(labels) != len(points):
+        raise ValueError(f"labels must be a list with one label for each of the {len(points)} points.")
+    for label in labels:
+        if label not in (0, 1):
+            raise ValueError(f"a label is 1 (on the object) or 0 (on the background), not {json.dumps(label)}.")
+    return entry["image"], points, labels, boxes
+
+
+def group_prompts(points: list, labels: list, boxes: list, separate_points: bool) -> list[dict]:
+    """Which points and boxes of an image belong to which object, by the rules in the help of `segment`."""
+    on_object = [point for point, label in zip(points, labels, strict=True) if label == 1]
+    background = [point for point, label in zip(points, labels, strict=True) if label == 0]
+    if not on_object and not boxes:
+        raise ValueError("nothing to segment; give at least one point on the object or one box.")
+    if separate_points:
+        groups = [(box, []) for box in boxes] + [(None, [point]) for point in on_object]
+    elif len(boxes) > 1:
+        groups = [(box, []) for box in boxes]
+        for x, y in on_object:
+            owners = [own for (x1, y1, x2, y2), own in groups if x1 <= x <= x2 and y1 <= y <= y2]
+            if len(owners) != 1:
+                raise ValueError(
+                    f"the point {x:g},{y:g} lies in {len(owners)} of the {len(groups)} boxes, so its object is not "
+                    "clear; place it in exactly one box, or make each point an object with --separate-points."
+                )
+            owners[0].append([x, y])
+    else:
+        groups = [(boxes[0] if boxes else None, on_object)]
+    return [
+        {"points": own + background, "labels": [1] * len(own) + [0] * len(background), "box": box}
+        for box, own in groups
+    ]
+
+
+def as_processor_input(objects: list[dict]) -> dict:
+    return {
+        "input_points": [[one["points"] for one in objects]],
+        "input_labels": [[one["labels"] for one in objects]],
+        "input_boxes": [[one["box"] for one in objects]],
+    }
+
+
+def check_objects(objects: list[dict], size: tuple[int, int], model, processor) -> None:
+    """Raises a ValueError if the prompts do not fit the image of `size` (width, height) or the model."""
+    has_background = any(0 in one["labels"] for one in objects)
+    if has_background and not model.config.prompt_encoder_config.background_points:
+        raise ValueError("this model takes no background points; leave them out, or use one that does (--model).")
+    try:
+        processor(original_sizes=[(size[1], size[0])], **as_processor_input(objects))
+    except ValueError as error:  # the processor numbers images and prompts, which says nothing here
+        raise ValueError(re.sub(r"^Image \d+, prompt \d+: ", "", str(error))) from None
+
+
+# ------------------------------------------------------------------------------------------------ images and files
+
+
+class ImageError(ValueError):
+    """An image that cannot be read or is too large."""
+
+
+def read_image(path: Path, max_pixels: int, read: Callable[[Image.Image], Any]) -> Any:
+    """
+    What `read` makes of the opened image; PIL decodes its pixels only if `read` needs them.
+
+    Raises:
+        ImageError: if there is no such file, if it is no whole image, or if it has more than `max_pixels`.
+    """
+    if not path.is_file():
+        raise ImageError(f"{path}: no such file.")
+    if path.stat().st_size == 0:
+        raise ImageError(f"{path}: the file is empty (0 bytes).")
+    pil_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked instead and can be lifted
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height <= max_pixels:
+                return read(image)
+    except Exception as error:  # PIL's readers raise errors of many kinds for broken files
+        raise ImageError(f"{path}: not an image, or a damaged one ({error}).") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = pil_limit
+    raise ImageError(
+        f"{path}: {width} x {height} pixels are over the limit of {max_pixels}; to take it all the same, lift the "
+        f"limit with --max-pixels {width * height}."
+    )
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height after turning as the EXIF tag says, from the header."""
+    sideways = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return image.size[::-1] if sideways else image.size
+
+
+def encode_image(image: Image.Image, path: Path) -> bytes:
+    """The bytes of an image file of the kind that the ending of `path` asks for."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=Image.registered_extensions()[path.suffix.lower()])
+    return buffer.getvalue()
+
+
+def write_files(files: dict[Path, bytes]) -> None:
+    """Writes all files, or none if one cannot be written. Each appears whole, in the order given."""
+    parts = {path: path.with_name(f".{path.name}.part") for path in files}
+    try:
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            parts[path].write_bytes(content)
+        for path, part in parts.items():
+            os.replace(part, path)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+def find_checkpoint(name: str | None) -> str:
+    """The directory or Hub name to load, after all checks that can be made without loading."""
+    if name is None:
+        name = bundled_checkpoint()
+        if not Path(name).is_dir():
+            raise ValueError(f"the bundled checkpoint is missing at {name}; reinstall the package, or use --model.")
+    path = Path(name)
+    if path.is_file():
+        raise ValueError(f"{name} is a file; a checkpoint is a directory, as `efficientsam convert` makes it.")
+    if path.is_dir():
+        for pattern, what in (("config.json", "config.json"), ("*.safetensors", "weights (model.safetensors)")):
+            if not any(path.glob(pattern)):
+                raise ValueError(f"{name} is no checkpoint: the directory holds no {what}.")
+    elif path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2:
+        raise ValueError(f"{name}: no such directory.")
+    try:
+        model_type = EfficientSamConfig.get_config_dict(name)[0].get("model_type")
+    except (OSError, ValueError):
+        raise ValueError(f"{name} is neither a directory with a valid config.json nor a Hub model in reach.") from None
+    if model_type != EfficientSamConfig.model_type:
+        raise ValueError(
+            f"{name} holds a model of type {model_type!r}, but {EfficientSamConfig.model_type!r} is needed."
+        )
+    return name
+
+
+def load_model(name: str) -> tuple[EfficientSamModel, EfficientSamProcessor]:
+    try:
+        processor = EfficientSamProcessor.from_pretrained(name)
+        # float32 whatever was stored: half precision is slow on CPUs.
+        model, loading = EfficientSamModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    if missing := loading["missing_keys"]:
+        raise ValueError(f"{name} lacks {len(missing)} of the model's weights, such as {min(missing)}.")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+
+
+@torch.inference_mode()
+def predict_masks(model, processor, inputs, all_masks: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Masks [objects, candidates, height, width] bool and scores [objects, candidates] of one image, of which `inputs`
+    are what the processor made; the most confident candidate first, and only that one unless `all_masks`.
+    """
+    inputs = inputs.to(model.device)
+    sizes = inputs.pop("original_sizes"), inputs.pop("reshaped_input_sizes")
+    outputs = model(**inputs)
+    scores, order = outputs.iou_scores[0].cpu().sort(dim=-1, descending=True)
+    if not all_masks:  # dropped before they are enlarged, which takes the time and memory
+        scores, order = scores[:, :1], order[:, :1]
+    masks = outputs.pred_masks[0].cpu().take_along_dim(order[..., None, None], dim=1)
+    return processor.post_process_masks(masks[None], *sizes)[0], scores
+
+
+def describe_mask(mask: torch.Tensor, score: float) -> dict:
+    rows, columns = mask.any(dim=1).nonzero()[:, 0].tolist(), mask.any(dim=0).nonzero()[:, 0].tolist()
+    box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1] if rows else None
+    return {"score": round(score, 4), "area": int(mask.sum()), "box": box}
+
+
+# ------------------------------------------------------------------------------------------------ segment
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """A model and the options that hold for every image of a call."""
+
+    name: str
+    model: EfficientSamModel
+    processor: EfficientSamProcessor
+    all_masks: bool
+    max_pixels: int
+
+    def mask_files(self, output: Path, num_objects: int) -> list[list[Path]]:
+        """The file of each candidate of each object, by the rule in the help of `segment`."""
+        num_masks = self.model.config.mask_decoder_config.num_multimask_outputs if self.all_masks else 1
+
+        def tail(i: int, k: int) -> str:
+            if self.all_masks:
+                return f"_{i}_{k}"
+            return f"_{i}" if num_objects > 1 else ""
+
+        return [
+            [output.with_name(output.stem + tail(i, k) + output.suffix) for k in range(1, num_masks + 1)]
+            for i in range(1, num_objects + 1)
+        ]
+
+    def __call__(
+        self, path: Path, objects: list[dict], output: Path | None, with_overlay: bool
+    ) -> tuple[dict, dict[Path, bytes], Image.Image | None]:
+        """
+        Args:
+            path: the image.
+            objects: what to segment, see `group_prompts`.
+            output: where the masks are to go, if anywhere.
+            with_overlay: draw the best mask of each object over the image.
+
+        Returns:
+            the record of the image, as `--json` prints it; the mask files to be written; the overlay or `None`.
+        """
+        image = read_image(path, self.max_pixels, ImageOps.exif_transpose)
+        check_objects(objects, image.size, self.model, self.processor)
+        try:
+            inputs = self.processor(image, **as_processor_input(objects), max_image_pixels=self.max_pixels)
+        except ValueError as error:  # the prompts are checked, so these are pixels without sense
+            raise ImageError(f"{path}: {error}") from None
+        masks, scores = predict_masks(self.model, self.processor, inputs, self.all_masks)
+        record = {"image": str(path), "width": image.width, "height": image.height, "model": self.name, "objects": []}
+        files = {}
+        mask_files = self.mask_files(output, len(objects)) if output else None
+        for i, one in enumerate(objects):
+            found = []
+            for k, (mask, score) in enumerate(zip(masks[i], scores[i].tolist(), strict=True)):
+                found.append(describe_mask(mask, score))
+                if mask_files:
+                    found[-1]["file"] = mask_files[i][k].name
+                    files[mask_files[i][k]] = encode_image(Image.fromarray(mask.byte().numpy() * 255), output)
+            record["objects"].append({**one, "masks": found})
+        return record, files, self.draw(image, objects, masks, scores) if with_overlay else None
+
+    def draw(self, image: Image.Image, objects: list[dict], masks: torch.Tensor, scores: torch.Tensor) -> Image.Image:
+        # As the model sees it: PIL's own conversion turns 16-bit pictures white.
+        pixels = self.processor.image_processor.process_image(image)
+        pixels = pixels if pixels.dtype == np.uint8 else (255 * pixels + 0.5).astype(np.uint8)
+        return draw_masks(
+            Image.fromarray(pixels.transpose(1, 2, 0)),
+            masks[:, 0].numpy(),
+            points=[one["points"] for one in objects],
+            labels=[one["labels"] for one in objects],
+            boxes=[one["box"] for one in objects],
+            scores=scores[:, 0].tolist(),
+        )
+
+
+def segment_file(
+    segmenter: Segmenter, path: Path, objects: list[dict], output: Path | None, overlay: Path | None
+) -> dict:
+    """Segments one image, writes what was asked for, returns the record."""
+    targets = [file for row in segmenter.mask_files(output, len(objects)) for file in row] if output else []
+    targets += [overlay] if overlay else []
+    for file in targets:
+        if file.resolve() == path.resolve():
+            raise ValueError(f"{file} is the image itself and would be overwritten; choose another name.")
+    if len({file.resolve() for file in targets}) < len(targets):
+        raise ValueError(f"{overlay} would hold both a mask and the overlay; choose another name for one.")
+    record, files, picture = segmenter(path, objects, output, overlay is not None)
+    if overlay is not None:
+        files[overlay] = encode_image(picture, overlay)
+    write_files(files)
+    return record
+
+
+def read_prompts_file(path: Path, separate_points: bool) -> dict[Path, tuple[str, list[dict]]]:
+    """For each image, relative to its folder: where it is mentioned ("FILE, line N"), and its objects."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file.")
+    entries: dict[Path, tuple[str, list[dict]]] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            name, *prompts = parse_line(line)
+            image = Path(name)
+            if image.anchor or ".." in image.parts:
+                raise ValueError(f"the image {name!r} must lie inside the folder.")
+            if image in entries:
+                raise ValueError(f"{name!r} has prompts in {entries[image][0]} already; put them all on one line.")
+            entries[image] = place, group_prompts(*prompts, separate_points)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+    if not entries:
+        raise ValueError(f"{path} holds no prompts.")
+    return entries
+
+
+def check_images_listed(
+    folder: Path, entries: dict, prompts_file: Path, only_listed: bool, results: list[Path]
+) -> None:
+    """Raises a ValueError unless the prompts file and the folder (less the `results` in it) name the same images."""
+    for image, (place, _) in entries.items():
+        if not (folder / image).is_file():
+            raise ValueError(f"{place}: there is no image {image} in {folder}.")
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    folder, results = folder.resolve(), [result.resolve() for result in results]
+    found = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in endings)
+    found = (path for path in found if not any(path.is_relative_to(result) for result in results))
+    left_out = [path for path in found if path.relative_to(folder) not in entries]
+    if left_out and not only_listed:
+        raise ValueError(
+            f"{prompts_file} has prompts for {len(entries)} images, but {folder} holds {len(left_out)} more, such as "
+            f"{left_out[0]}; add lines for them, or pass --only-listed to leave them out."
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image of a folder and where its results go."""
+
+    image: Path
+    objects: list[dict]
+    output: Path
+    overlay: Path | None
+
+    @property
+    def record_file(self) -> Path:
+        return self.output.with_suffix(".json")
+
+    def finished(self, segmenter: Segmenter) -> dict | None:
+        """The record of an earlier run if it answers the same question and all of its files are there."""
+        files = [file for row in segmenter.mask_files(self.output, len(self.objects)) for file in row]
+        try:
+            record = json.loads(self.record_file.read_bytes())
+            asked = [{key: one[key] for key in ("points", "labels", "box")} for one in record["objects"]]
+            written = [mask["file"] for one in record["objects"] for mask in one["masks"]]
+            same = record["model"] == segmenter.name and asked == self.objects
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        same = same and written == [file.name for file in files]
+        files += [self.overlay] if self.overlay else []
+        return record if same and all(file.is_file() for file in files) else None
+
+    def run(self, segmenter: Segmenter) -> dict:
+        record, files, picture = segmenter(self.image, self.objects, self.output, self.overlay is not None)
+        if self.overlay is not None:
+            files[self.overlay] = encode_image(picture, self.overlay)
+        # An image is done once its record is there, so that goes first if it is outdated and comes last.
+        self.record_file.unlink(missing_ok=True)
+        files[self.record_file] = json.dumps(record).encode()
+        write_files(files)
+        return record
+
+
+def plan_jobs(segmenter: Segmenter, folder: Path, entries: dict, output: Path, overlay: Path | None) -> list[Job]:
+    """The job of each image, after all checks that can be made before the first one starts."""
+    jobs, owners = [], {}
+    for image, (place, objects) in entries.items():
+        result = image.with_suffix(".png")
+        job = Job(folder / image, objects, output / result, overlay and overlay / result)
+        targets = [file for row in segmenter.mask_files(job.output, len(objects)) for file in row]
+        for target in [*targets, job.record_file, *([job.overlay] if overlay else [])]:
+            if owner := owners.get(target):
+                raise ValueError(f"{place}: {target} would be written twice, also for {owner}; rename an image.")
+            owners[target] = place
+        try:
+            size = read_image(job.image, segmenter.max_pixels, upright_size)
+            check_objects(objects, size, segmenter.model, segmenter.processor)
+        except ImageError:
+            pass  # the others can be segmented; this one is reported at the end
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        jobs.append(job)
+    return jobs
+
+
+def run_jobs(jobs: list[Job], segmenter: Segmenter, report: Callable[[dict], None]) -> tuple[list[dict], list[dict]]:
+    """
+    Segments the images that are not finished yet, with a progress bar on stderr; each new record goes to `report`.
+
+    Returns:
+        the records of all images in the order of `jobs`, but for those that cannot be read; these, with their errors.
+    """
+    records = [job.finished(segmenter) for job in jobs]
+    failures = []
+    with tqdm(total=len(jobs), initial=len(jobs) - records.count(None), unit="image") as progress:
+        for i, job in enumerate(jobs):
+            if records[i] is not None:
+                continue
+            try:
+                records[i] = job.run(segmenter)
+                report(records[i])
+            except ImageError as error:
+                failures.append({"image": str(job.image), "error": str(error)})
+            progress.update()
+    return [record for record in records if record is not None], failures
