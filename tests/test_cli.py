@@ -544,10 +544,15 @@ def test_resume(photos, model, monkeypatch):
 
 
 def test_killed_between_two_files(photos, model, monkeypatch):
-    """Whatever file a run was killed before or while writing, the next run completes the image."""
+    """
+    Whatever file a run was killed before, the next run completes the image, and no record speaks of masks that it does
+    not describe: here those of an earlier run with another prompt.
+    """
     out, replace = photos.parent / "out", os.replace
+    other = {"image": "b.jpg", "boxes": [[10, 5, 50, 35], [20, 0, 30, 30]]}
     for survivors in range(3):
         done = []
+        run_folder(photos, [other], "--only-listed", model=model)
 
         def killed(source, target, survivors=survivors, done=done):
             if len(done) == survivors:
@@ -561,7 +566,6 @@ def test_killed_between_two_files(photos, model, monkeypatch):
         assert len(done) == survivors and "b.json" not in all_files(out)
         assert run_folder(photos, LINES[1:2], "--only-listed", model=model).exit_code == 0
         assert all_files(out) == {"b_1.png", "b_2.png", "b.json"}
-        (out / "b.json").unlink()
 
 
 def test_what_is_not_complete_is_done_again(photos, model, model_without_background, monkeypatch):
@@ -610,9 +614,22 @@ def test_unreadable_images_do_not_stop_the_others(photos, model):
 def test_results_inside_the_folder_are_not_taken_for_images(photos, model, monkeypatch):
     prompts = write_prompts(photos, LINES)
     monkeypatch.chdir(photos)
-    for folder in (photos, "."):  # one absolute, the other not
+    for folder in (photos, photos, "."):  # absolute twice, with results there the second time, and relative
         result = run("segment", folder, "--prompts", prompts, "--model", model, "--output", "results")
         assert result.exit_code == 0, result.stderr
+
+
+def test_turned_image_in_a_folder(tmp_path, model):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "photos").mkdir()
+    noise().transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photos" / "a.jpg", exif=exif)
+    line = {"image": "a.jpg", "points": [[58, 20]]}
+    result = run_folder(tmp_path / "photos", [line], model=model)
+    assert result.exit_code == 0, result.stderr
+    assert Image.open(tmp_path / "out" / "a.png").size == (WIDTH, HEIGHT)
+    line["points"] = [[20, 58]]
+    assert_refused(run_folder(tmp_path / "photos", [line], model=model), "line 1", "outside the image")
 
 
 @pytest.mark.parametrize(

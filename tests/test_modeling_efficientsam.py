@@ -20,7 +20,6 @@ from hf_efficientsam import (
     EfficientSamVisionModel,
 )
 
-
 HEIGHT, WIDTH = 64, 80  # 4 x 5 patches
 B, Q = 2, 3  # images, prompts an image
 
@@ -409,17 +408,17 @@ def test_flex_equals_eager(model, pixel_values, points):
 
 def test_switching_attention_reaches_every_part_without_a_warning(model, caplog):
     transformers_logging.enable_propagation()  # transformers keeps its log to itself unless told otherwise
-    parts = (model.vision_encoder, model.mask_decoder)
+    parts = (model, model.vision_encoder, model.mask_decoder)
     try:
         with caplog.at_level(logging.WARNING):
             for name in ("eager", "flex_attention", "sdpa"):
                 model.set_attn_implementation(name)
-                assert [model.config._attn_implementation, *(x.config._attn_implementation for x in parts)] == 3 * [name]
+                assert [part.config._attn_implementation for part in parts] == 3 * [name]
         assert not caplog.records
     finally:
         transformers_logging.disable_propagation()
     model.set_attn_implementation({"vision_config": "eager"})
-    assert [x.config._attn_implementation for x in parts] == ["eager", "sdpa"]
+    assert [part.config._attn_implementation for part in parts] == ["sdpa", "eager", "sdpa"]
     with pytest.raises(ValueError, match="no_such_attention"):
         model.set_attn_implementation("no_such_attention")
     assert model.mask_decoder.config._attn_implementation == "sdpa"
@@ -557,15 +556,14 @@ def test_initialisation_leaves_nothing_out(model):
     assert [name for name, tensor in tensors.items() if not tensor.isfinite().all()] == []
 
 
-def test_position_scales_are_dealt_out_over_the_frequencies():
-    model = tiny_model(
-        vision={"output_channels": 256},
-        prompt={"hidden_size": 256, "position_scales": [1.0, 100.0]},
-        decoder={"hidden_size": 256},
-    )
-    spread = model.prompt_encoder.position_embedding.frequencies.view(2, -1, 2).std(dim=(0, 1))
-    assert 0.8 < spread[0] < 1.2
-    assert 80 < spread[1] < 120
+def test_position_frequencies_start_as_the_config_says():
+    gaussian = tiny_model().prompt_encoder.position_embedding.frequencies
+    assert 0.5 < gaussian.std() < 1.5 and (gaussian != 0).all()
+    axes = tiny_model(prompt={"position_init": "axes"}).prompt_encoder.position_embedding.frequencies
+    assert (axes != 0).sum(dim=0).tolist() == [1] * 16  # each along one axis
+    for axis, part in enumerate((axes[0, :8], axes[1, 8:])):
+        assert (part[0], part[-1]) == (0.25, 16), axis
+        torch.testing.assert_close(part.log2().diff(), torch.full((7,), 6 / 7))
 
 
 @torch.no_grad()

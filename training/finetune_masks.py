@@ -207,7 +207,8 @@ def main() -> None:
             step += 1
             progress.update()
 
-            losses = {name: value.item() for name, value in accelerator.reduce(losses, "mean").items()}
+            losses = accelerator.reduce({name: value.detach() for name, value in losses.items()}, "mean")
+            losses = {name: value.item() for name, value in losses.items()}
             if not math.isfinite(losses["loss"]):
                 raise FloatingPointError(
                     f"The loss is {losses['loss']} at step {step}, images {batch.image_ids}; the newest checkpoint is "

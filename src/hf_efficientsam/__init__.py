@@ -19,7 +19,6 @@ from .image_processing_efficientsam import EfficientSamImageProcessor
 from .modeling_efficientsam import EfficientSamModel, EfficientSamPreTrainedModel, EfficientSamVisionModel
 from .processing_efficientsam import EfficientSamProcessor
 
-
 __version__ = "0.1.0.dev0"
 
 __all__ = [

@@ -4,8 +4,9 @@ The conversion is strict: every key must be known, present and of the shape that
 """
 
 import math
-import pickle
+import os
 import re
+import tempfile
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ RENAMES = [
     (
         r"mask_decoder\.output_hypernetworks_mlps\.(\d+)\.layers\.(\d+)\.0\.(\w+)",
         r"mask_decoder.hypernetworks.\1.layers.\2.\3",
-    ),  # fmt: skip  # noqa: E501
+    ),
     (r"mask_decoder\.output_hypernetworks_mlps\.(\d+)\.fc\.(\w+)", r"mask_decoder.hypernetworks.\1.layers.2.\2"),
     (r"mask_decoder\.iou_prediction_head\.layers\.(\d+)\.0\.(\w+)", r"mask_decoder.iou_head.layers.\1.\2"),
     (r"mask_decoder\.iou_prediction_head\.fc\.(\w+)", r"mask_decoder.iou_head.layers.LAST.\1"),
@@ -83,12 +84,15 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
         raise FileNotFoundError(f"No checkpoint file at {path}.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # torch raises many kinds on files that are not its own
         raise ConversionError(
-            f"{path} is no torch checkpoint that can be read safely (weights_only): {str(error).splitlines()[0]}"
+            f"{path} is no torch checkpoint of tensors alone, or it is cut off; nothing else is read (weights_only), "
+            "as code could hide in it."
         ) from error
     state_dict = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+    if not isinstance(state_dict, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state_dict.items()
+    ):
         raise ConversionError(f"{path} holds no state dict: expected {{'model': {{name: tensor}}}}.")
     return state_dict
 
@@ -109,14 +113,14 @@ def infer_config(
         decoder_num_attention_heads: of the mask decoder.
 
     Raises:
-        ConversionError: if a name that a size is read from is missing.
+        ConversionError: if a name that a size is read from is missing, or the sizes contradict each other.
     """
 
     def shape(name: str, ndim: int) -> tuple[int, ...]:
-        if len(shapes.get(name, ())) != ndim:
+        if len(shapes.get(name, ())) != ndim or 0 in shapes[name]:
             raise ConversionError(
                 f"This is no EfficientSAM checkpoint: {name} is {shapes.get(name, 'missing')}, "
-                f"expected a tensor of {ndim} dimensions."
+                f"expected a tensor of {ndim} dimensions, none of them 0."
             )
         return tuple(shapes[name])
 
@@ -134,8 +138,8 @@ def infer_config(
             f"{heads} and {decoder_num_attention_heads} attention heads do not divide the widths {width}, "
             f"{decoder_width} and {cross_width}; give --num-attention-heads and --decoder-num-attention-heads."
         )
-    return EfficientSamConfig(
-        vision_config={
+    sizes = {
+        "vision_config": {
             "hidden_size": width,
             "intermediate_size": shape("image_encoder.blocks.0.mlp.fc1.weight", 2)[0],
             "num_hidden_layers": count(r"image_encoder\.blocks\.(\d+)\."),
@@ -146,8 +150,8 @@ def infer_config(
             "pretrain_image_size": pretrain_grid * patch_size,
             "output_channels": shape("image_encoder.neck.0.weight", 4)[0],
         },
-        prompt_encoder_config={"hidden_size": shape("prompt_encoder.point_embeddings.weight", 2)[1]},
-        mask_decoder_config={
+        "prompt_encoder_config": {"hidden_size": shape("prompt_encoder.point_embeddings.weight", 2)[1]},
+        "mask_decoder_config": {
             "hidden_size": decoder_width,
             "mlp_dim": shape("mask_decoder.transformer.layers.0.mlp.fc.weight", 2)[1],
             "num_hidden_layers": count(r"mask_decoder\.transformer\.layers\.(\d+)\."),
@@ -161,7 +165,11 @@ def infer_config(
             "iou_head_depth": 1 + count(r"mask_decoder\.iou_prediction_head\.layers\.(\d+)\."),
             "iou_head_hidden_dim": shape("mask_decoder.iou_prediction_head.fc.weight", 2)[1],
         },
-    )
+    }
+    try:
+        return EfficientSamConfig(**sizes)
+    except ValueError as error:
+        raise ConversionError(f"This checkpoint's shapes do not fit each other: {error}") from error
 
 
 def rename(name: str, config: EfficientSamConfig) -> str | None:
@@ -182,7 +190,7 @@ def convert_state_dict(
         ours = rename(name, config)
         if ours is None:
             unknown.append(name)
-        elif ".qkv." in ours and tensor.shape[0] % 3 == 0:
+        elif ".qkv." in ours and tensor.ndim and tensor.shape[0] % 3 == 0:
             for part, chunk in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True):
                 converted[ours.replace("qkv", part)] = chunk
         elif ours == "vision_encoder.neck.projection.weight" and tuple(tensor.shape[2:]) == (1, 1):
@@ -229,7 +237,7 @@ def convert(path: str | Path, output: str | Path, **options) -> EfficientSamMode
 
     Args:
         path: an official `.pt` file.
-        output: the directory to write; created if need be.
+        output: the directory to write; created if need be, and changed only once all is written beside it.
         options: what shapes cannot tell; see [`infer_config`].
 
     Raises:
@@ -238,6 +246,12 @@ def convert(path: str | Path, output: str | Path, **options) -> EfficientSamMode
     model = load_official(path, **options)
     side = model.config.vision_config.image_size
     image_processor = EfficientSamImageProcessor(size={"height": side, "width": side})
-    model.save_pretrained(output)
-    EfficientSamProcessor(image_processor).save_pretrained(output)
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        model.save_pretrained(folder)
+        EfficientSamProcessor(image_processor).save_pretrained(folder)
+        output.mkdir(exist_ok=True)
+        for file in Path(folder).iterdir():
+            os.replace(file, output / file.name)
     return model

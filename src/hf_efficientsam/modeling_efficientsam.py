@@ -12,6 +12,7 @@ Paper: EfficientSAM, arXiv 2312.00863; the decoder is that of Segment Anything, 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -34,7 +35,6 @@ from .configuration_efficientsam import (
     EfficientSamVisionConfig,
 )
 from .model_card_efficientsam import model_card
-
 
 # What an input token is; a row number of the prompt encoder's table once 1 is added. Every negative label means
 # "no point here": -1 in the official model, -10 in transformers' processors.
@@ -92,7 +92,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(q k^T * scaling + mask) v on `[batch, heads, length, head_dim]`; returns `[batch, length, heads, ...]`."""
+    """softmax(q k^T * scaling + mask) v on `[batch, heads, length, dim]`; returns `[batch, length, heads, dim]`."""
     weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -244,11 +244,13 @@ class EfficientSamPreTrainedModel(PreTrainedModel):
     _auto_classes = ("AutoModel",)  # that load this class from a saved folder
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As transformers'. The folder holds the code too, for `trust_remote_code=True` where this is not installed."""
+        """As transformers'. The folder also holds the code, for `trust_remote_code=True` without this package."""
         # transformers writes down one Auto class. Named anew each time, for a model that was itself loaded as remote
         # code would otherwise keep pointing at the repository it came from.
         module = type(self).__module__.split(".")[-1]
         self.config.auto_map = {name: f"{module}.{type(self).__name__}" for name in self._auto_classes}
+        readme = Path(save_directory, "README.md")
+        self._saved_readme = readme.read_bytes() if readme.is_file() else None  # transformers overwrites it on a push
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
@@ -607,7 +609,7 @@ class EfficientSamFeedForward(nn.Module):
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, depth: int, hidden_act: str):
         super().__init__()
         sizes = [input_dim] + [hidden_dim] * (depth - 1) + [output_dim]
-        self.layers = nn.ModuleList([nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False)])
+        self.layers = nn.ModuleList([nn.Linear(*pair) for pair in pairwise(sizes)])
         self.activation = ACT2FN[hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -622,9 +624,7 @@ class EfficientSamMaskUpscaling(nn.Module):
     def __init__(self, config: EfficientSamMaskDecoderConfig):
         super().__init__()
         channels = [config.hidden_size, *config.upscaling_channels]
-        self.convs = nn.ModuleList(
-            [nn.ConvTranspose2d(*pair, kernel_size=2, stride=2) for pair in zip(channels, channels[1:], strict=False)]
-        )
+        self.convs = nn.ModuleList([nn.ConvTranspose2d(*pair, kernel_size=2, stride=2) for pair in pairwise(channels)])
         # One group: mean and variance over channels and positions together. None after the last convolution.
         self.norms = nn.ModuleList([nn.GroupNorm(1, c, eps=config.layer_norm_eps) for c in channels[1:-1]])
         self.activation = ACT2FN[config.hidden_act]
@@ -736,7 +736,7 @@ class EfficientSamMaskDecoder(nn.Module):
 
 
 class EfficientSamModel(EfficientSamPreTrainedModel):
-    """EfficientSAM: an image and prompts -> candidate masks with predicted IoU. Interface of transformers' `SamModel`."""
+    """EfficientSAM: image and prompts -> candidate masks with predicted IoU, with the interface of `SamModel`."""
 
     input_modalities = ("image", "text")
     _auto_classes = ("AutoModel", "AutoModelForMaskGeneration")
@@ -783,13 +783,14 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
             config._attn_implementation = self.config._attn_implementation
 
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
-        # Here meet push_to_hub and save_pretrained(push_to_hub=True); what is already written stays as it is. A
-        # README.md that is new in the folder yet not of the repository is the empty form of transformers.
-        exists = HfApi().file_exists(repo_id, "README.md", token=kwargs.get("token"))
-        if not exists and "README.md" not in files_timestamps:
-            path = Path(working_dir, "README.md")
-            tags = (ModelCard.load(path).data.tags or []) if path.exists() else []
-            model_card(self, repo_id, tags).save(path)
+        # Here meet push_to_hub and save_pretrained(push_to_hub=True). Where the repository has no README.md,
+        # transformers has by now put an empty form into the folder; the folder's own one, or else our card, is better.
+        if not HfApi().file_exists(repo_id, "README.md", token=kwargs.get("token")):
+            readme = Path(working_dir, "README.md")
+            if self._saved_readme is not None:
+                readme.write_bytes(self._saved_readme)
+            else:
+                model_card(self, repo_id, ModelCard.load(readme).data.tags or []).save(readme)
         return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
 
     def get_image_embeddings(

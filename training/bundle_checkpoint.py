@@ -1,0 +1,76 @@
+"""Makes a trained model the bundled checkpoint: half precision, measured as it will ship, numbers in its model card.
+
+    python training/bundle_checkpoint.py --model runs/masks_512/model \
+        --annotations ../shared/data/coco-val-dev/instances_val.json --curves runs/geometry runs/masks_256 runs/masks_512
+
+Everything is made in a folder beside the old checkpoint and replaces it at the end; the prose of the model card stays.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from hf_efficientsam import EfficientSamModel, EfficientSamProcessor, bundled_checkpoint
+from hf_efficientsam.training.runtime import parse_recipe
+
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    model: str = field(default="runs/masks_512/model", metadata={"help": "the trained model"})
+    annotations: str = field(
+        default="../shared/data/coco-val-dev/instances_val.json", metadata={"help": "COCO-style json to measure on"}
+    )
+    curves: list[str] = field(default_factory=list, metadata={"help": "output_dirs of the runs, whose curves are kept"})
+
+
+def table(results: dict) -> str:
+    """The numbers as Markdown, by size of the object."""
+    groups = list(results["baseline"]["ellipse"])
+    lines = ["| mIoU | " + " | ".join(groups) + " |", "|---" * (len(groups) + 1) + "|"]
+    for prompt, answers in results.items():
+        for answer, means in answers.items():
+            lines.append(f"| {prompt}, {answer} | " + " | ".join(f"{means[g]['miou']:.3f}" for g in groups) + " |")
+    return "\n".join(lines)
+
+
+def fill_card(card: str, report: dict) -> str:
+    before, rest = card.split(BEGIN)
+    measured = f"{report['masks']} masks of {report['images']} images, seed {report['seed']}.\n\n"
+    return before + BEGIN + "\n" + measured + table(report["results"]) + "\n" + END + rest.split(END)[1]
+
+
+def main() -> None:
+    recipe = parse_recipe(Recipe, __doc__)
+    target = Path(bundled_checkpoint())
+    making = target.with_name(target.name + ".making")
+    shutil.rmtree(making, ignore_errors=True)
+    EfficientSamModel.from_pretrained(recipe.model, dtype=torch.float16).save_pretrained(making)
+    EfficientSamProcessor.from_pretrained(recipe.model).save_pretrained(making)
+    for source in making.glob("*.py"):
+        source.unlink()  # the package that it is installed with has them
+
+    evaluate = [sys.executable, Path(__file__).with_name("evaluate_masks.py"), "--model", making]
+    evaluate += ["--annotations", recipe.annotations, "--output", making / "metrics.json"]
+    subprocess.run(map(str, [*evaluate, "--picture", making / "cases.png"]), check=True)
+    report = json.loads((making / "metrics.json").read_text()) | {"model": "bundled"}
+    (making / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
+    (making / "README.md").write_text(fill_card((target / "README.md").read_text(), report))
+
+    shutil.rmtree(target)
+    making.rename(target)
+    RESULTS.mkdir(exist_ok=True)
+    for run in map(Path, recipe.curves):
+        shutil.copy(run / "curve.jsonl", RESULTS / f"bundled_{run.name}.jsonl")
+        shutil.copy(run / "curve.png", RESULTS / f"bundled_{run.name}.png")
+
+
+if __name__ == "__main__":
+    main()
