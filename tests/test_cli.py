@@ -347,8 +347,8 @@ def test_broken_image(tmp_path, model, name):
 def test_pixel_limit_can_be_lifted(photo, tmp_path, model, monkeypatch):
     """Beyond our limit, PIL's and the processor's, which all stand at the same number by default."""
     assert EfficientSamImageProcessor.max_image_pixels == 178_956_970
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # PIL raises an error from twice its limit on
-    limited = EfficientSamProcessor(EfficientSamImageProcessor(size=128, max_image_pixels=100))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # PIL raises an error from twice its limit on
+    limited = EfficientSamProcessor(EfficientSamImageProcessor(size=128, max_image_pixels=1000))
     EfficientSamModel.from_pretrained(model).save_pretrained(tmp_path / "limited")
     limited.save_pretrained(tmp_path / "limited")
     arguments = ["--point", POINT, "--overlay", tmp_path / "overlay.png", "--max-pixels", WIDTH * HEIGHT]

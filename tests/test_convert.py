@@ -152,7 +152,7 @@ def test_published_layouts(shared, tmp_path, name, width, heads, total, encoder)
     def count(module):
         return sum(tensor.numel() for tensor in module.parameters())
 
-    # The Fourier frequencies are fixed, so a buffer here; the official model counts them as a (frozen) parameter.
+    # The Fourier frequencies are fixed, so a buffer: in the file, but not among the published numbers of parameters.
     frequencies = model.prompt_encoder.position_embedding.frequencies.numel()
     assert count(model) == total
     assert sum(tensor.numel() for tensor in model.state_dict().values()) == total + frequencies
@@ -202,7 +202,7 @@ def test_every_single_key_is_needed_and_has_one_shape(official, tmp_path):
     for name, tensor in official.items():
         without = {key: value for key, value in official.items() if key != name}
         refusal_of(without, tmp_path)
-        for value in (tensor[None], torch.tensor(1.0), torch.zeros([0] * tensor.ndim), torch.cat([tensor, tensor])):
+        for value in (torch.tensor(1.0), torch.cat([tensor, tensor])):
             refusal_of(without | {name: value.clone()}, tmp_path)
 
 
@@ -230,16 +230,15 @@ def test_head_counts_that_do_not_divide(official, tmp_path):
 
 
 def test_another_models_checkpoint(tmp_path):
-    message = refusal_of(torch.nn.Linear(2, 2).state_dict(), tmp_path)
-    assert "no EfficientSAM checkpoint" in message and "patch_embed" in message
+    for state_dict in (torch.nn.Linear(2, 2).state_dict(), {}):
+        message = refusal_of(state_dict, tmp_path)
+        assert "no EfficientSAM checkpoint" in message and "patch_embed" in message
 
 
-@pytest.mark.parametrize(
-    "content", [{}, [1, 2], 5, {"model": None}, {"model": {"a": 1}}, {"model": {1: torch.ones(1)}}]
-)
+@pytest.mark.parametrize("content", [[1, 2], 5, {"model": None}, {"model": {"a": 1}}, {1: torch.ones(1)}])
 def test_no_state_dict(content, tmp_path):
     torch.save(content, tmp_path / "x.pt")
-    assert "checkpoint" in refusal(tmp_path / "x.pt") or "state dict" in refusal(tmp_path / "x.pt")
+    assert "holds no state dict" in refusal(tmp_path / "x.pt")
 
 
 class Trap:
@@ -258,7 +257,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
         save({"model": Trap(sprung)}, tmp_path / "x.pt")
         assert "weights_only" in refusal(tmp_path / "x.pt")
         assert not sprung.exists()
-    torch.load(tmp_path / "x.pt", weights_only=False)
+    pickle.loads((tmp_path / "x.pt").read_bytes())
     assert sprung.exists()  # the trap works
 
 

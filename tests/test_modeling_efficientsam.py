@@ -315,6 +315,14 @@ def test_mask_prompts_of_other_sizes_and_one_for_all(model, pixel_values, points
 
 
 @torch.no_grad()
+def test_each_prompt_has_its_own_mask(model, pixel_values, points, masks):
+    output = model(pixel_values, input_points=points, input_masks=masks)
+    for q in range(Q):
+        alone = model(pixel_values, input_points=points[:, q : q + 1], input_masks=masks[:, q : q + 1])
+        torch.testing.assert_close(output.pred_masks[:, q], alone.pred_masks[:, 0], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
 def test_mask_alone_is_a_prompt(model, pixel_values, masks):
     assert model(pixel_values, input_masks=masks).pred_masks.shape[:2] == (B, Q)
 

@@ -204,8 +204,8 @@ def test_finetune_refuses_a_bad_config_in_one_sentence(tmp_path, text, sentence)
 def test_finetune_asks_for_data(tmp_path):
     script = command("finetune_masks", "--output_dir", tmp_path / "run")
     done = subprocess.run(script, env=environment(), capture_output=True, text=True)
-    assert done.returncode != 0
-    assert done.stderr.strip().splitlines()[-1] == "finetune_masks: give --train at least one COCO-style json file."
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == "finetune_masks: Give --train at least one COCO-style json file."
     assert not list(tmp_path.iterdir())
 
 
@@ -277,15 +277,15 @@ def test_distill_writes_an_encoder_that_finetune_takes(coco, tmp_path):
     Dinov2Model(teacher).save_pretrained(tmp_path / "teacher")
     run(
         "distill_encoder", "--teacher", tmp_path / "teacher", "--images", coco / "images", "--output_dir",
-        tmp_path / "encoder", "--steps", 2, "--batch_size", 2, "--warmup_steps", 1,
+        tmp_path / "distill", "--steps", 2, "--batch_size", 2, "--warmup_steps", 1, "--log_steps", 1,
     )  # fmt: skip
-    encoder, info = EfficientSamVisionModel.from_pretrained(tmp_path / "encoder", output_loading_info=True)
+    encoder, info = EfficientSamVisionModel.from_pretrained(tmp_path / "distill" / "encoder", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    curve = json.loads((tmp_path / "encoder" / "curve.json").read_text())
+    curve = read_curve(tmp_path / "distill")
     assert [row["step"] for row in curve] == [1, 2] and all(row["loss"] > 0 for row in curve)
 
     run(
-        "finetune_masks", "--train", coco / "masks.json", "--encoder", tmp_path / "encoder", "--output_dir",
+        "finetune_masks", "--train", coco / "masks.json", "--encoder", tmp_path / "distill/encoder", "--output_dir",
         tmp_path / "run", "--image_size", SIZE, "--batch_size", 2, "--steps", 1, "--num_workers", 0,
         "--geometry_steps", 1,
     )  # fmt: skip

@@ -1,7 +1,6 @@
 """Makes a trained model the bundled checkpoint: half precision, measured as it will ship, numbers in its model card.
 
-    python training/bundle_checkpoint.py --model runs/masks_512/model \
-        --annotations ../shared/data/coco-val-dev/instances_val.json --curves runs/geometry runs/masks_256 runs/masks_512
+    python training/bundle_checkpoint.py --model runs/masks/model --curves runs/distill runs/geometry runs/masks
 
 Everything is made in a folder beside the old checkpoint and replaces it at the end; the prose of the model card stays.
 """
@@ -24,11 +23,13 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Recipe:
-    model: str = field(default="runs/masks_512/model", metadata={"help": "the trained model"})
+    model: str = field(default="runs/masks/model", metadata={"help": "the trained model"})
     annotations: str = field(
         default="../shared/data/coco-val-dev/instances_val.json", metadata={"help": "COCO-style json to measure on"}
     )
-    curves: list[str] = field(default_factory=list, metadata={"help": "output_dirs of the runs, whose curves are kept"})
+    curves: list[str] = field(
+        default_factory=list, metadata={"help": "output_dirs of the runs, whose curves are kept"}
+    )
 
 
 def table(results: dict) -> str:

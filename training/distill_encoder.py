@@ -3,11 +3,12 @@
     accelerate launch training/distill_encoder.py --teacher ../shared/weights/vit-small-patch14-teacher \
         --images ../shared/data/train-seg/images ../shared/data/coco-train/images --output_dir runs/distill
 
-The student starts from a selection of the teacher's own weights (`training/warm_start.py`). The result is an
-`EfficientSamVisionModel` directory, which `finetune_masks.py --encoder` takes.
+The student starts from a selection of the teacher's own weights (`hf_efficientsam/training/warm_start.py`). A run that
+is started again in the same `--output_dir` goes on where it stopped. The result is `OUTPUT_DIR/encoder`, an
+`EfficientSamVisionModel` that `finetune_masks.py --encoder` takes.
 """
 
-import json
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,19 +19,21 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
-from transformers import AutoModel, HfArgumentParser, get_cosine_schedule_with_warmup
+from transformers import AutoModel, get_cosine_schedule_with_warmup
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_efficientsam import EfficientSamVisionConfig, EfficientSamVisionModel
+from hf_efficientsam.training.runtime import Checkpoints, Curve, parse_recipe
 from hf_efficientsam.training.warm_start import select_weights
 
 
 @dataclass(frozen=True)
 class Recipe:
-    images: list[str] = field(metadata={"help": "folders of photographs"})
-    teacher: str = field(metadata={"help": "Dinov2 model: a directory or a Hub name"})
-    output_dir: str = field(default="runs/distill", metadata={"help": "where the encoder and its curve go"})
+    images: list[str] = field(default_factory=list, metadata={"help": "folders of .jpg photographs"})
+    teacher: str | None = field(default=None, metadata={"help": "Dinov2 model: a directory or a Hub name"})
+    output_dir: str = field(default="runs/distill", metadata={"help": "checkpoints, the encoder and its curve"})
     steps: int = field(default=1500, metadata={"help": "optimiser steps"})
     batch_size: int = field(default=16, metadata={"help": "images a step and process"})
     learning_rate: float = field(default=1e-3, metadata={"help": "peak of the cosine schedule"})
@@ -38,6 +41,8 @@ class Recipe:
     warmup_steps: int = field(default=50, metadata={"help": "linear warm-up"})
     crop_scale: float = field(default=0.3, metadata={"help": "smallest part of the image's area that a crop keeps"})
     seed: int = field(default=0, metadata={"help": "of crops, order and head"})
+    save_steps: int = field(default=250, metadata={"help": "a checkpoint every so many steps"})
+    log_steps: int = field(default=25, metadata={"help": "a point of the curve every so many steps"})
 
 
 class Crops(Dataset):
@@ -46,7 +51,7 @@ class Crops(Dataset):
     def __init__(self, folders: list[str], side: int, crop_scale: float, seed: int, length: int):
         self.paths = sorted(path for folder in folders for path in Path(folder).rglob("*.jpg"))
         if not self.paths:
-            raise ValueError(f"No .jpg images under {folders}.")
+            raise ValueError(f"There are no .jpg images under {folders}; give --images folders of photographs.")
         self.side, self.crop_scale, self.seed, self.length = side, crop_scale, seed, length
 
     def __len__(self) -> int:
@@ -65,7 +70,7 @@ class Crops(Dataset):
         pixels = torch.frombuffer(bytearray(crop.tobytes()), dtype=torch.uint8).view(self.side, self.side, 3)
         pixels = pixels.permute(2, 0, 1) / 255
         pixels = pixels.flip(-1) if flip < 0.5 else pixels
-        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
         return (pixels - mean[:, None, None]) / std[:, None, None]
 
 
@@ -79,7 +84,7 @@ class FeatureRegression(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, width))
 
     def forward(self, pixel_values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        tokens = self.student.vision_encoder.embeddings(pixel_values)  # [B, N, C]; the neck is not trained here
+        tokens = self.student.vision_encoder.embeddings(pixel_values)  # [B, N, C]
         for layer in self.student.vision_encoder.layers:
             tokens = layer(tokens)
         return F.mse_loss(self.head(tokens).float(), target)
@@ -93,27 +98,46 @@ def teacher_features(teacher: nn.Module, pixel_values: torch.Tensor, grid: int) 
     return F.layer_norm(features.float(), features.shape[-1:])  # each patch to mean 0, variance 1
 
 
+def load(recipe: Recipe, accelerator: Accelerator) -> tuple[nn.Module, FeatureRegression, Crops]:
+    """Teacher, student with its head, and the views of the whole run."""
+    if recipe.teacher is None:
+        raise ValueError("Give --teacher a Dinov2 model.")
+    views = recipe.steps * recipe.batch_size * accelerator.num_processes
+    config = EfficientSamVisionConfig()
+    data = Crops(recipe.images, config.pretrain_image_size, recipe.crop_scale, recipe.seed, views)
+    teacher = AutoModel.from_pretrained(recipe.teacher, dtype=torch.float32).eval().requires_grad_(False)
+    student = EfficientSamVisionModel(config)
+    select_weights(teacher, student.vision_encoder)
+    student.vision_encoder.neck.requires_grad_(False)  # no part of the features; the mask model trains it
+    return teacher, FeatureRegression(student, teacher.config.hidden_size), data
+
+
 def main() -> None:
-    (recipe,) = HfArgumentParser(Recipe).parse_args_into_dataclasses()
+    recipe = parse_recipe(Recipe, __doc__)
     accelerator = Accelerator()
     set_seed(recipe.seed)
-    teacher = AutoModel.from_pretrained(recipe.teacher, dtype=torch.float32).eval().requires_grad_(False)
-    student = EfficientSamVisionModel(EfficientSamVisionConfig())
-    select_weights(teacher, student.vision_encoder)
-    grid = student.vision_encoder.embeddings.pretrain_grid
-    model = FeatureRegression(student, teacher.config.hidden_size)
-    trained = [p for name, p in model.named_parameters() if "neck" not in name]
+    try:
+        teacher, model, data = load(recipe, accelerator)
+    except (OSError, ValueError) as error:
+        print(f"distill_encoder: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    grid = model.student.vision_encoder.embeddings.pretrain_grid
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, recipe.warmup_steps, recipe.steps)
-    views = recipe.steps * recipe.batch_size * accelerator.num_processes
-    data = Crops(recipe.images, student.config.pretrain_image_size, recipe.crop_scale, recipe.seed, views)
-    loader = DataLoader(data, recipe.batch_size, num_workers=1)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(schedule)  # a prepared one would step once for every process
     teacher.to(accelerator.device)
 
-    output, curve, started = Path(recipe.output_dir), [], time.perf_counter()
-    progress = tqdm(loader, disable=not accelerator.is_main_process, mininterval=10)
-    for step, pixel_values in enumerate(progress, start=1):
+    output = Path(recipe.output_dir)
+    checkpoints = Checkpoints(accelerator, output / "checkpoints")
+    step = checkpoints.resume()
+    remaining = Subset(data, range(step * recipe.batch_size * accelerator.num_processes, len(data)))
+    loader = accelerator.prepare(DataLoader(remaining, recipe.batch_size, num_workers=1))
+    curve = Curve(output / "curve.jsonl", step) if accelerator.is_main_process else None
+    progress = tqdm(total=recipe.steps, initial=step, disable=not accelerator.is_main_process, mininterval=5)
+    started = time.perf_counter()
+    for pixel_values in loader:
         with torch.no_grad():
             target = teacher_features(teacher, pixel_values, grid)
         loss = model(pixel_values, target)
@@ -122,14 +146,19 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step == 1 or step % 25 == 0 or step == recipe.steps:
-            curve.append(
-                {"step": step, "loss": round(loss.item(), 4), "seconds": round(time.perf_counter() - started)}
-            )
-            progress.set_postfix(loss=curve[-1]["loss"])
-        if accelerator.is_main_process and (step % 250 == 0 or step == recipe.steps):
-            accelerator.unwrap_model(model).student.save_pretrained(output)
-            (output / "curve.json").write_text(json.dumps(curve, indent=1))
+        step += 1
+        progress.update()
+        if step % recipe.log_steps == 0 or step == recipe.steps:
+            mean = round(accelerator.reduce(loss.detach(), "mean").item(), 5)
+            progress.set_postfix(loss=mean)
+            if curve is not None:
+                curve.add(step=step, loss=mean, seconds=round(time.perf_counter() - started))
+        if step % recipe.save_steps == 0 or step == recipe.steps:
+            checkpoints.save(step)
+            if accelerator.is_main_process:
+                accelerator.unwrap_model(model).student.save_pretrained(output / "encoder")
+                curve.plot(["loss"])
+    progress.close()
     accelerator.end_training()
 
 

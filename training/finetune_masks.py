@@ -66,10 +66,9 @@ class Recipe:
     both_probability: float = field(default=0.1, metadata={"help": "share that are a box with clicks"})
     corrections: int = field(default=1, metadata={"help": "rounds of correcting clicks"})
     correction_probability: float = field(default=0.5, metadata={"help": "share of steps that have them"})
-    geometry_steps: int = field(
-        default=0,
-        metadata={"help": "first steps on random ellipses, encoder frozen: a new decoder learns what a box is"},
-    )
+    # Steps on random ellipses instead of the images' masks, encoder frozen: where a new decoder learns what a box is.
+    geometry_steps: int = field(default=0, metadata={"help": "so many steps on ellipses first"})
+    geometry_share: float = field(default=0.0, metadata={"help": "and this share of the later ones"})
     # Loss. SAM's is 20 : 1 : 1 without cross-entropy; a new decoder then stays at the empty mask for very long.
     focal_weight: float = field(default=0.0, metadata={"help": "weight of the focal loss"})
     dice_weight: float = field(default=1.0, metadata={"help": "weight of the dice loss"})
@@ -192,7 +191,8 @@ def main() -> None:
         batches.set_epoch(epoch)
         for batch in batches:
             generator = torch.Generator().manual_seed((recipe.seed + step) * 1009 + accelerator.process_index)
-            geometry = step < recipe.geometry_steps
+            chance = torch.rand((), generator=torch.Generator().manual_seed(recipe.seed + step)).item()
+            geometry = step < recipe.geometry_steps or chance < recipe.geometry_share
             masks = batch.masks
             if geometry:
                 masks = random_ellipses(batch.valid.shape, recipe.image_size, generator).to(masks.device)
