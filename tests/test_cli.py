@@ -21,6 +21,7 @@ from hf_efficientsam import (
     EfficientSamModel,
     EfficientSamProcessor,
     __version__,
+    hub,
     segment_files,
 )
 from hf_efficientsam.cli import app
@@ -440,13 +441,13 @@ def test_hub_name_out_of_reach(photo):
 
 
 def test_bundled_checkpoint_is_the_default(photo, model, monkeypatch):
-    monkeypatch.setattr(segment_files, "bundled_checkpoint", lambda: str(model))
+    monkeypatch.setattr(hub, "bundled_checkpoint", lambda: str(model))
     record = json.loads(run("segment", photo, "--point", POINT, "--json").stdout)
     assert record["model"] == str(model)
 
 
 def test_missing_bundled_checkpoint(photo, tmp_path, monkeypatch):
-    monkeypatch.setattr(segment_files, "bundled_checkpoint", lambda: str(tmp_path / "gone"))
+    monkeypatch.setattr(hub, "bundled_checkpoint", lambda: str(tmp_path / "gone"))
     refused(photo.parent, photo, "--point", POINT, words=("bundled checkpoint is missing", "--model"))
     assert_refused(run("info"), "bundled checkpoint is missing")
 

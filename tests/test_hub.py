@@ -111,6 +111,7 @@ def as_a_stranger(folder: Path, resaved: Path, tmp_path: Path) -> torch.Tensor:
     return load_file(output)["masks"]
 
 
+@pytest.mark.slow
 def test_saved_folder_needs_no_package(tmp_path):
     model, processor = tiny_model(), tiny_processor()
     folder, resaved = tmp_path / "first", tmp_path / "second"

@@ -23,7 +23,7 @@ from matplotlib.patches import Rectangle
 from tqdm.auto import tqdm
 
 from hf_efficientsam import EfficientSamModel, EfficientSamProcessor
-from hf_efficientsam.cli import find_checkpoint, load_model
+from hf_efficientsam.hub import find_checkpoint, load_model
 from hf_efficientsam.training.data.coco import CocoMasks, decode
 from hf_efficientsam.training.evaluation import PROTOCOL, ImagePredictor, evaluate_image, num_clicks
 from hf_efficientsam.training.metrics import MeanIoU

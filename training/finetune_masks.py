@@ -28,8 +28,8 @@ from hf_efficientsam import (
     EfficientSamProcessor,
     EfficientSamVisionConfig,
     EfficientSamVisionModel,
-    bundled_checkpoint,
 )
+from hf_efficientsam.hub import find_checkpoint, load_model
 from hf_efficientsam.training.batch import MaskTrainingSet, collate
 from hf_efficientsam.training.data.coco import CocoMasks
 from hf_efficientsam.training.data.synthetic import random_ellipses
@@ -89,8 +89,7 @@ class Recipe:
 
 def build_model(recipe: Recipe) -> EfficientSamModel:
     if recipe.model is not None:
-        path = bundled_checkpoint() if recipe.model == "bundled" else recipe.model
-        model = EfficientSamModel.from_pretrained(path, dtype=torch.float32)
+        model, _ = load_model(find_checkpoint(None if recipe.model == "bundled" else recipe.model))
     else:
         vision = {} if recipe.encoder is None else EfficientSamVisionConfig.from_pretrained(recipe.encoder).to_dict()
         prompt_encoder = {

@@ -16,14 +16,13 @@ from transformers.utils import cached_file
 
 from . import __version__
 from .convert import convert as convert_checkpoint
+from .hub import find_checkpoint, load_model
 from .image_processing_efficientsam import EfficientSamImageProcessor
 from .segment_files import (
     Segmenter,
     are_numbers,
     check_images_listed,
-    find_checkpoint,
     group_prompts,
-    load_model,
     plan_jobs,
     read_image,
     read_prompts_file,

@@ -1,12 +1,57 @@
-"""Where checkpoints live: the bundled one, and Hub repositories."""
+"""Where checkpoints live and how they are loaded: the bundled one, directories, Hub repositories."""
 
 from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from .configuration_efficientsam import EfficientSamConfig
+from .modeling_efficientsam import EfficientSamModel
+from .processing_efficientsam import EfficientSamProcessor
 
 
 def bundled_checkpoint() -> str:
     """
     Directory of the checkpoint that is installed with the package: model and processor, for `from_pretrained`.
 
-    EfficientSAM-Ti at 512 pixels, trained by this project; its README.md says on what and how well it does.
+    EfficientSAM-Ti at 256 pixels, trained by this project; its README.md says on what and how well it does.
     """
     return str(Path(__file__).parent / "checkpoints" / "efficientsam-ti")
+
+
+def find_checkpoint(name: str | None) -> str:
+    """The directory or Hub name to load, after all checks that can be made without loading."""
+    if name is None:
+        name = bundled_checkpoint()
+        if not Path(name).is_dir():
+            raise ValueError(f"the bundled checkpoint is missing at {name}; reinstall the package, or use --model.")
+    path = Path(name)
+    if path.is_file():
+        raise ValueError(f"{name} is a file; a checkpoint is a directory, as `efficientsam convert` makes it.")
+    if path.is_dir():
+        for pattern, what in (("config.json", "config.json"), ("*.safetensors", "weights (model.safetensors)")):
+            if not any(path.glob(pattern)):
+                raise ValueError(f"{name} is no checkpoint: the directory holds no {what}.")
+    elif path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2:
+        raise ValueError(f"{name}: no such directory.")
+    try:
+        model_type = EfficientSamConfig.get_config_dict(name)[0].get("model_type")
+    except (OSError, ValueError):
+        raise ValueError(f"{name} is neither a directory with a valid config.json nor a Hub model in reach.") from None
+    if model_type != EfficientSamConfig.model_type:
+        raise ValueError(
+            f"{name} holds a model of type {model_type!r}, but {EfficientSamConfig.model_type!r} is needed."
+        )
+    return name
+
+
+def load_model(name: str) -> tuple[EfficientSamModel, EfficientSamProcessor]:
+    try:
+        processor = EfficientSamProcessor.from_pretrained(name)
+        # float32 whatever was stored: half precision is slow on CPUs.
+        model, loading = EfficientSamModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    if missing := loading["missing_keys"]:
+        raise ValueError(f"{name} lacks {len(missing)} of the model's weights, such as {min(missing)}.")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor

@@ -16,11 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
-from safetensors import SafetensorError
 from tqdm import tqdm
 
-from .configuration_efficientsam import EfficientSamConfig
-from .hub import bundled_checkpoint
 from .modeling_efficientsam import EfficientSamModel
 from .processing_efficientsam import EfficientSamProcessor
 from .visualize import draw_masks
@@ -165,45 +162,13 @@ def write_files(files: dict[Path, bytes]) -> None:
             part.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------ the model
+def describe_mask(mask: torch.Tensor, score: float) -> dict:
+    rows, columns = mask.any(dim=1).nonzero()[:, 0].tolist(), mask.any(dim=0).nonzero()[:, 0].tolist()
+    box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1] if rows else None
+    return {"score": round(score, 4), "area": int(mask.sum()), "box": box}
 
 
-def find_checkpoint(name: str | None) -> str:
-    """The directory or Hub name to load, after all checks that can be made without loading."""
-    if name is None:
-        name = bundled_checkpoint()
-        if not Path(name).is_dir():
-            raise ValueError(f"the bundled checkpoint is missing at {name}; reinstall the package, or use --model.")
-    path = Path(name)
-    if path.is_file():
-        raise ValueError(f"{name} is a file; a checkpoint is a directory, as `efficientsam convert` makes it.")
-    if path.is_dir():
-        for pattern, what in (("config.json", "config.json"), ("*.safetensors", "weights (model.safetensors)")):
-            if not any(path.glob(pattern)):
-                raise ValueError(f"{name} is no checkpoint: the directory holds no {what}.")
-    elif path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2:
-        raise ValueError(f"{name}: no such directory.")
-    try:
-        model_type = EfficientSamConfig.get_config_dict(name)[0].get("model_type")
-    except (OSError, ValueError):
-        raise ValueError(f"{name} is neither a directory with a valid config.json nor a Hub model in reach.") from None
-    if model_type != EfficientSamConfig.model_type:
-        raise ValueError(
-            f"{name} holds a model of type {model_type!r}, but {EfficientSamConfig.model_type!r} is needed."
-        )
-    return name
-
-
-def load_model(name: str) -> tuple[EfficientSamModel, EfficientSamProcessor]:
-    try:
-        processor = EfficientSamProcessor.from_pretrained(name)
-        # float32 whatever was stored: half precision is slow on CPUs.
-        model, loading = EfficientSamModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
-    if missing := loading["missing_keys"]:
-        raise ValueError(f"{name} lacks {len(missing)} of the model's weights, such as {min(missing)}.")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+# ------------------------------------------------------------------------------------------------ segment
 
 
 @torch.inference_mode()
@@ -220,15 +185,6 @@ def predict_masks(model, processor, inputs, all_masks: bool) -> tuple[torch.Tens
         scores, order = scores[:, :1], order[:, :1]
     masks = outputs.pred_masks[0].cpu().take_along_dim(order[..., None, None], dim=1)
     return processor.post_process_masks(masks[None], *sizes)[0], scores
-
-
-def describe_mask(mask: torch.Tensor, score: float) -> dict:
-    rows, columns = mask.any(dim=1).nonzero()[:, 0].tolist(), mask.any(dim=0).nonzero()[:, 0].tolist()
-    box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1] if rows else None
-    return {"score": round(score, 4), "area": int(mask.sum()), "box": box}
-
-
-# ------------------------------------------------------------------------------------------------ segment
 
 
 @dataclass(frozen=True)
