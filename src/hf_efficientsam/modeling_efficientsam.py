@@ -330,12 +330,13 @@ class EfficientSamPositionEmbedding(nn.Module):
     def __init__(self, config: EfficientSamPromptEncoderConfig):
         super().__init__()
         self.start = config.position_init
-        self.register_buffer("frequencies", torch.zeros(2, config.hidden_size // 2))
+        # float32 even where the model is loaded in half: bfloat16 would shift the highest phases by 0.2 radians
+        self.register_buffer("frequencies", torch.zeros(2, config.hidden_size // 2, dtype=torch.float32))
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
-        # float32 throughout: a phase of many cycles has no digits left in half precision
+        # float32 throughout, result included: a phase of many cycles has no digits left in half precision
         phases = 2 * math.pi * ((2 * positions.float() - 1) @ self.frequencies.float())
-        return torch.cat([phases.sin(), phases.cos()], dim=-1).to(self.frequencies.dtype)
+        return torch.cat([phases.sin(), phases.cos()], dim=-1)
 
     def grid(self, height: int, width: int) -> torch.Tensor:
         """Features of the cell centres of a grid, row by row: `[height * width, C]`."""
@@ -419,8 +420,8 @@ class EfficientSamPromptEncoder(nn.Module):
         height, width = input_size
         scale = positions.new_tensor([width, height])
         # The official model moves every coordinate to the pixel's centre, padding included.
-        tokens = self.position_embedding((positions + 0.5) / scale)
-        tokens = tokens + F.embedding(kinds + 1, self.kind_table(kinds.device))
+        tokens = F.embedding(kinds + 1, self.kind_table(kinds.device))
+        tokens = tokens + self.position_embedding((positions + 0.5) / scale).to(tokens.dtype)
         return tokens, taking_part, self.dense_prompt(masks, grid_size, kinds.device)
 
     def tokens_of(self, points, labels, boxes, masks, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -884,7 +885,7 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
             image = image + dense_prompt.to(image.device)
         pred_masks, iou_scores = self.mask_decoder(
             image,
-            self.prompt_encoder.position_embedding.grid(*grid_size).to(image.device),
+            self.prompt_encoder.position_embedding.grid(*grid_size).to(image),
             prompt_tokens,
             taking_part,
             grid_size,
