@@ -583,6 +583,10 @@ def test_what_is_not_complete_is_done_again(photos, model, model_without_backgro
     assert again() == []
     (out / "b_2.png").unlink()
     assert again() == ["b.jpg"]
+    later = (out / "a.json").stat().st_mtime + 10
+    os.utime(photos / "a.png", (later, later))  # another picture under the old name
+    assert again() == ["a.png"]
+    os.utime(photos / "a.png", (0, 0))
     (out / "a.json").write_text('{"image": ')
     assert again() == ["a.png"]
     (out / "a.json").write_text("[]")

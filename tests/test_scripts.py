@@ -201,6 +201,21 @@ def test_finetune_refuses_a_bad_config_in_one_sentence(tmp_path, text, sentence)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [(["--batch_size", 64], "are fewer than a batch of 64"), (["--image_size", 100], "must be a multiple of 16")],
+)
+def test_finetune_refuses_what_cannot_train(coco, tmp_path, arguments, sentence):
+    given = ["--train", coco / "masks.json", "--output_dir", tmp_path / "run", "--batch_size", 2, *arguments]
+    assert sentence in refuse("finetune_masks", *given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_finetune_refuses_to_mix_runs(finetuned, coco):
+    given = ["--train", coco / "masks.json", "--output_dir", finetuned, "--steps", 77]
+    assert "choose a new --output_dir" in refuse("finetune_masks", *given, "--batch_size", 2)
+
+
 def test_finetune_asks_for_data(tmp_path):
     script = command("finetune_masks", "--output_dir", tmp_path / "run")
     done = subprocess.run(script, env=environment(), capture_output=True, text=True)

@@ -2,7 +2,7 @@
 
     python training/bundle_checkpoint.py --model runs/masks/model --curves runs/distill runs/geometry runs/masks
 
-Everything is made in a folder beside the old checkpoint and replaces it at the end; the prose of the model card stays.
+Everything is made in a folder beside the old checkpoint and then takes its place; the prose of the model card stays.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from hf_efficientsam import EfficientSamModel, EfficientSamProcessor, bundled_checkpoint
-from hf_efficientsam.training.runtime import parse_recipe
+from hf_efficientsam.training.runtime import parse_recipe, replaced_folder
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 RESULTS = Path(__file__).parent / "results"
@@ -51,8 +51,16 @@ def fill_card(card: str, report: dict) -> str:
 def main() -> None:
     recipe = parse_recipe(Recipe, __doc__)
     target = Path(bundled_checkpoint())
-    making = target.with_name(target.name + ".making")
-    shutil.rmtree(making, ignore_errors=True)
+    RESULTS.mkdir(exist_ok=True)
+    for run in map(Path, recipe.curves):
+        for kind in ("jsonl", "png"):
+            shutil.copy(run / f"curve.{kind}", RESULTS / f"bundled_{run.name}.{kind}")
+    with replaced_folder(target) as making:
+        make(recipe, making, (target / "README.md").read_text())
+
+
+def make(recipe: Recipe, making: Path, card: str) -> None:
+    """Everything of the checkpoint into the folder `making`, with the prose of the model card `card`."""
     EfficientSamModel.from_pretrained(recipe.model, dtype=torch.float16).save_pretrained(making)
     EfficientSamProcessor.from_pretrained(recipe.model).save_pretrained(making)
     for source in making.glob("*.py"):
@@ -63,14 +71,7 @@ def main() -> None:
     subprocess.run(map(str, [*evaluate, "--picture", making / "cases.png"]), check=True)
     report = json.loads((making / "metrics.json").read_text()) | {"model": "bundled"}
     (making / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
-    (making / "README.md").write_text(fill_card((target / "README.md").read_text(), report))
-
-    shutil.rmtree(target)
-    making.rename(target)
-    RESULTS.mkdir(exist_ok=True)
-    for run in map(Path, recipe.curves):
-        shutil.copy(run / "curve.jsonl", RESULTS / f"bundled_{run.name}.jsonl")
-        shutil.copy(run / "curve.png", RESULTS / f"bundled_{run.name}.png")
+    (making / "README.md").write_text(fill_card(card, report))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from transformers import AutoModel, get_cosine_schedule_with_warmup
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_efficientsam import EfficientSamVisionConfig, EfficientSamVisionModel
-from hf_efficientsam.training.runtime import Checkpoints, Curve, parse_recipe
+from hf_efficientsam.training.runtime import Checkpoints, Curve, check_same_run, parse_recipe, replaced_folder
 from hf_efficientsam.training.warm_start import select_weights
 
 
@@ -118,6 +118,8 @@ def main() -> None:
     set_seed(recipe.seed)
     try:
         teacher, model, data = load(recipe, accelerator)
+        if accelerator.is_main_process:
+            check_same_run(recipe, Path(recipe.output_dir))
     except (OSError, ValueError) as error:
         print(f"distill_encoder: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -154,10 +156,11 @@ def main() -> None:
             if curve is not None:
                 curve.add(step=step, loss=mean, seconds=round(time.perf_counter() - started))
         if step % recipe.save_steps == 0 or step == recipe.steps:
-            checkpoints.save(step)
-            if accelerator.is_main_process:
-                accelerator.unwrap_model(model).student.save_pretrained(output / "encoder")
+            if accelerator.is_main_process:  # before the checkpoint: a finished run has its encoder
+                with replaced_folder(output / "encoder") as folder:
+                    accelerator.unwrap_model(model).student.save_pretrained(folder)
                 curve.plot(["loss"])
+            checkpoints.save(step)
     progress.close()
     accelerator.end_training()
 

@@ -1,6 +1,7 @@
 """Trains EfficientSAM for promptable masks on COCO-style json.
 
-    accelerate launch training/finetune_masks.py --config training/recipes/masks_ti_256.yaml
+    accelerate launch training/finetune_masks.py --config training/recipes/bundled_3_masks.yaml --model bundled \
+        --train my/instances.json --output_dir runs/mine
     accelerate launch training/finetune_masks.py --train my/instances.json --model bundled --output_dir runs/mine
 
 A run that is started again in the same `--output_dir` goes on where it stopped. The result is `OUTPUT_DIR/model`,
@@ -35,7 +36,7 @@ from hf_efficientsam.training.data.coco import CocoMasks
 from hf_efficientsam.training.data.synthetic import random_ellipses
 from hf_efficientsam.training.interactive import InteractiveSegmentation
 from hf_efficientsam.training.losses import MaskLoss
-from hf_efficientsam.training.runtime import Checkpoints, Curve, parse_recipe
+from hf_efficientsam.training.runtime import Checkpoints, Curve, check_same_run, parse_recipe, replaced_folder
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,32 @@ def parameter_groups(model: EfficientSamModel, recipe: Recipe) -> list[dict]:
     ]
 
 
+def build_data(recipe: Recipe, num_processes: int) -> MaskTrainingSet:
+    if not recipe.train:
+        raise ValueError("Give --train at least one COCO-style json file.")
+    sources = {path: CocoMasks(path) for path in dict.fromkeys(recipe.train)}
+    data = MaskTrainingSet(
+        [sources[path] for path in recipe.train],
+        recipe.image_size,
+        max_masks=recipe.max_masks,
+        scale=(recipe.crop_scale, 1.0),
+        color_jitter=recipe.color_jitter,
+        seed=recipe.seed,
+    )
+    if len(data) < recipe.batch_size * num_processes:
+        raise ValueError(
+            f"{len(data)} images are fewer than a batch of {recipe.batch_size} on {num_processes} process(es); lower "
+            "--batch_size."
+        )
+    return data
+
+
 def save_model(model: EfficientSamModel, recipe: Recipe) -> None:
     model.config.vision_config.image_size = recipe.image_size
-    folder = Path(recipe.output_dir) / "model"
-    model.save_pretrained(folder)
     size = {"height": recipe.image_size, "width": recipe.image_size}
-    EfficientSamProcessor(EfficientSamImageProcessor(size=size)).save_pretrained(folder)
+    with replaced_folder(Path(recipe.output_dir) / "model") as folder:
+        model.save_pretrained(folder)
+        EfficientSamProcessor(EfficientSamImageProcessor(size=size)).save_pretrained(folder)
 
 
 def main() -> None:
@@ -138,11 +159,13 @@ def main() -> None:
     )
     set_seed(recipe.seed)
     try:
-        sources = {path: CocoMasks(path) for path in dict.fromkeys(recipe.train)}
+        data = build_data(recipe, accelerator.num_processes)
         model = build_model(recipe)
-        if not sources:
-            raise ValueError("Give --train at least one COCO-style json file.")
-    except (OSError, ValueError) as error:
+        if recipe.image_size % model.config.vision_config.patch_size:
+            raise ValueError(f"--image_size {recipe.image_size} must be a multiple of 16.")
+        if accelerator.is_main_process:
+            check_same_run(recipe, Path(recipe.output_dir))
+    except (OSError, ValueError, RuntimeError) as error:
         print(f"finetune_masks: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     task = InteractiveSegmentation(
@@ -156,14 +179,6 @@ def main() -> None:
     )
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe), betas=(0.9, 0.999))
     schedule = get_cosine_schedule_with_warmup(optimizer, recipe.warmup_steps, recipe.steps)
-    data = MaskTrainingSet(
-        [sources[path] for path in recipe.train],
-        recipe.image_size,
-        max_masks=recipe.max_masks,
-        scale=(recipe.crop_scale, 1.0),
-        color_jitter=recipe.color_jitter,
-        seed=recipe.seed,
-    )
     loader = DataLoader(
         data,
         recipe.batch_size,
@@ -223,10 +238,10 @@ def main() -> None:
                 if curve is not None:
                     curve.add(step=step, **means, lr=max(schedule.get_last_lr()), seconds=seconds)
             if step % recipe.save_steps == 0 or step == recipe.steps:
-                checkpoints.save(step)
-                if accelerator.is_main_process:
+                if accelerator.is_main_process:  # before the checkpoint: a finished run has its model
                     save_model(accelerator.unwrap_model(task).model, recipe)
                     curve.plot(["loss", "dice", "iou", "lr"])
+                checkpoints.save(step)
             if step == recipe.steps:
                 break
     progress.close()

@@ -12,12 +12,12 @@ import torch
 import typer
 from tqdm import tqdm
 from transformers import logging as transformers_logging
-from transformers.utils import cached_file
 
 from . import __version__
 from .convert import convert as convert_checkpoint
 from .hub import find_checkpoint, load_model
 from .image_processing_efficientsam import EfficientSamImageProcessor
+from .model_card_efficientsam import read_metrics
 from .segment_files import (
     Segmenter,
     are_numbers,
@@ -248,8 +248,8 @@ def info(
     }
     for key, value in rows.items():
         typer.echo(f"{key:11} {value}")
-    if metrics := cached_file(name, "metrics.json", _raise_exceptions_for_missing_entries=False):
-        typer.echo(describe_metrics(json.loads(Path(metrics).read_bytes())))
+    if metrics := read_metrics(name):
+        typer.echo(describe_metrics(json.loads(metrics)))
 
 
 def describe_metrics(metrics: dict) -> str:

@@ -131,7 +131,11 @@ def infer_config(
     pretrain_grid = math.isqrt(shape("image_encoder.pos_embed", 3)[1] - 1)
     decoder_width = shape("mask_decoder.iou_token.weight", 2)[1]
     cross_width = shape("mask_decoder.transformer.final_attn_token_to_image.q_proj.weight", 2)[0]
+    if not cross_width or decoder_width % cross_width:
+        raise ConversionError(f"Cross-attention of width {cross_width} does not divide the decoder's {decoder_width}.")
     upscaling = r"mask_decoder\.final_output_upscaling_layers\.(\d+)\.0\.weight"
+    if not count(upscaling):
+        raise ConversionError("No EfficientSAM checkpoint: mask_decoder.final_output_upscaling_layers is missing.")
     heads = num_attention_heads or max(1, width // 64)
     if width % heads or decoder_width % decoder_num_attention_heads or cross_width % decoder_num_attention_heads:
         raise ConversionError(
@@ -252,6 +256,8 @@ def convert(path: str | Path, output: str | Path, **options) -> EfficientSamMode
         model.save_pretrained(folder)
         EfficientSamProcessor(image_processor).save_pretrained(folder)
         output.mkdir(exist_ok=True)
+        for stale in (*output.glob("*.safetensors*"), output / "metrics.json"):
+            stale.unlink(missing_ok=True)  # of the model that was there
         for file in Path(folder).iterdir():
             os.replace(file, output / file.name)
     return model

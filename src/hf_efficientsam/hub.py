@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from .configuration_efficientsam import EfficientSamConfig
@@ -50,8 +51,9 @@ def load_model(name: str) -> tuple[EfficientSamModel, EfficientSamProcessor]:
         processor = EfficientSamProcessor.from_pretrained(name)
         # float32 whatever was stored: half precision is slow on CPUs.
         model, loading = EfficientSamModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name} cannot be loaded: {reason}") from None
     if missing := loading["missing_keys"]:
         raise ValueError(f"{name} lacks {len(missing)} of the model's weights, such as {min(missing)}.")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor

@@ -69,7 +69,6 @@ def model_card(model, repo_id: str, tags: list[str]) -> ModelCard:
         )
     data = ModelCardData(
         library_name="transformers",
-        license="apache-2.0",
         pipeline_tag="mask-generation",
         tags=list(dict.fromkeys(["efficientsam", "segment-anything", "image-segmentation", *tags])),
     )

@@ -5,7 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from hf_efficientsam.training.runtime import Checkpoints, Curve, parse_recipe
+from hf_efficientsam.training.runtime import Checkpoints, Curve, check_same_run, parse_recipe, replaced_folder
 
 
 @dataclass(frozen=True)
@@ -180,3 +180,40 @@ def test_curve_is_drawn(tmp_path):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(KeyError):
         curve.plot(["accuracy"])
+
+
+def test_a_torn_last_line_of_the_curve_is_dropped(tmp_path):
+    path = tmp_path / "curve.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert Curve(path, 2).rows == [{"step": 1, "loss": 2.0}]
+    assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "weights").write_text("old")
+    with pytest.raises(KeyboardInterrupt), replaced_folder(folder) as writing:
+        (writing / "weights").write_text("half")
+        raise KeyboardInterrupt
+    assert (folder / "weights").read_text() == "old"
+    with replaced_folder(folder) as writing:
+        (writing / "weights").write_text("new")
+    assert (folder / "weights").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    folder.rename(tmp_path / "model.old")  # where a kill between the two renames leaves it
+    with pytest.raises(KeyboardInterrupt), replaced_folder(folder):
+        raise KeyboardInterrupt
+    assert (folder / "weights").read_text() == "new"
+
+
+def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
+    @dataclass(frozen=True)
+    class Recipe:
+        steps: int = 3
+        save_steps: int = 1
+
+    check_same_run(Recipe(), tmp_path)
+    check_same_run(Recipe(save_steps=2), tmp_path)
+    with pytest.raises(ValueError, match="another steps; choose a new --output_dir"):
+        check_same_run(Recipe(steps=4), tmp_path)

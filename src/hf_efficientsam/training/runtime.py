@@ -4,8 +4,10 @@ import argparse
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from accelerate import Accelerator
@@ -50,6 +52,49 @@ def _read_yaml(parser: argparse.ArgumentParser, path: Path, names: set[str]) -> 
         if value is not None:
             arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return arguments
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file that is there whole or as it was before."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of `path` once all is written."""
+    writing, old = path.with_name(f"{path.name}.writing"), path.with_name(f"{path.name}.old")
+    if old.exists() and not path.exists():
+        old.rename(path)  # a run was killed between the two renames below
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    yield writing
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    writing.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_same_run(recipe: Any, folder: Path) -> None:
+    """
+    Notes the recipe in `folder` at the first start, and compares it at each later one.
+
+    Raises:
+        ValueError: if a run with another recipe is there, which resuming would mix with this one.
+    """
+    path, now = Path(folder) / "recipe.json", dataclasses.asdict(recipe)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(now, indent=1) + "\n")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    free = {"num_workers", "save_steps", "log_steps", "output_dir"}  # change nothing of what is learnt
+    if changed := [name for name in now if name not in free and before.get(name) != now[name]]:
+        raise ValueError(
+            f"{folder} holds a run with another {', '.join(changed)}; choose a new --output_dir, or delete that one."
+        )
 
 
 class Checkpoints:
@@ -99,10 +144,11 @@ class Curve:
         self.path = Path(path)
         self.rows = []
         if step and self.path.is_file():
-            rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+            lines = self.path.read_text().split("\n")[:-1]  # what follows the last line's end was torn by a kill
+            rows = [json.loads(line) for line in lines]
             self.rows = [row for row in rows if row["step"] <= step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        replace_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, **row: float) -> None:
         self.rows.append(row)
