@@ -303,3 +303,31 @@ def test_half_precision_stays_half(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     _, info = EfficientSamModel.from_pretrained(tmp_path, output_loading_info=True)
     assert info["missing_keys"] and info["unexpected_keys"]
+
+
+# --------------------------------------------------------------------------------------------- the bundled checkpoint
+
+
+def test_bundled_checkpoint_is_whole_half_precision_and_small():
+    folder = Path(bundled_checkpoint())
+    weights = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for name, tensor in weights.items() if "frequencies" not in name} == {torch.float16}
+    assert (folder / "model.safetensors").stat().st_size < 25e6
+    model, info = EfficientSamModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.prompt_encoder_config.background_points and model.config.prompt_encoder_config.mask_prompts
+
+
+@torch.no_grad()
+def test_bundled_checkpoint_finds_the_elephant():
+    """The README's example, which has no part in training: the box's mask covers what was drawn by hand."""
+    folder = bundled_checkpoint()
+    model = EfficientSamModel.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = EfficientSamProcessor.from_pretrained(folder)
+    image = Path(__file__).parents[1] / "examples" / "elephant.jpg"
+    inputs = processor(str(image), input_boxes=[[[34, 281, 300, 616]]])
+    outputs = model(**inputs)
+    masks = processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"])
+    best = masks[0][0, outputs.iou_scores[0, 0].argmax()]
+    body, street = best[330:450, 100:230], best[100:200, 300:400]
+    assert body.float().mean() > 0.9 and not street.any()

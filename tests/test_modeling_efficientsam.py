@@ -783,3 +783,17 @@ def test_memory_of_many_prompts():
     result = compare(image_size=512, num_prompts=64)
     assert result["largest_difference"] < 1e-4
     assert result["ratio"] < 0.25, result
+
+
+# --------------------------------------------------------------------------------------------------------- GPU
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.float16, 0.05), (torch.bfloat16, 0.3)])
+def test_cuda_equals_cpu(model, pixel_values, points, boxes, masks, dtype, tolerance):
+    expected = model(pixel_values, input_points=points, input_boxes=boxes, input_masks=masks)
+    model.to("cuda", dtype)
+    prompts = {"input_points": points.cuda(), "input_boxes": boxes.cuda(), "input_masks": masks.cuda()}
+    output = model(pixel_values.to("cuda", dtype), **prompts)
+    assert (output.pred_masks.float().cpu() - expected.pred_masks).abs().max() < tolerance
