@@ -16,13 +16,13 @@ lint:
 # Trains the bundled checkpoint anew and puts it in place, with its numbers. Each stage resumes if it was stopped.
 MASKS = --train $(DATA)/train-seg/instances_train.json $(DATA)/coco-train/instances_train.json $(DATA)/coco-train/instances_train.json
 checkpoint:
-	accelerate launch training/distill_encoder.py --teacher $(TEACHER) --steps 750 --batch_size 16 --output_dir runs/distill \
+	accelerate launch training/sami.py --config training/recipes/bundled_0_encoder.yaml --teacher $(TEACHER) --output_dir runs/encoder \
 	  --images $(DATA)/train-seg/images $(DATA)/coco-train/images $(DATA)/unlabelled/images $(DATA)/saliency/train/images
 	accelerate launch training/finetune_masks.py --config training/recipes/bundled_1_geometry.yaml $(MASKS) \
-	  --encoder runs/distill/encoder --output_dir runs/geometry
+	  --encoder runs/encoder/model --output_dir runs/geometry
 	accelerate launch training/finetune_masks.py --config training/recipes/bundled_2_at_256.yaml $(MASKS) \
 	  --model runs/geometry/model --output_dir runs/at_256
 	accelerate launch training/finetune_masks.py --config training/recipes/bundled_3_masks.yaml $(MASKS) \
 	  --model runs/at_256/model --output_dir runs/masks
 	python training/bundle_checkpoint.py --model runs/masks/model --annotations $(DATA)/coco-val-dev/instances_val.json \
-	  --curves runs/distill runs/geometry runs/at_256 runs/masks
+	  --curves runs/encoder runs/geometry runs/at_256 runs/masks

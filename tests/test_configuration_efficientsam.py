@@ -5,6 +5,7 @@ from hf_efficientsam import (
     EfficientSamConfig,
     EfficientSamMaskDecoderConfig,
     EfficientSamPromptEncoderConfig,
+    EfficientSamSamiConfig,
     EfficientSamVisionConfig,
 )
 
@@ -57,6 +58,54 @@ def test_round_trip_through_a_folder(tmp_path):
         assert part.from_pretrained(tmp_path).to_dict() == getattr(config, name).to_dict()
 
 
+def test_pretraining_defaults_are_the_papers():
+    config = EfficientSamSamiConfig()
+    assert config.vision_config.to_dict() == EfficientSamVisionConfig().to_dict()
+    assert (config.target, config.loss, config.mask_ratio) == ("features", "mse", 0.75)
+    decoder = (config.decoder_type, config.decoder_hidden_size, config.decoder_num_hidden_layers)
+    assert decoder == ("cross_attention", 512, 8)
+    assert config.decoder_intermediate_size == 2048
+
+
+def test_size_of_the_target():
+    assert EfficientSamSamiConfig().target_size == 256  # SAM's image embedding
+    assert EfficientSamSamiConfig(target_size=384).target_size == 384
+    for given in (None, 384):  # pixels of a patch, whatever is given
+        assert EfficientSamSamiConfig(target="pixels", target_size=given).target_size == 3 * 16 * 16
+    vision = {"num_channels": 1, "patch_size": 8}
+    assert EfficientSamSamiConfig(target="pixels", vision_config=vision).target_size == 64
+
+
+def test_round_trip_of_pretraining(tmp_path):
+    config = EfficientSamSamiConfig(
+        vision_config={"hidden_size": 24, "pretrain_image_size": 64},
+        target="pixels",
+        target_normalization="none",
+        loss="cosine",
+        mask_ratio=0.5,
+        decoder_type="all_token",
+        decoder_hidden_size=32,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=4,
+        decoder_intermediate_size=40,
+    )
+    config.save_pretrained(tmp_path)
+    for loaded in (EfficientSamSamiConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is EfficientSamSamiConfig
+        assert loaded.to_diff_dict() == config.to_diff_dict()
+        assert loaded.vision_config.to_dict() == config.vision_config.to_dict()
+
+
+def test_pretraining_config_gives_its_encoder(tmp_path):
+    """What belongs to the decoder that is thrown away does not come along, initializer_range included."""
+    config = EfficientSamSamiConfig(vision_config={"hidden_size": 24, "image_size": 64}, initializer_range=0.5)
+    config.save_pretrained(tmp_path)
+    whole, vision = EfficientSamConfig.from_pretrained(tmp_path), EfficientSamVisionConfig.from_pretrained(tmp_path)
+    assert type(whole) is EfficientSamConfig and type(vision) is EfficientSamVisionConfig
+    assert whole.vision_config.to_dict() == vision.to_dict() == config.vision_config.to_dict()
+    assert whole.to_dict() == EfficientSamConfig(vision_config=config.vision_config).to_dict()
+
+
 def test_configs_do_not_share_their_parts():
     first, second = EfficientSamConfig(), EfficientSamConfig()
     first.vision_config.hidden_size = 7
@@ -72,6 +121,17 @@ def test_configs_do_not_share_their_parts():
         (EfficientSamVisionConfig, {"image_size": 1000}, "image_size 1000 must be a multiple of patch_size 16"),
         (EfficientSamVisionConfig, {"pretrain_image_size": 100}, "pretrain_image_size 100 must be a multiple"),
         (EfficientSamPromptEncoderConfig, {"position_init": "uniform"}, "'gaussian' or 'axes'"),
+        (EfficientSamSamiConfig, {"mask_ratio": 1}, "mask_ratio is 1; it must be at least 0 and less than 1"),
+        (EfficientSamSamiConfig, {"mask_ratio": 1.0}, "less than 1"),
+        (EfficientSamSamiConfig, {"mask_ratio": -0.1}, "at least 0"),
+        (EfficientSamSamiConfig, {"mask_ratio": 0, "target": "pixels"}, "no pixel is left to reconstruct"),
+        (EfficientSamSamiConfig, {"target": "colours"}, "target is 'colours'; it must be 'features' or 'pixels'"),
+        (EfficientSamSamiConfig, {"target_normalization": "batch"}, "'layer_norm' or 'none'"),
+        (EfficientSamSamiConfig, {"loss": "l1"}, "'mse' or 'cosine'"),
+        (EfficientSamSamiConfig, {"decoder_type": "none"}, "'cross_attention' or 'all_token'"),
+        (EfficientSamSamiConfig, {"decoder_hidden_size": 36}, "36 must be a multiple of 4 and of .* 16"),
+        (EfficientSamSamiConfig, {"decoder_hidden_size": 30, "decoder_num_attention_heads": 3}, "a multiple of 4"),
+        (EfficientSamSamiConfig, {"vision_config": {"hidden_size": 18}}, "hidden_size 18 must be a multiple of 4"),
         (EfficientSamConfig, {"vision_config": {"output_channels": 32}}, "must agree in width"),
         (EfficientSamConfig, {"prompt_encoder_config": {"hidden_size": 32}}, "must agree in width"),
         (EfficientSamConfig, {"mask_decoder_config": {"hidden_size": 32}}, "must agree in width"),

@@ -11,13 +11,22 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForMaskGeneration, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForMaskGeneration,
+    AutoModelForPreTraining,
+    AutoProcessor,
+)
 
 from hf_efficientsam import (
     EfficientSamConfig,
+    EfficientSamForPreTraining,
     EfficientSamImageProcessor,
     EfficientSamModel,
     EfficientSamProcessor,
+    EfficientSamSamiConfig,
     EfficientSamVisionModel,
     bundled_checkpoint,
 )
@@ -29,10 +38,15 @@ CODE = {
     "modeling_efficientsam.py",
     "processing_efficientsam.py",
 }
+SAMI_CODE = {
+    "configuration_efficientsam.py",
+    "model_card_efficientsam.py",
+    "modeling_efficientsam.py",
+    "modeling_sami.py",
+}
 
-# Runs where the package cannot be imported, as on a machine that has transformers alone: loads a folder through every
-# Auto class, checks that all of them give the same numbers, saves them, and writes both the inputs and the outputs.
-STRANGER = """
+# Begins what runs where the package cannot be imported, as on a machine that has transformers alone.
+NOT_INSTALLED = """
 import sys
 
 class NotInstalled:
@@ -47,7 +61,11 @@ except ImportError:
     pass
 else:
     raise SystemExit("the package is not blocked")
+"""
 
+# Loads a folder through every Auto class, checks that all of them give the same numbers, saves them, and writes the
+# masks.
+STRANGER = """
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -75,6 +93,23 @@ assert not any(name.startswith("hf_efficientsam") for name in sys.modules)
 save_file({"masks": results[0]}, output)
 """
 
+SAMI_STRANGER = """
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForPreTraining
+
+folder, resaved, output = sys.argv[1:]
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForPreTraining.from_pretrained(folder, trust_remote_code=True).eval()
+assert type(config).__name__ == "EfficientSamSamiConfig" and type(model).__name__ == "EfficientSamForPreTraining"
+assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+with torch.no_grad():
+    result = model(torch.arange(3 * 32 * 48).reshape(1, 3, 32, 48) / 3000, noise=torch.arange(6)[None] / 6)
+model.save_pretrained(resaved)
+assert not any(name.startswith("hf_efficientsam") for name in sys.modules)
+save_file({"reconstruction": result.reconstruction}, output)
+"""
+
 
 def tiny_model() -> EfficientSamModel:
     torch.manual_seed(0)
@@ -96,19 +131,26 @@ def tiny_processor() -> EfficientSamProcessor:
     return EfficientSamProcessor(EfficientSamImageProcessor(size={"height": 64, "width": 64}))
 
 
+def tiny_sami_model() -> EfficientSamForPreTraining:
+    torch.manual_seed(0)
+    vision = {"hidden_size": 24, "num_hidden_layers": 2, "pretrain_image_size": 64}
+    decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 2}
+    return EfficientSamForPreTraining(EfficientSamSamiConfig(vision_config=vision, **decoder)).eval()
+
+
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def as_a_stranger(folder: Path, resaved: Path, tmp_path: Path) -> torch.Tensor:
-    """The masks that a process without the package gets from `folder`."""
+def as_a_stranger(folder: Path, resaved: Path, tmp_path: Path, script: str = STRANGER) -> dict[str, torch.Tensor]:
+    """What a process without the package gets from `folder`."""
     cache = tmp_path / "modules" / folder.name  # where transformers copies remote code to
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cache), "PYTHONPATH": ""}
     output = tmp_path / f"{folder.name}.safetensors"
-    command = [sys.executable, "-c", STRANGER, str(folder), str(resaved), str(output)]
+    command = [sys.executable, "-c", NOT_INSTALLED + script, str(folder), str(resaved), str(output)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert result.returncode == 0, result.stderr
-    return load_file(output)["masks"]
+    return load_file(output)
 
 
 @pytest.mark.slow
@@ -123,15 +165,33 @@ def test_saved_folder_needs_no_package(tmp_path):
     points, boxes = [[[[10, 20]], [[30, 5], [60, 45]]]], [[[1, 2, 30, 40], None]]
     with torch.no_grad():
         expected = model(**processor(image, input_points=points, input_boxes=boxes)).pred_masks
-    masks = as_a_stranger(folder, resaved, tmp_path)
+    masks = as_a_stranger(folder, resaved, tmp_path)["masks"]
     torch.testing.assert_close(masks, expected, atol=1e-6, rtol=0)
 
     # What the stranger saved is as complete.
     assert {path.name for path in resaved.iterdir()} == {path.name for path in folder.iterdir()}
     assert read_json(resaved / "config.json")["auto_map"] == read_json(folder / "config.json")["auto_map"]
     assert read_json(resaved / "processor_config.json") == read_json(folder / "processor_config.json")
-    masks = as_a_stranger(resaved, tmp_path / "third", tmp_path)
+    masks = as_a_stranger(resaved, tmp_path / "third", tmp_path)["masks"]
     torch.testing.assert_close(masks, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+def test_saved_sami_folder_needs_no_package(tmp_path):
+    model = tiny_sami_model()
+    folder, resaved = tmp_path / "first", tmp_path / "second"
+    model.save_pretrained(folder)
+    assert {path.name for path in folder.glob("*.py")} == SAMI_CODE
+    pixel_values = torch.arange(3 * 32 * 48).reshape(1, 3, 32, 48) / 3000
+    with torch.no_grad():
+        expected = model(pixel_values, noise=torch.arange(6)[None] / 6).reconstruction
+    result = as_a_stranger(folder, resaved, tmp_path, SAMI_STRANGER)["reconstruction"]
+    torch.testing.assert_close(result, expected, atol=1e-6, rtol=0)
+    assert {path.name for path in resaved.iterdir()} == {path.name for path in folder.iterdir()}
+    assert read_json(resaved / "config.json")["auto_map"] == read_json(folder / "config.json")["auto_map"]
+    # An encoder that a stranger pretrained is one here.
+    _, info = EfficientSamVisionModel.from_pretrained(resaved, output_loading_info=True)
+    assert all(name.startswith("vision_encoder.neck.") for name in info["missing_keys"])
 
 
 def test_saved_folder_uses_the_package_where_installed(tmp_path, monkeypatch):
@@ -149,6 +209,18 @@ def test_saved_folder_uses_the_package_where_installed(tmp_path, monkeypatch):
             model = auto_class.from_pretrained(tmp_path, **extra)
             assert type(model) is EfficientSamModel
             assert type(model.config) is EfficientSamConfig
+
+
+def test_sami_model_is_saved_with_its_own_entry(tmp_path, monkeypatch):
+    tiny_sami_model().save_pretrained(tmp_path)
+    assert read_json(tmp_path / "config.json")["auto_map"] == {
+        "AutoConfig": "configuration_efficientsam.EfficientSamSamiConfig",
+        "AutoModelForPreTraining": "modeling_sami.EfficientSamForPreTraining",
+    }
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked whether to trust remote code"))
+    for extra in ({}, {"trust_remote_code": True}):
+        assert type(AutoConfig.from_pretrained(tmp_path, **extra)) is EfficientSamSamiConfig
+        assert type(AutoModelForPreTraining.from_pretrained(tmp_path, **extra)) is EfficientSamForPreTraining
 
 
 def test_vision_model_is_saved_with_its_own_entry(tmp_path):
@@ -173,11 +245,11 @@ def test_copied_code_imports_its_neighbours_one_by_one():
     import hf_efficientsam
 
     package = Path(hf_efficientsam.__file__).parent
-    for name in CODE:
+    for name in CODE | SAMI_CODE:
         for line in (package / name).read_text().splitlines():
             words = line.split()
             if words[:1] == ["from"] and words[1].startswith("."):
-                assert f"{words[1][1:]}.py" in CODE, f"{name}: {line}"
+                assert f"{words[1][1:]}.py" in (SAMI_CODE if name == "modeling_sami.py" else CODE), f"{name}: {line}"
             assert words[:2] not in (["from", "."], ["import", "hf_efficientsam"]), f"{name}: {line}"
 
 

@@ -3,7 +3,18 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from hf_efficientsam.visualize import BACKGROUND_COLOR, FOREGROUND_COLOR, OPACITY, PALETTE, draw_masks, line_width
+from hf_efficientsam.visualize import (
+    BACKGROUND_COLOR,
+    FOREGROUND_COLOR,
+    OPACITY,
+    PALETTE,
+    PANEL_SIDE,
+    REMOVED_COLOR,
+    draw_masks,
+    feature_picture,
+    line_width,
+    pca_colors,
+)
 
 GRAY = (100, 100, 100)
 
@@ -152,3 +163,93 @@ def test_wrong_input():
     for name, values in [("points", []), ("boxes", [[0, 0, 1, 1]] * 2), ("scores", [0.1, 0.2]), ("labels", [])]:
         with pytest.raises(ValueError, match=f"1 masks but {name} for {len(values)} objects"):
             draw_masks(image, [square()], **{name: values})
+
+
+# ------------------------------------------------------------------------------------------------ features
+
+
+def test_principal_components_worked_by_hand():
+    """Three directions of falling strength, at right angles, each red, green or blue; an offset does not matter."""
+    axes = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 3)))[0].T
+    axes *= np.sign(axes.sum(axis=1, keepdims=True))
+    corners = np.array([[r, g, b] for r in (-3, 3) for g in (-2, 2) for b in (-1, 1)])
+    colors = pca_colors(torch.from_numpy(corners @ axes + 5))
+    assert colors.dtype == np.uint8 and np.array_equal(colors, 255 * (corners > 0))
+
+
+def test_the_reference_gives_the_colors():
+    reference = np.random.default_rng(0).normal(size=(4, 50, 6))
+    colors = pca_colors(reference)
+    assert colors.shape == (4, 50, 3)
+    assert np.array_equal(pca_colors(reference[1], reference), colors[1])
+    assert not np.array_equal(pca_colors(reference[1]), colors[1])
+    assert np.array_equal(pca_colors(reference + 100, reference + 100), colors)
+
+
+def test_one_odd_patch_does_not_take_all_the_contrast():
+    features = np.random.default_rng(0).normal(size=(200, 6))
+    features[0] *= 100
+    assert pca_colors(features)[1:, 0].std() > 50
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_directions_that_do_not_vary_are_gray(channels):
+    features = np.zeros((10, channels))
+    assert (pca_colors(features) == 128).all()
+    features[:, 0] = np.arange(10)
+    colors = pca_colors(features)
+    assert colors[0, 0] == 0 and colors[9, 0] == 255 and (colors[:, 1:] == 128).all()
+
+
+def cell(picture: Image.Image, row: int, column: int, grid=(2, 3)) -> np.ndarray:
+    """The middle of each patch `[h, w, 3]` in one cell of a feature picture."""
+    patch, gap = PANEL_SIDE // max(grid), PANEL_SIDE // 32
+    left, top = gap + column * (PANEL_SIDE + gap), PANEL_SIDE // 8 + row * (patch * grid[0] + gap)
+    pixels = np.asarray(picture).astype(int)[top : top + patch * grid[0], left : left + PANEL_SIDE]
+    return pixels[patch // 2 :: patch, patch // 2 :: patch]
+
+
+def test_feature_picture():
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 255, (2, 2, 3, 3), dtype=np.uint8)  # two images of 2 x 3 patches
+    images = [Image.fromarray(block).resize((48, 32), Image.Resampling.NEAREST) for block in blocks]
+    masks = np.array([[1, 0, 1, 1, 0, 1], [0, 1, 1, 1, 1, 0]])
+    targets = rng.normal(size=(2, 6, 5))
+    reconstructions = 0.5 * targets
+    picture = feature_picture(images, torch.from_numpy(masks), targets, torch.from_numpy(reconstructions), (2, 3))
+    for row in (0, 1):
+        assert near(cell(picture, row, 0), blocks[row], 2)
+        removed = masks[row].reshape(2, 3, 1)
+        assert near(cell(picture, row, 1), np.where(removed, REMOVED_COLOR, blocks[row]), 2)
+        assert near(cell(picture, row, 2), pca_colors(targets)[row].reshape(2, 3, 3))
+        assert near(cell(picture, row, 3), pca_colors(reconstructions, targets)[row].reshape(2, 3, 3))
+    header = np.asarray(picture)[: PANEL_SIDE // 8]
+    assert header.min() < 100 and header.max() == 255  # words
+
+
+def test_pixels_are_shown_in_their_places():
+    """The patches of a picture, by channel, row, column as the model orders them, give the picture again."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+    patches = torch.nn.functional.unfold(pixels, 16, stride=16).transpose(1, 2)
+    picture = feature_picture([image], np.zeros((1, 6)), patches / 100 - 1, patches / 100 - 1, (2, 3), pixels=True)
+    plain = image.resize((PANEL_SIDE, PANEL_SIDE * 2 // 3), Image.Resampling.NEAREST)
+    gap = PANEL_SIDE // 32
+    for column in (2, 3):
+        left, top = gap + column * (PANEL_SIDE + gap), PANEL_SIDE // 8
+        shown = picture.crop((left, top, left + plain.width, top + plain.height))
+        assert np.abs(np.asarray(shown).astype(int) - np.asarray(plain)).max() < 15  # up to the stretched contrast
+
+
+def test_wrong_features():
+    image, features = Image.new("RGB", (32, 32)), np.zeros((1, 4, 5))
+    with pytest.raises(ValueError, match="5 channels, but the reference 6"):
+        pca_colors(features, np.zeros((4, 6)))
+    with pytest.raises(ValueError, match="not finite"):
+        pca_colors(features * np.nan, features)
+    with pytest.raises(ValueError, match="not finite"):
+        pca_colors(features, features + np.inf)
+    with pytest.raises(ValueError, match=r"masks have shape \[1, 3\], but 1 images on a grid of 2 x 2 need \[1, 4"):
+        feature_picture([image], np.zeros((1, 3)), features, features, (2, 2))
+    with pytest.raises(ValueError, match=r"reconstructions have shape \[2, 4, 5\]"):
+        feature_picture([image], np.zeros((1, 4)), features, np.zeros((2, 4, 5)), (2, 2))

@@ -1,6 +1,6 @@
 """Makes a trained model the bundled checkpoint: half precision, measured as it will ship, numbers in its model card.
 
-    python training/bundle_checkpoint.py --model runs/masks/model --curves runs/distill runs/geometry runs/masks
+    python training/bundle_checkpoint.py --model runs/masks/model --curves runs/encoder runs/geometry runs/masks
 
 Everything is made in a folder beside the old checkpoint and then takes its place; the prose of the model card stays.
 """

@@ -49,7 +49,9 @@ class Recipe:
     model: str | None = field(
         default=None, metadata={"help": "start from this model (path or Hub name, or: bundled); else from a new Ti"}
     )
-    encoder: str | None = field(default=None, metadata={"help": "with the encoder of this EfficientSamVisionModel"})
+    encoder: str | None = field(
+        default=None, metadata={"help": "with the encoder that sami.py has pretrained: its model directory"}
+    )
     background_points: bool = field(default=True, metadata={"help": "a new model takes background points (label 0)"})
     mask_prompts: bool = field(default=True, metadata={"help": "a new model takes mask prompts"})
     position_init: str = field(
@@ -100,8 +102,14 @@ def build_model(recipe: Recipe) -> EfficientSamModel:
         }
         model = EfficientSamModel(EfficientSamConfig(vision_config=vision, prompt_encoder_config=prompt_encoder))
     if recipe.encoder is not None:
-        encoder = EfficientSamVisionModel.from_pretrained(recipe.encoder, dtype=torch.float32)
-        model.vision_encoder.load_state_dict(encoder.vision_encoder.state_dict())
+        encoder, loading = EfficientSamVisionModel.from_pretrained(
+            recipe.encoder, dtype=torch.float32, output_loading_info=True
+        )
+        # Pretraining (sami.py) leaves the neck out: the model keeps its own.
+        if missing := [name for name in loading["missing_keys"] if ".neck." not in name]:
+            raise ValueError(f"--encoder {recipe.encoder} lacks weights of the encoder, such as {min(missing)}.")
+        brought = {name: value for name, value in encoder.state_dict().items() if name not in loading["missing_keys"]}
+        model.load_state_dict(brought, strict=False)
     return model
 
 

@@ -5,6 +5,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForMaskGeneration,
+    AutoModelForPreTraining,
     AutoProcessor,
 )
 
@@ -12,23 +13,27 @@ from .configuration_efficientsam import (
     EfficientSamConfig,
     EfficientSamMaskDecoderConfig,
     EfficientSamPromptEncoderConfig,
+    EfficientSamSamiConfig,
     EfficientSamVisionConfig,
 )
 from .hub import bundled_checkpoint
 from .image_processing_efficientsam import EfficientSamImageProcessor
 from .modeling_efficientsam import EfficientSamModel, EfficientSamPreTrainedModel, EfficientSamVisionModel
+from .modeling_sami import EfficientSamForPreTraining
 from .processing_efficientsam import EfficientSamProcessor
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "EfficientSamConfig",
+    "EfficientSamForPreTraining",
     "EfficientSamImageProcessor",
     "EfficientSamMaskDecoderConfig",
     "EfficientSamModel",
     "EfficientSamPreTrainedModel",
     "EfficientSamProcessor",
     "EfficientSamPromptEncoderConfig",
+    "EfficientSamSamiConfig",
     "EfficientSamVisionConfig",
     "EfficientSamVisionModel",
     "bundled_checkpoint",
@@ -38,17 +43,21 @@ __all__ = [
 for _class in (
     EfficientSamConfig,
     EfficientSamVisionConfig,
+    EfficientSamSamiConfig,
     EfficientSamModel,
     EfficientSamVisionModel,
     EfficientSamImageProcessor,
     EfficientSamProcessor,
 ):
     _class.register_for_auto_class()
+EfficientSamForPreTraining.register_for_auto_class("AutoModelForPreTraining")
 
 AutoConfig.register("efficientsam", EfficientSamConfig)
 AutoConfig.register("efficientsam_vision_model", EfficientSamVisionConfig)
+AutoConfig.register("efficientsam_sami", EfficientSamSamiConfig)
 AutoModel.register(EfficientSamConfig, EfficientSamModel)
 AutoModel.register(EfficientSamVisionConfig, EfficientSamVisionModel)
 AutoModelForMaskGeneration.register(EfficientSamConfig, EfficientSamModel)
+AutoModelForPreTraining.register(EfficientSamSamiConfig, EfficientSamForPreTraining)
 AutoImageProcessor.register(EfficientSamConfig, image_processor_classes={"pil": EfficientSamImageProcessor})
 AutoProcessor.register(EfficientSamConfig, EfficientSamProcessor)

@@ -1,4 +1,4 @@
-"""Configuration of EfficientSAM: vision encoder, prompt encoder, mask decoder, and the whole.
+"""Configuration of EfficientSAM: vision encoder, prompt encoder, mask decoder, the whole, and its pretraining.
 
 The defaults are EfficientSAM-Ti. EfficientSAM-S differs in the vision encoder alone: `hidden_size=384` and
 `num_attention_heads=6`.
@@ -185,6 +185,13 @@ class EfficientSamConfig(PreTrainedConfig):
     mask_decoder_config: dict | PreTrainedConfig | None = None
     initializer_range: float = 0.02
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # A SAMI directory gives its encoder; the rest of its config is that of the decoder it leaves behind.
+        if config_dict.get("model_type") == EfficientSamSamiConfig.model_type:
+            config_dict = {"vision_config": config_dict["vision_config"]}
+        return super().from_dict(config_dict, **kwargs)
+
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         widths = {
@@ -196,9 +203,86 @@ class EfficientSamConfig(PreTrainedConfig):
             raise ValueError(f"The three parts must agree in width, set them to one value: {widths}.")
 
 
+@strict
+class EfficientSamSamiConfig(PreTrainedConfig):
+    r"""
+    Masked image pretraining: [`EfficientSamForPreTraining`]. The defaults are the paper's SAMI with EfficientSAM-Ti;
+    each ablation of the paper is an option.
+
+    Args:
+        vision_config (`dict` or [`EfficientSamVisionConfig`], *optional*): The encoder that is pretrained.
+        target (`str`, defaults to `"features"`):
+            What is reconstructed: `"features"` of a teacher, with a loss over all patches (SAMI), or the image's own
+            `"pixels"`, with a loss over the removed patches alone (the baseline MAE, with `decoder_type="all_token"`).
+        target_size (`int`, *optional*):
+            Channels of the target: the teacher's width, 256 (that of SAM's image embedding) if not given. For pixels
+            it is always `num_channels * patch_size**2`.
+        target_normalization (`str`, defaults to `"layer_norm"`):
+            `"layer_norm"` brings each patch's target to mean 0 and variance 1, so that the loss means the same for
+            every teacher (and for pixels, what MAE found best); `"none"` leaves it. The paper does not say.
+        loss (`str`, defaults to `"mse"`): `"mse"`, or `"cosine"` for one minus the cosine similarity.
+        mask_ratio (`float`, defaults to 0.75): Share of the patches that the encoder does not see, 0 included.
+        decoder_type (`str`, defaults to `"cross_attention"`):
+            `"cross_attention"` decodes the removed patches alone, which look at the encoder's tokens and at each
+            other; `"all_token"` decodes all of them by self-attention, as MAE does.
+        decoder_hidden_size (`int`, defaults to 512): Width of the decoder, a multiple of 4 and of the heads.
+        decoder_num_hidden_layers (`int`, defaults to 8): Layers of the decoder.
+        decoder_num_attention_heads (`int`, defaults to 16): Attention heads a layer.
+        decoder_intermediate_size (`int`, *optional*): Width inside its MLPs; four times `decoder_hidden_size` if not
+            given.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the initial mask token; `vision_config` has the class token's.
+    """
+
+    model_type = "efficientsam_sami"
+    sub_configs_defaults = {"vision_config": EfficientSamVisionConfig}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    target: str = "features"
+    target_size: int | None = None
+    target_normalization: str = "layer_norm"
+    loss: str = "mse"
+    mask_ratio: float | int = 0.75
+    decoder_type: str = "cross_attention"
+    decoder_hidden_size: int = 512
+    decoder_num_hidden_layers: int = 8
+    decoder_num_attention_heads: int = 16
+    decoder_intermediate_size: int | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        for name, choices in {
+            "target": ("features", "pixels"),
+            "target_normalization": ("layer_norm", "none"),
+            "loss": ("mse", "cosine"),
+            "decoder_type": ("cross_attention", "all_token"),
+        }.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(map(repr, choices))}.")
+        if not 0 <= self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio is {self.mask_ratio}; it must be at least 0 and less than 1.")
+        if self.target == "pixels" and self.mask_ratio == 0:
+            raise ValueError("With mask_ratio 0 no pixel is left to reconstruct; raise it, or set target='features'.")
+        if self.decoder_hidden_size % 4 or self.decoder_hidden_size % self.decoder_num_attention_heads:
+            raise ValueError(
+                f"decoder_hidden_size {self.decoder_hidden_size} must be a multiple of 4 and of "
+                f"decoder_num_attention_heads {self.decoder_num_attention_heads}."
+            )
+        if self.vision_config.hidden_size % 4:
+            raise ValueError(f"The encoder's hidden_size {self.vision_config.hidden_size} must be a multiple of 4.")
+        if self.target == "pixels":
+            self.target_size = self.vision_config.num_channels * self.vision_config.patch_size**2
+        elif self.target_size is None:
+            self.target_size = 256
+        if self.decoder_intermediate_size is None:
+            self.decoder_intermediate_size = 4 * self.decoder_hidden_size
+
+
 __all__ = [
     "EfficientSamConfig",
     "EfficientSamMaskDecoderConfig",
     "EfficientSamPromptEncoderConfig",
+    "EfficientSamSamiConfig",
     "EfficientSamVisionConfig",
 ]

@@ -8,7 +8,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,16 @@ class ImageError(ValueError):
     """An image that cannot be read or is too large."""
 
 
+@contextmanager
+def pil_limit_lifted() -> Iterator[None]:
+    """PIL refuses large pictures when it opens them (12.3: also when it crops); our own limit counts instead."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
 def read_image(path: Path, max_pixels: int, read: Callable[[Image.Image], Any]) -> Any:
     """
     What `read` makes of the opened image; PIL decodes its pixels only if `read` needs them.
@@ -119,16 +130,13 @@ def read_image(path: Path, max_pixels: int, read: Callable[[Image.Image], Any]) 
         raise ImageError(f"{path}: no such file.")
     if path.stat().st_size == 0:
         raise ImageError(f"{path}: the file is empty (0 bytes).")
-    pil_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked instead and can be lifted
     try:
-        with Image.open(path) as image:
+        with pil_limit_lifted(), Image.open(path) as image:
             width, height = image.size
             if width * height <= max_pixels:
                 return read(image)
     except Exception as error:  # PIL's readers raise errors of many kinds for broken files
         raise ImageError(f"{path}: not an image, or a damaged one ({error}).") from None
-    finally:
-        Image.MAX_IMAGE_PIXELS = pil_limit
     raise ImageError(
         f"{path}: {width} x {height} pixels are over the limit of {max_pixels}; to take it all the same, lift the "
         f"limit with --max-pixels {width * height}."
@@ -248,14 +256,15 @@ class Segmenter:
         # As the model sees it: PIL's own conversion turns 16-bit pictures white.
         pixels = self.processor.image_processor.process_image(image)
         pixels = pixels if pixels.dtype == np.uint8 else (255 * pixels + 0.5).astype(np.uint8)
-        return draw_masks(
-            Image.fromarray(pixels.transpose(1, 2, 0)),
-            masks[:, 0].numpy(),
-            points=[one["points"] for one in objects],
-            labels=[one["labels"] for one in objects],
-            boxes=[one["box"] for one in objects],
-            scores=scores[:, 0].tolist(),
-        )
+        with pil_limit_lifted():
+            return draw_masks(
+                Image.fromarray(pixels.transpose(1, 2, 0)),
+                masks[:, 0].numpy(),
+                points=[one["points"] for one in objects],
+                labels=[one["labels"] for one in objects],
+                boxes=[one["box"] for one in objects],
+                scores=scores[:, 0].tolist(),
+            )
 
 
 def segment_file(

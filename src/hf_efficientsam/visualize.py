@@ -1,4 +1,4 @@
-"""Draws masks and the prompts that led to them over a picture. Needs only PIL and numpy."""
+"""Pictures of masks with the prompts that led to them, and of features. Needs only PIL and numpy."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,6 +18,8 @@ PALETTE = (
 )
 FOREGROUND_COLOR, BACKGROUND_COLOR = (0, 158, 60), (214, 20, 40)
 OPACITY = 0.45  # of the fill
+REMOVED_COLOR = (128, 128, 128)  # of patches that the encoder does not see
+PANEL_SIDE = 192  # pixels
 
 
 def draw_masks(
@@ -169,4 +171,107 @@ def _stamp(draw_shape: Callable, side: int, enlarge: int = 8) -> Image.Image:
     return large.resize((side, side), Image.Resampling.BOX)
 
 
-__all__ = ["draw_masks"]
+# ------------------------------------------------------------------------------------------------ features
+
+
+def pca_colors(features, reference=None) -> np.ndarray:
+    """
+    Features as colours: red, green and blue are the first three principal components, so what is alike in its
+    features is alike in colour. Each runs from the 2nd to the 98th percentile, as a few odd patches (vision
+    transformers have them) would else take all the contrast.
+
+    Args:
+        features: `[..., C]`, array or tensor on the CPU.
+        reference: features `[..., C]` that components and ranges are taken from, by default `features` themselves;
+            pictures with the same reference can be compared.
+
+    Returns:
+        uint8 array `[..., 3]`. Where the reference varies in fewer than three directions, the others are mid-grey.
+
+    Raises:
+        ValueError: if the numbers of channels differ, or the features are not finite.
+    """
+    features = np.asarray(features, dtype=np.float32)
+    reference = features if reference is None else np.asarray(reference, dtype=np.float32)
+    if features.shape[-1] != reference.shape[-1]:
+        raise ValueError(f"The features have {features.shape[-1]} channels, but the reference {reference.shape[-1]}.")
+    if not (np.isfinite(features).all() and np.isfinite(reference).all()):
+        raise ValueError("The features are not finite, so they have no colours.")
+    rows = reference.reshape(-1, reference.shape[-1])
+    mean = rows.mean(axis=0)
+    _, strengths, components = np.linalg.svd(rows - mean, full_matrices=False)
+    components = components[:3][strengths[:3] > 1e-5 * np.linalg.norm(rows)]
+    components *= np.where(components.sum(axis=1, keepdims=True) < 0, -1, 1)  # an SVD leaves the sign open
+    colors = np.full((*features.shape[:-1], 3), 0.5, dtype=np.float32)
+    colors[..., : len(components)] = _stretch((features - mean) @ components.T, (rows - mean) @ components.T)
+    return (255 * colors).round().astype(np.uint8)
+
+
+def _stretch(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """`[..., n]` to 0 to 1, from the 2nd to the 98th percentile of each column of `reference` `[m, n]`."""
+    low, high = np.percentile(reference, (2, 98), axis=0)
+    return ((values - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+
+
+def feature_picture(
+    images: Sequence[Image.Image], masks, targets, reconstructions, grid: tuple[int, int], pixels: bool = False
+) -> Image.Image:
+    """
+    What masked pretraining sees and what it makes of it, a row for each image: the input, the input without the
+    removed patches, the target and its reconstruction, both in the colours of all the targets (`pca_colors`).
+
+    Args:
+        images: B pictures, as the student sees them.
+        masks: `[B, N]`, 1 for removed patches.
+        targets, reconstructions: `[B, N, C]`, arrays or tensors on the CPU.
+        grid: rows and columns of patches, h * w = N, row by row.
+        pixels: targets are no features but pixels, C = 3 * side * side, by channel, row, column, in any range.
+
+    Raises:
+        ValueError: if the shapes do not fit, or values are not finite.
+    """
+    num_patches = grid[0] * grid[1]
+    masks, targets, reconstructions = (np.asarray(one, dtype=np.float32) for one in (masks, targets, reconstructions))
+    for name, values in {"masks": masks, "targets": targets, "reconstructions": reconstructions}.items():
+        if values.shape[:2] != (len(images), num_patches):
+            raise ValueError(
+                f"The {name} have shape {list(values.shape)}, but {len(images)} images on a grid of {grid[0]} x "
+                f"{grid[1]} need [{len(images)}, {num_patches}, ...]."
+            )
+    size = (PANEL_SIDE * grid[1] // max(grid), PANEL_SIDE * grid[0] // max(grid))
+    images = [image.convert("RGB").resize(size, Image.Resampling.BICUBIC) for image in images]
+    removed = [Image.fromarray(mask.reshape(grid) > 0).resize(size, Image.Resampling.NEAREST) for mask in masks]
+    gray = Image.new("RGB", size, REMOVED_COLOR)
+    columns = {
+        "input": images,
+        "masked": [Image.composite(gray, image, mask) for image, mask in zip(images, removed, strict=True)],
+        "target": _patch_pictures(targets, targets, grid, pixels, size),
+        "reconstruction": _patch_pictures(reconstructions, targets, grid, pixels, size),
+    }
+
+    gap, top = PANEL_SIDE // 32, PANEL_SIDE // 8
+    picture = Image.new("RGB", (gap + 4 * (size[0] + gap), top + len(images) * (size[1] + gap)), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=top // 2)
+    for column, (name, cells) in enumerate(columns.items()):
+        left = gap + column * (size[0] + gap)
+        draw.text((left + size[0] // 2, top // 2), name, font=font, fill="black", anchor="mm")
+        for row, cell in enumerate(cells):
+            picture.paste(cell, (left, top + row * (size[1] + gap)))
+    return picture
+
+
+def _patch_pictures(
+    values: np.ndarray, reference: np.ndarray, grid: tuple[int, int], pixels: bool, size: tuple[int, int]
+) -> list[Image.Image]:
+    """A picture of `size` for each of `values` `[B, N, C]`, where a patch is one colour or its own pixels."""
+    if pixels:
+        colors = (255 * _stretch(values[..., None], reference.reshape(-1, 1))).round().astype(np.uint8)
+    else:
+        colors = pca_colors(values, reference)
+    side = round((colors[0, 0].size / 3) ** 0.5)
+    colors = colors.reshape(-1, *grid, 3, side, side).transpose(0, 1, 4, 2, 5, 3)  # B, h, side, w, side, 3
+    colors = colors.reshape(-1, grid[0] * side, grid[1] * side, 3)
+    return [Image.fromarray(one).resize(size, Image.Resampling.NEAREST) for one in colors]
+
+
+__all__ = ["draw_masks", "feature_picture", "pca_colors"]

@@ -1,11 +1,34 @@
+import errno
 import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
+from safetensors import SafetensorError
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from hf_efficientsam.training.runtime import Checkpoints, Curve, check_same_run, parse_recipe, replaced_folder
+from hf_efficientsam.training.runtime import (
+    TIMINGS,
+    Checkpoints,
+    Curve,
+    Log,
+    SaveError,
+    check_same_run,
+    parse_recipe,
+    replaced_folder,
+    tracker_arguments,
+)
 
 
 @dataclass(frozen=True)
@@ -157,6 +180,149 @@ def test_a_killed_save_is_no_checkpoint(tmp_path, monkeypatch):
     assert not (tmp_path / "step_00000002" / "model_1.safetensors").exists()
 
 
+def no_space(path):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("error", "free"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 2),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), 2),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), 0),  # torch.save's
+    ],
+    ids=["python", "safetensors", "torch"],
+)
+def test_a_full_disk(tmp_path, monkeypatch, error, free):
+    run = Run(tmp_path)
+    run.step()
+
+    def half(folder):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(bytes(3 * 2**20))
+        raise error
+
+    for kept in ("there is no earlier one", "the checkpoint of step 1 is kept"):
+        with monkeypatch.context() as patch:
+            patch.setattr(run.checkpoints.accelerator, "save_state", half)
+            patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free * 2**20))
+            with pytest.raises(SaveError) as caught:
+                run.checkpoints.save(2)
+        assert str(caught.value) == (
+            f"The checkpoint of step 2 could not be written: the disk is full, {tmp_path} needs more than the "
+            f"{3 + free}.0 MiB that were free; free space and start again; {kept}."
+        )
+        assert caught.value.__cause__ is error
+        assert not (tmp_path / "writing").exists() and not (tmp_path / "step_00000002").exists()
+        if run.checkpoints.steps() == []:
+            run.checkpoints.save(1)
+    assert Run(tmp_path).checkpoints.resume() == 1
+
+
+def test_another_reason_is_told_as_it_is(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+
+    def refused(folder):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(run.checkpoints.accelerator, "save_state", refused)
+    with pytest.raises(
+        SaveError, match=r"step 2 could not be written: PermissionError: .*Permission denied; there is"
+    ):
+        run.checkpoints.save(2)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    synced, fsync = set(), os.fsync
+
+    def noted(descriptor):
+        assert not list(tmp_path.glob("step_*"))
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", noted)
+        run.checkpoints.save(1)
+    files = [path for path in (tmp_path / "step_00000001").rglob("*") if path.is_file()]
+    assert synced == {path.stat().st_ino for path in files} and len(files) >= 3
+
+    monkeypatch.setattr(os, "fsync", no_space)  # where some file systems first say so
+    with pytest.raises(SaveError, match=r"the disk is full.*step 1 is kept"):
+        run.checkpoints.save(2)
+    assert run.checkpoints.steps() == [1] and not (tmp_path / "writing").exists()
+
+
+def two_processes(function: str, folder: Path):
+    """Runs a function of this file on two, each started anew: a fork would inherit Accelerate's state and threads."""
+    start = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    start += f"from pathlib import Path\nfrom test_runtime import {function}\n{function}(Path({str(folder)!r}))\n"
+    (folder / "start.py").write_text(start)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, folder / "start.py"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def fail_on_one_process(folder):
+    """One of the two cannot write, then the other; at last they find different checkpoints."""
+    accelerator = Accelerator(cpu=True)
+    model = torch.nn.Linear(2, 2)
+    accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    checkpoints = Checkpoints(accelerator, folder)
+    save_state, index = accelerator.save_state, accelerator.process_index
+    checkpoints.save(1)
+    for failing in (0, 1):
+        accelerator.save_state = no_space if index == failing else save_state
+        try:
+            checkpoints.save(2)
+        except SaveError as error:
+            (folder / f"sentence_{failing}_{index}").write_text(str(error))
+    accelerator.save_state = save_state
+    checkpoints.save(3)
+    assert checkpoints.resume() == 3
+    if index == 1:
+        checkpoints.folder = folder / "not shared"
+    with pytest.raises(ValueError, match=r"different steps \(\[0, 3\]\).*all machines share"):
+        checkpoints.resume()
+    accelerator.end_training()
+
+
+@pytest.mark.slow
+def test_two_processes_fail_together(tmp_path):
+    two_processes("fail_on_one_process", tmp_path)
+    for failing in (0, 1):
+        sentences = {(tmp_path / f"sentence_{failing}_{index}").read_text() for index in (0, 1)}
+        assert len(sentences) == 1 and sentences.pop().endswith("the checkpoint of step 1 is kept.")
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000001", "step_00000003"]
+
+
+def test_an_averaged_model_is_part_of_a_checkpoint(tmp_path):
+    def start():
+        run = Run(tmp_path)
+        unwrapped = run.checkpoints.accelerator.unwrap_model(run.model)
+        average = AveragedModel(unwrapped, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+        run.checkpoints.accelerator.register_for_checkpointing(average)
+        return run, average
+
+    def step(run, average):
+        run.step()
+        average.update_parameters(run.model)
+        return average.module.weight.clone()
+
+    run, average = start()
+    step(run, average)
+    step(run, average)
+    run.checkpoints.save(2)
+    expected = step(run, average)
+    assert not torch.equal(expected, run.model.weight)
+    run, average = start()
+    assert run.checkpoints.resume() == 2 and average.n_averaged == 2
+    assert torch.equal(step(run, average), expected)
+
+
 # -------------------------------------------------------------------------------------------------- curve
 
 
@@ -207,6 +373,22 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     assert (folder / "weights").read_text() == "new"
 
 
+def test_a_full_disk_leaves_the_old_folder(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "weights").write_text("old")
+    with (
+        pytest.raises(
+            SaveError, match=r"model could not be written: the disk is full, .* free space and start again\."
+        ),
+        replaced_folder(folder) as writing,
+    ):
+        (writing / "weights").write_text("half")
+        no_space(writing)
+    assert (folder / "weights").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
     @dataclass(frozen=True)
     class Recipe:
@@ -217,3 +399,141 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
     check_same_run(Recipe(save_steps=2), tmp_path)
     with pytest.raises(ValueError, match="another steps; choose a new --output_dir"):
         check_same_run(Recipe(steps=4), tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- log
+
+
+def log_steps(folder, until, trackers=(), save_at=5, steps=14):
+    """A run whose loss is 1 / step, with rows at 4, 8, 12 and 14, pictures at 4 and 8; stopped after `until`."""
+    accelerator = Accelerator(cpu=True, **tracker_arguments(list(trackers), folder))
+    log = Log(accelerator, folder, steps, every=4)
+    checkpoints = Checkpoints(accelerator, folder / "checkpoints")
+    step = checkpoints.resume()
+    log.start(step, "sami", {"images": ["a", "b"], "cache": None, "rate": 1e-3, "flip": True})
+    while step < until:
+        step += 1
+        log.add(step, images=8, loss=torch.tensor(1 / step), rate=0.1 * step)
+        if step == save_at:
+            checkpoints.save(step)
+        if step in (4, 8):
+            log.picture(step, Image.new("RGB", (6, 3), (20 * step, 0, 0)), "colours")
+    return accelerator, log
+
+
+def without_timings(rows):
+    return [{name: value for name, value in row.items() if name not in TIMINGS} for row in rows]
+
+
+def test_rows_are_means_and_the_newest_rate(tmp_path):
+    _, log = log_steps(tmp_path, 14)
+    log.close()
+    rows = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
+    losses = [np.mean([1 / step for step in range(*steps)]) for steps in ((1, 5), (5, 9), (9, 13), (13, 15))]
+    assert [row["step"] for row in rows] == [4, 8, 12, 14]
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
+    assert [row["rate"] for row in rows] == pytest.approx([0.4, 0.8, 1.2, 1.4])
+    assert all(row.keys() == {"step", "loss", "rate", *TIMINGS} for row in rows)
+    assert rows[-1]["seconds_to_go"] == 0 and rows[0]["images_per_second"] > 0
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert Image.open(tmp_path / "pictures" / "colours_00000008.png").getpixel((0, 0)) == (160, 0, 0)
+
+
+def test_time_is_counted(tmp_path, monkeypatch):
+    """Two steps of ten seconds: 8 images each, eight more steps to come; the next start adds to the seconds."""
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    log = Log(Accelerator(cpu=True), tmp_path, steps=10, every=2)
+    log.start(0, "sami", {})
+    for step in (1, 2):
+        now += 10
+        log.add(step, images=8, loss=torch.tensor(1.0))
+    timings = {"images_per_second": 0.8, "seconds": 20, "seconds_to_go": 80}
+    assert log.curve.rows == [{"step": 2, "loss": 1.0, **timings}]
+    log.start(2, "sami", {})
+    for step in (3, 4):
+        now += 5
+        log.add(step, images=8, loss=torch.tensor(1.0))
+    assert log.curve.rows[-1] == {"step": 4, "loss": 1.0, "images_per_second": 1.6, "seconds": 30, "seconds_to_go": 30}
+
+
+@pytest.mark.parametrize("killed_at", [2, 5, 7, 9])
+def test_a_resumed_run_writes_the_same_rows(tmp_path, killed_at):
+    """The checkpoint is at step 5, in the middle of the mean over steps 5 to 8."""
+    _, whole = log_steps(tmp_path / "whole", 14)
+    log_steps(tmp_path / "killed", killed_at)
+    _, resumed = log_steps(tmp_path / "killed", 14)
+    assert len(whole.curve.rows) == 4
+    assert without_timings(resumed.curve.rows) == without_timings(whole.curve.rows)
+
+
+def log_on_two_processes(folder):
+    accelerator = Accelerator(cpu=True)
+    log = Log(accelerator, folder, 4, every=4)
+    log.start(0, "sami", {})
+    for step in (1, 2, 3, 4):
+        log.add(step, images=8, loss=torch.tensor(10.0 * accelerator.process_index + step))
+        if step == 3:
+            torch.save(log.state_dict(), folder / f"state_{accelerator.process_index}")
+    accelerator.end_training()
+
+
+@pytest.mark.slow
+def test_losses_are_means_over_the_processes(tmp_path):
+    two_processes("log_on_two_processes", tmp_path)
+    assert json.loads((tmp_path / "curve.jsonl").read_text())["loss"] == 7.5
+    # The state of the main process is saved and loaded on all, so it must be the same on all.
+    states = [torch.load(tmp_path / f"state_{index}") for index in (0, 1)]
+    assert torch.equal(states[0]["sums"], states[1]["sums"]) and states[0]["summed"] == states[1]["summed"] == 3
+
+
+def test_tensorboard_sees_each_step_once(tmp_path):
+    log_steps(tmp_path, 9, ["tensorboard"])
+    accelerator, log = log_steps(tmp_path, 14, ["tensorboard"])
+    log.close()
+    accelerator.end_training()
+    events = EventAccumulator(str(tmp_path / "trackers" / "sami")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [4, 8, 12, 14]
+    assert [event.value for event in events.Scalars("rate")] == pytest.approx([0.4, 0.8, 1.2, 1.4])
+    assert set(TIMINGS) < set(events.Tags()["scalars"])
+    pictures = events.Images("colours")
+    assert [event.step for event in pictures] == [4, 8] and (pictures[0].width, pictures[0].height) == (6, 3)
+
+
+TRACKIO_RUN = """
+import os, socket, sys
+from pathlib import Path
+from types import SimpleNamespace
+
+def refused(self, address):
+    raise AssertionError(f"a connection to {address}")
+
+socket.socket.connect = refused
+from test_runtime import log_steps
+accelerator, log = log_steps(Path(sys.argv[1]), int(sys.argv[2]), ["trackio"])
+log.close()
+accelerator.end_training()
+"""
+
+
+@pytest.mark.slow
+def test_trackio_sees_each_step_once_and_needs_no_network(tmp_path):
+    """In processes of their own: trackio decides where its files go when it is imported."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRACKIO_")}
+    for until in (9, 14):
+        command = [sys.executable, "-c", TRACKIO_RUN, str(tmp_path / "run_a"), str(until)]
+        subprocess.run(command, cwd=Path(__file__).parent, env=environment, check=True, capture_output=True)
+    database = sqlite3.connect(tmp_path / "run_a" / "trackers" / "sami.db")
+    rows = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
+    values = [(step, json.loads(metrics)) for _, step, metrics in rows]
+    assert {name for name, _, _ in rows} == {"run_a"}
+    assert [step for step, value in values if "loss" in value] == [4, 8, 12, 14]
+    assert [step for step, value in values if "colours" in value] == [4, 8]
+    (config,) = database.execute("SELECT config FROM configs").fetchall()
+    assert json.loads(config[0])["images"] == "['a', 'b']"
+    assert len(list((tmp_path / "run_a" / "trackers" / "media").rglob("*.png"))) == 2
+
+
+def test_an_unknown_tracker(tmp_path):
+    with pytest.raises(ValueError, match=r"no tracker wandb here; install it, or take .*tensorboard.*trackio"):
+        tracker_arguments(["wandb", "tensorboard"], tmp_path)

@@ -1,4 +1,4 @@
-"""Augmentation of an image together with its masks: crop, flip, colour."""
+"""Augmentation of an image, together with its masks if it has any: crop, flip, colour."""
 
 import math
 
@@ -60,6 +60,35 @@ def random_crop_flip(
     if color_jitter:
         pixels = _jitter_color(pixels, color_jitter, generator)
     return pixels, masks
+
+
+def random_resized_crop(
+    width: int, height: int, scale: tuple[float, float], generator: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """A random box to be resized to a square, for training without masks.
+
+    As in MAE's pretraining (arXiv 2111.06377): its share of the image's area is uniform in `scale`, its aspect ratio
+    log-uniform from 3/4 to 4/3, its place uniform. Where ten draws do not fit into a very long image, it is the
+    largest centred box whose ratio is in range.
+
+    Args:
+        width, height: of the image in pixels.
+        scale: least and greatest share of the image's area.
+        generator: source of all randomness.
+
+    Returns:
+        (left, top, right, bottom) in pixels, right and bottom exclusive.
+    """
+    for share, log_ratio, x, y in generator.random((10, 4)):
+        area = width * height * (scale[0] + share * (scale[1] - scale[0]))
+        ratio = (4 / 3) ** (2 * log_ratio - 1)
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left, top = int(x * (width - crop_width + 1)), int(y * (height - crop_height + 1))
+            return left, top, left + crop_width, top + crop_height
+    crop_width, crop_height = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
 
 
 def _random_crop(width: int, height: int, scale: tuple[float, float], generator: torch.Generator) -> tuple:

@@ -1,16 +1,26 @@
-"""What every training script needs around its loop: its recipe, its checkpoints, its curve."""
+"""What every training script needs around its loop: its recipe, its checkpoints, its log."""
 
 import argparse
 import dataclasses
+import errno
 import json
+import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import gather_object
+from PIL import Image
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 Recipe = TypeVar("Recipe")
@@ -61,15 +71,62 @@ def replace_text(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def replace_between(path: Path, begin: str, end: str, text: str) -> None:
+    """Replaces what stands between two marks in a file."""
+    before, rest = path.read_text(encoding="utf-8").split(begin)
+    replace_text(path, before + begin + "\n" + text + "\n" + end + rest.split(end)[1])
+
+
+def stop_unless_finite(accelerator: Accelerator, loss: torch.Tensor, step: int, images: list) -> None:
+    """
+    Raises FloatingPointError on all processes if the loss of one of them is not finite, naming its images. Called on
+    every process before the step is saved, with its own loss `[]` and images.
+    """
+    if accelerator.reduce(loss.detach().float(), "mean").isfinite():
+        return
+    names = ", ".join(map(str, images))
+    problems = gather_object([None if loss.isfinite() else f"{loss.item()} on the images {names}"])
+    raise FloatingPointError(
+        f"The loss of step {step} is {'; '.join(filter(None, problems))}. Nothing of this step is saved; look at these "
+        "images or lower the learning rate, and start again from the last checkpoint."
+    )
+
+
+class SaveError(RuntimeError):
+    """A result that could not be written; the message is one sentence for the user."""
+
+
+def _reason(error: Exception, writing: Path) -> str:
+    """Why the folder `writing` was not finished. Of a full disk, torch and safetensors say it in no standard way."""
+    free = shutil.disk_usage(writing.parent).free
+    if getattr(error, "errno", None) != errno.ENOSPC and "os error 28" not in str(error) and free > 2**20:
+        return f"{type(error).__name__}: {error}"
+    tried = free + sum(path.stat().st_size for path in writing.rglob("*") if path.is_file())
+    return (
+        f"the disk is full, {writing.parent} needs more than the {tried / 2**20:.1f} MiB that were free; free space "
+        "and start again"
+    )
+
+
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `path` once all is written."""
+    """
+    A new folder to write into, which takes the place of `path` once all is written.
+
+    Raises:
+        SaveError: if the disk is full; `path` is then as it was.
+    """
     writing, old = path.with_name(f"{path.name}.writing"), path.with_name(f"{path.name}.old")
     if old.exists() and not path.exists():
         old.rename(path)  # a run was killed between the two renames below
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
-    yield writing
+    try:
+        yield writing
+    except (OSError, SafetensorError) as error:
+        reason = _reason(error, writing)
+        shutil.rmtree(writing, ignore_errors=True)
+        raise SaveError(f"{path} could not be written: {reason}.") from error
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         path.rename(old)
@@ -90,7 +147,8 @@ def check_same_run(recipe: Any, folder: Path) -> None:
         replace_text(path, json.dumps(now, indent=1) + "\n")
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    free = {"num_workers", "save_steps", "log_steps", "output_dir"}  # change nothing of what is learnt
+    # What changes nothing of what is learnt.
+    free = {"num_workers", "save_steps", "log_steps", "picture_steps", "trackers", "output_dir"}
     if changed := [name for name in now if name not in free and before.get(name) != now[name]]:
         raise ValueError(
             f"{folder} holds a run with another {', '.join(changed)}; choose a new --output_dir, or delete that one."
@@ -104,7 +162,7 @@ class Checkpoints:
 
     Args:
         accelerator: whose prepared models, optimisers, schedules and random states are saved.
-        folder: made on first use.
+        folder: made on first use; if several machines train together, on a disk that they share.
         keep: how many of the newest to keep.
     """
 
@@ -115,26 +173,64 @@ class Checkpoints:
         return sorted(int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*"))
 
     def save(self, step: int) -> None:
-        """Called on every process."""
+        """
+        Called on every process.
+
+        Raises:
+            SaveError: on every process if one of them cannot write, mostly as the disk is full. What was half
+                written is removed, the earlier checkpoints stay.
+        """
         writing = self.folder / "writing"
         if self.accelerator.is_main_process:
             shutil.rmtree(writing, ignore_errors=True)  # what a killed run left
+            self.folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(writing)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            writing.rename(self.folder / f"step_{step:08d}")
-            for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self.folder / f"step_{old:08d}")
-        self.accelerator.wait_for_everyone()
+        self._try_everywhere(step, writing, lambda: self.accelerator.save_state(writing))
+        self._try_everywhere(step, writing, lambda: self._publish(step, writing))
+
+    def _try_everywhere(self, step: int, writing: Path, action: Callable[[], None]) -> None:
+        """Returns, or raises, on all processes together, so that none waits for one that has failed."""
+        problem = cause = None
+        try:
+            action()
+        except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError is torch.save's
+            problem, cause = _reason(error, writing), error
+        problems = [one for one in gather_object([problem]) if one is not None]
+        if problems:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(writing, ignore_errors=True)
+            kept = f"the checkpoint of step {self.steps()[-1]} is kept" if self.steps() else "there is no earlier one"
+            raise SaveError(f"The checkpoint of step {step} could not be written: {problems[0]}; {kept}.") from cause
+
+    def _publish(self, step: int, writing: Path) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        # To the disk first: a name must not outlive its content if the power fails, and some file systems (NFS,
+        # quotas) report only here that the disk is full.
+        for path in writing.rglob("*"):
+            if path.is_file():
+                with path.open("r+b") as file:
+                    os.fsync(file.fileno())
+        writing.rename(self.folder / f"step_{step:08d}")
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self.folder / f"step_{old:08d}")
 
     def resume(self) -> int:
-        """Loads the newest state and returns its step; 0 if there is none."""
-        steps = self.steps()
-        if not steps:
-            return 0
-        self.accelerator.load_state(self.folder / f"step_{steps[-1]:08d}")
-        return steps[-1]
+        """
+        Loads the newest state and returns its step; 0 if there is none. Called on every process.
+
+        Raises:
+            ValueError: if the processes do not find the same one, as their machines do not share the folder.
+        """
+        step = max(self.steps(), default=0)
+        if len(found := set(gather_object([step]))) > 1:
+            raise ValueError(
+                f"The processes find checkpoints of different steps ({sorted(found)}) in {self.folder}; choose an "
+                "--output_dir that all machines share."
+            )
+        if step:
+            self.accelerator.load_state(self.folder / f"step_{step:08d}")
+        return step
 
 
 class Curve:
@@ -142,11 +238,12 @@ class Curve:
 
     def __init__(self, path: Path, step: int):
         self.path = Path(path)
-        self.rows = []
-        if step and self.path.is_file():
+        rows = []
+        if self.path.is_file():
             lines = self.path.read_text().split("\n")[:-1]  # what follows the last line's end was torn by a kill
             rows = [json.loads(line) for line in lines]
-            self.rows = [row for row in rows if row["step"] <= step]
+        self.rows = [row for row in rows if row["step"] <= step]
+        self.furthest = max((row["step"] for row in rows), default=0)  # where the run was when it was killed
         self.path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
@@ -165,3 +262,133 @@ class Curve:
             axis.set(title=name, xlabel="step")
             axis.grid(alpha=0.3)
         figure.savefig(self.path.with_suffix(".png"), dpi=100)
+
+
+# What a row of the log says about the machine and not about the run: it differs each time.
+TIMINGS = ("images_per_second", "seconds", "seconds_to_go")
+
+
+def tracker_arguments(names: list[str], folder: Path) -> dict:
+    """
+    What `Accelerator` must be given to log to these trackers (tensorboard, trackio, ...), all under `folder/trackers`
+    and without a network.
+
+    Raises:
+        ValueError: if a tracker is unknown or not installed; Accelerate itself would go on without it.
+    """
+    available = [str(name) for name in get_available_trackers()]
+    if unknown := set(names) - set(available):
+        raise ValueError(
+            f"There is no tracker {', '.join(sorted(unknown))} here; install it, or take {', '.join(available)}."
+        )
+    folder = Path(folder) / "trackers"
+    os.environ.setdefault("TRACKIO_DIR", str(folder.absolute()))  # read when trackio is imported
+    return {"log_with": names or None, "project_dir": folder}
+
+
+class Log:
+    """
+    The numbers and pictures of a run: `curve.jsonl` with `curve.png`, `pictures/`, a progress bar, and the
+    accelerator's trackers. Steps between two rows are averaged, and what is summed up belongs to the checkpoints: a
+    resumed run writes the same rows as one that was never stopped, but for the `TIMINGS`.
+
+        accelerator = Accelerator(**tracker_arguments(["tensorboard"], folder))
+        log = Log(accelerator, folder, steps=1000, every=20)
+        step = Checkpoints(accelerator, folder / "checkpoints").resume()
+        log.start(step, "sami", dataclasses.asdict(recipe))
+        while step < 1000:
+            ...
+            log.add(step, images=256, loss=loss, lr=schedule.get_last_lr()[0])
+        log.close()
+        accelerator.end_training()  # and with it the trackers
+
+    Args:
+        accelerator: of every process; all methods are called on all of them.
+        folder: the run's, see above.
+        steps: the last step of the run.
+        every: a row after so many steps, and after the last.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, steps: int, every: int):
+        self.accelerator, self.folder, self.steps, self.every = accelerator, Path(folder), steps, every
+        self.sums, self.summed, self.images = torch.zeros(()), 0, 0
+        accelerator.register_for_checkpointing(self)
+
+    def state_dict(self) -> dict:
+        return {"sums": self.sums, "summed": self.summed}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.sums, self.summed = state["sums"].to(self.accelerator.device), state["summed"]
+
+    def start(self, step: int, project: str, config: dict) -> None:
+        """
+        Args:
+            step: the last step that is done; what was written after it is dropped.
+            project: the name under which trackers keep runs of this kind; the folder's name is the run's.
+            config: what the trackers are to show of the recipe.
+        """
+        self.first, self.started = step, time.perf_counter()
+        self.clock = self.started
+        main = self.accelerator.is_main_process
+        if main:
+            self.curve = Curve(self.folder / "curve.jsonl", step)
+            self.seconds_before = self.curve.rows[-1]["seconds"] if self.curve.rows else 0
+            # Tensorboard takes no lists and no None, and would show a resumed run's recipe once more.
+            flat = {name: one if isinstance(one, int | float | str) else str(one) for name, one in config.items()}
+            run = {"name": self.folder.absolute().name, "resume": "allow", "embed": False, "config": flat}
+            self.accelerator.init_trackers(project, None if step else flat, {"trackio": run})
+        self.progress = tqdm(total=self.steps, initial=step, disable=not main, mininterval=2)
+
+    def add(self, step: int, images: int, **values: torch.Tensor | float) -> None:
+        """
+        Args:
+            step: the step just done.
+            images: how many images it took, on all processes.
+            values: tensors `[]` are averaged, over the processes and the steps since the last row; numbers (a
+                learning rate) are written as they are now. Always the same names.
+        """
+        means = {name: value.detach().float() for name, value in values.items() if isinstance(value, torch.Tensor)}
+        self.sums = self.sums + self.accelerator.reduce(torch.stack(list(means.values())), "mean")
+        self.summed, self.images = self.summed + 1, self.images + images
+        self.progress.update()
+        if step % self.every and step != self.steps:
+            return
+        means = dict(zip(means, (self.sums / self.summed).tolist(), strict=True))
+        images, self.sums, self.summed, self.images = self.images, torch.zeros(()), 0, 0
+        if self.accelerator.is_main_process:
+            self._write(step, images, {name: float(f"{means.get(name, values[name]):.6g}") for name in values})
+
+    def _write(self, step: int, images: int, values: dict[str, float]) -> None:
+        now = time.perf_counter()
+        values["images_per_second"] = round(images / (now - self.clock), 2)
+        values["seconds"] = round(self.seconds_before + now - self.started, 1)
+        values["seconds_to_go"] = round((self.steps - step) * (now - self.started) / (step - self.first), 1)
+        self.clock = now
+        self.progress.set_postfix({name: value for name, value in values.items() if not name.startswith("seconds")})
+        self.curve.add(step=step, **values)
+        if step > self.curve.furthest:  # a resumed run comes once more by what the trackers know already
+            self.accelerator.log(values, step)
+
+    def picture(self, step: int, image: Image.Image, name: str) -> None:
+        """Writes `pictures/NAME_STEP.png`, and shows it in tensorboard and trackio."""
+        if not self.accelerator.is_main_process:
+            return
+        path = self.folder / "pictures" / f"{name}_{step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        image.save(path)
+        for tracker in self.accelerator.trackers if step > self.curve.furthest else []:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: np.asarray(image.convert("RGB"))[None]}, step, dataformats="NHWC")
+            elif tracker.name == "trackio":
+                import trackio
+
+                tracker.log({name: trackio.Image(image)}, step)
+
+    def plot(self) -> None:
+        """Draws the curve of each value into `curve.png`."""
+        if self.accelerator.is_main_process and self.curve.rows:
+            self.curve.plot([name for name in self.curve.rows[-1] if name not in ("step", *TIMINGS)])
+
+    def close(self) -> None:
+        self.progress.close()
+        self.plot()

@@ -1,0 +1,392 @@
+"""Images without labels, for pretraining: from folders, from a `datasets` dataset or streamed from tar shards.
+
+What is random about an image depends on the seed, its key and the epoch alone, so every process, worker, batch size
+and resumed run sees the same crops and the same noise.
+"""
+
+import hashlib
+import io
+import os
+import re
+import tarfile
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from datasets import DatasetDict, IterableDataset, StreamingDownloadManager, load_dataset, load_from_disk
+from datasets import Image as ImageFeature
+from datasets.distributed import split_dataset_by_node
+from PIL import Image, ImageOps
+from torch.utils import data
+
+from ..augment import random_resized_crop
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def open_images(
+    images: Sequence[str] = (),
+    dataset: str | None = None,
+    split: str = "train",
+    image_column: str = "image",
+    shards: Sequence[str] = (),
+) -> "FolderImages | DatasetImages | ShardImages":
+    """The one source that is given.
+
+    Args:
+        images: folders, see `FolderImages`.
+        dataset, split, image_column: see `DatasetImages`.
+        shards: tar files, see `ShardImages`.
+
+    Raises:
+        ValueError: if none or more than one is given, or if it cannot be opened.
+    """
+    if sum(map(bool, (images, dataset, shards))) != 1:
+        raise ValueError("Give exactly one of images (folders), dataset and shards.")
+    if images:
+        return FolderImages(images)
+    return DatasetImages(dataset, split, image_column) if dataset else ShardImages(shards)
+
+
+class FolderImages:
+    """The jpg, jpeg, png and webp files under one or several folders; `source[i]` is its key and the image.
+
+    The key is the file's path relative to the folder, or to the folders' common parent, so that it is unique and
+    stays the same where all are moved together. Sorted by key.
+
+    Args:
+        folders: searched recursively, through links too; hidden files are left out.
+
+    Raises:
+        ValueError: for a folder that is not there or holds no image, and on access for a file that cannot be read.
+    """
+
+    def __init__(self, folders: Sequence[str | Path]):
+        folders = [os.path.abspath(folder) for folder in folders]
+        self.root = os.path.commonpath(folders)
+        keys = set()
+        for folder in folders:
+            found = {
+                Path(parent, name).relative_to(self.root).as_posix()
+                for parent, _, names in os.walk(folder, followlinks=True)
+                for name in names
+                if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+            }
+            if not found:
+                raise ValueError(f"There is no image ({', '.join(IMAGE_SUFFIXES)}) under {folder}; check the folder.")
+            keys |= found
+        self.files = sorted(keys)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[str, Image.Image]:
+        path = os.path.join(self.root, self.files[index])
+        return self.files[index], _read_image(path, path)
+
+    def fingerprint(self) -> str:
+        """Changes with any key and with the size in bytes of any file."""
+        return _sha256(f"{key} {os.path.getsize(os.path.join(self.root, key))}" for key in self.files)
+
+
+class DatasetImages:
+    """A split of a `datasets` dataset; `source[i]` is the row's number, as a string, and the image.
+
+    Args:
+        name: of a dataset on the Hub, or a directory: written by `save_to_disk`, or with images or parquet files.
+        split: its name, or a slice such as "train[:10%]" except with `save_to_disk`.
+        image_column: of images, or of their encoded bytes.
+
+    Raises:
+        ValueError: if it cannot be loaded or has no such split or column, and on access for an unreadable row.
+    """
+
+    def __init__(self, name: str, split: str = "train", image_column: str = "image"):
+        self.name, self.split, self.column = name, split, image_column
+        rows = self._load()
+        if image_column not in rows.column_names:
+            raise ValueError(
+                f"{name} has no column {image_column}; set the image column to one of {', '.join(rows.column_names)}."
+            )
+        try:
+            # Not decoded by `datasets`, so that all sources are decoded alike.
+            self.rows = rows.select_columns(image_column).cast_column(image_column, ImageFeature(decode=False))
+        except (TypeError, ValueError, NotImplementedError) as error:
+            kind = rows.features[image_column]
+            raise ValueError(f"The column {image_column} of {name} holds {kind}, not images; set another.") from error
+        if not len(self.rows):
+            raise ValueError(f"The split {split} of {name} is empty; set another.")
+
+    def _load(self):
+        if not any(Path(self.name, file).is_file() for file in ("state.json", "dataset_dict.json")):
+            try:
+                return load_dataset(self.name, split=self.split)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"The split {self.split} of {self.name} cannot be loaded: {error}") from error
+        loaded = load_from_disk(self.name)
+        splits = loaded if isinstance(loaded, DatasetDict) else {str(loaded.split or self.split): loaded}
+        if self.split not in splits:
+            raise ValueError(f"{self.name} has no split {self.split}; set it to one of {', '.join(splits)}.")
+        return splits[self.split]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[str, Image.Image]:
+        encoded = self.rows[index][self.column] or {"bytes": b""}
+        file = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
+        return str(index), _read_image(file, f"Row {index} of {self.name}, split {self.split},")
+
+    def fingerprint(self) -> str:
+        """Changes with the size in bytes of any row, or its file's name where the bytes are not in the dataset."""
+        column = self.rows.data.column(self.column)  # read without the bytes themselves
+        sizes = pc.binary_length(pc.struct_field(column, "bytes")).to_pylist()
+        paths = pc.struct_field(column, "path").to_pylist()
+        return _sha256(
+            f"{row} {os.path.basename(path or '') if size is None else size}"
+            for row, (size, path) in enumerate(zip(sizes, paths, strict=True))
+        )
+
+
+class ShardImages:
+    """The images in webdataset tar shards, read from start to end and never unpacked to disk.
+
+    Members with the same path up to the first dot of the name are one record; that path is its key and the first
+    image in it is read, nothing else. A shard that breaks off is left there, with a warning.
+
+    Args:
+        shards: paths or URLs (whatever `datasets` opens: https, hf, s3, ...); `{000..099}` in them stands for each
+            of these numbers.
+
+    Raises:
+        ValueError: for a path that is not there or a pattern that stands for nothing.
+    """
+
+    def __init__(self, shards: Sequence[str]):
+        self.shards = [shard for pattern in shards for shard in _expand(pattern)]
+        for shard in self.shards:
+            if "://" not in shard and not os.path.isfile(shard):
+                raise ValueError(f"There is no shard {shard}; check the paths or the range in braces.")
+        # `datasets` shuffles and splits the list of shards, and buffers the records {shard, name, bytes}.
+        self.records = IterableDataset.from_generator(_read_shards, gen_kwargs={"shards": self.shards})
+
+    def read(self, shard: int) -> Iterator[tuple[str, Image.Image]]:
+        """Key and image of each record of one shard, in order; unreadable ones are left out with a warning."""
+        return _decode(_read_shards([self.shards[shard]]))
+
+    def fingerprint(self) -> str:
+        """Changes with the list of shards."""
+        return _sha256(self.shards)
+
+
+class _Views:
+    """What both datasets share: their arguments, the epoch, and how an image becomes an item."""
+
+    def __init__(
+        self,
+        source: FolderImages | DatasetImages | ShardImages,
+        size: int,
+        patch_size: int = 16,
+        teacher_size: int | None = None,
+        crop_scale: tuple[float, float] = (0.2, 1.0),
+        views: int | None = None,
+        seed: int = 0,
+        noise_seed: int | None = None,
+        cache=None,
+    ):
+        if size % patch_size:
+            raise ValueError(f"size must be a multiple of the patch's {patch_size} pixels: got {size}.")
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale must be 0 < least <= greatest <= 1, shares of the image: got {crop_scale}.")
+        if views is not None and views < 1:
+            raise ValueError(f"views must be at least 1, or None for new ones in each epoch: got {views}.")
+        if cache is not None and (views is None or views > cache.views):
+            raise ValueError(f"The cache holds {cache.views} views of each image; set views to at most that.")
+        self.source = source
+        self.size = size
+        self.patches = (size // patch_size) ** 2
+        self.teacher_size = teacher_size
+        self.crop_scale = crop_scale
+        self.views = views
+        self.seed = seed
+        self.noise_seed = seed if noise_seed is None else noise_seed
+        self.cache = cache
+        # In shared memory, because persistent workers keep the copy of this object that they were started with.
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+
+    def _item(self, key: str, image: Image.Image) -> dict:
+        epoch = self.epoch.item()
+        view = epoch % self.views if self.views else epoch
+        key_hash = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+        generator = np.random.default_rng([self.seed, view, key_hash])
+        # The last number keeps the noise apart from the crop; it is new in each epoch even where the view is not.
+        noise = np.random.default_rng([self.noise_seed, epoch, key_hash, 1]).random(self.patches, dtype=np.float32)
+        crop = image.crop(random_resized_crop(*image.size, self.crop_scale, generator))
+        flip = generator.random() < 0.5
+        item = {"key": key, "view": view, "pixel_values": _resize(crop, self.size, flip)}
+        item["noise"] = torch.from_numpy(noise)
+        if self.teacher_size is not None:
+            item["teacher_pixels"] = _resize(crop, self.teacher_size, flip)
+        if self.cache is not None:
+            item["features"] = self.cache.read(key, view)
+        return item
+
+
+class ImageViews(_Views, data.Dataset):
+    """A random resized crop of each image, flipped half of the time.
+
+    An item depends on the seeds, the epoch and the key, and on nothing else. Call `set_epoch` before each epoch.
+
+    Args:
+        source: `FolderImages` or `DatasetImages`.
+        size: side S of the student's square view in pixels.
+        patch_size: of the student; N = (S / patch_size)^2 patches.
+        teacher_size: side T of the teacher's square view, if it is needed.
+        crop_scale: least and greatest share of the image's area in the crop, see `random_resized_crop`.
+        views: how many crops of an image there are, repeated epoch by epoch; None for new ones in each epoch.
+        seed: of the crops, which a cache shares.
+        noise_seed: of the noise, and of the order of a stream; `seed` if not given.
+        cache: a `FeatureCache` with at least that many views.
+
+    Raises ValueError for arguments that do not fit together and for an image that cannot be read.
+    """
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict:
+        """An item, which torch's default collate makes a batch of B of:
+
+        `pixel_values` uint8 [3,S,S] (RGB, not normalised), `noise` float32 [N], uniform in [0, 1), `key` str, `view`
+        int, and where asked for `teacher_pixels` uint8 [3,T,T], the same crop of the original image, and `features`
+        float16 [N,C] of it.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} images")
+        return self._item(*self.source[index])
+
+
+class StreamedViews(_Views, data.IterableDataset):
+    """The items of `ImageViews` from `ShardImages`, without an end: the training script says how long an epoch is.
+
+    The order depends on noise_seed, epoch, number of processes and number of workers, each of which reads records of
+    its own. When they run out they are dealt anew, in another order; a record that comes again within an epoch has
+    the same view and noise. A broken record is skipped with a warning. The split is done here, so nothing else (such
+    as accelerate's `prepare`) may split the batches again.
+
+    Args:
+        source, ...: see `ImageViews`.
+        process_index, num_processes: which of how many processes reads. If their number does not divide the number
+            of shards, each reads all shards and takes every n-th record.
+        shuffle_buffer: how many records each worker mixes, kept encoded in memory.
+    """
+
+    def __init__(
+        self,
+        source: ShardImages,
+        size: int,
+        *args,
+        process_index: int = 0,
+        num_processes: int = 1,
+        shuffle_buffer: int = 1000,
+        **kwargs,
+    ):
+        super().__init__(source, size, *args, **kwargs)
+        self.process_index = process_index
+        self.num_processes = num_processes
+        self.shuffle_buffer = shuffle_buffer
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = data.get_worker_info()
+        for pass_number in count():
+            seed = np.random.SeedSequence([self.noise_seed, self.epoch.item(), pass_number]).generate_state(1)[0]
+            records = self.source.records.shuffle(seed=int(seed), buffer_size=self.shuffle_buffer)
+            readable = 0
+            for key, image in _decode(split_dataset_by_node(records, self.process_index, self.num_processes)):
+                readable += 1
+                yield self._item(key, image)
+            if not readable and worker is not None and worker.id > 0:
+                return  # as a rule because there are more workers than shards
+            if not readable:
+                raise ValueError(
+                    f"No record of {self.source.shards[0]} ... could be read as an image; check the shards."
+                )
+
+
+def _read_shards(shards: list[str]) -> Iterator[dict]:
+    # Not by load_dataset("webdataset"): that decodes the other members too and stops at the first broken one, and
+    # refuses shards that mix jpg and png.
+    for shard in shards:
+        last_key = None
+        try:
+            for name, file in StreamingDownloadManager().iter_archive(shard):
+                if name.lower().endswith(IMAGE_SUFFIXES) and _record_key(name) != last_key:
+                    last_key = _record_key(name)
+                    yield {"shard": shard, "name": name, "bytes": file.read()}
+        except (tarfile.TarError, EOFError) as error:
+            warnings.warn(f"{shard} is broken ({error}); what follows in it is skipped.", stacklevel=2)
+
+
+def _decode(records: Iterable[dict]) -> Iterator[tuple[str, Image.Image]]:
+    skipped = 0
+    for record in records:
+        try:
+            image = _read_image(io.BytesIO(record["bytes"]), f"{record['name']} in {record['shard']}")
+        except ValueError as error:
+            skipped += 1
+            warnings.warn(f"{error} Skipped, as {skipped} so far.", stacklevel=2)
+            continue
+        yield _record_key(record["name"]), image
+
+
+def _record_key(name: str) -> str:
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def _expand(pattern: str) -> list[str]:
+    """`a{08..10}b` -> a08b, a09b, a10b; a pattern may have several ranges."""
+    parts = re.split(r"\{(\d+)\.\.(\d+)\}", pattern, maxsplit=1)
+    if len(parts) == 1:
+        return parts
+    before, first, last, after = parts
+    numbers = range(int(first), int(last) + 1)
+    if not numbers:
+        raise ValueError(f"{pattern} stands for no shard; the range in braces must go upwards.")
+    return [f"{before}{number:0{len(first)}}{rest}" for number in numbers for rest in _expand(after)]
+
+
+def _read_image(file: str | io.BytesIO, name: str) -> Image.Image:
+    """Upright and RGB; ValueError with `name` if that cannot be."""
+    try:
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):  # 16-bit gray, which convert("RGB") would clip
+            image = Image.fromarray((np.array(image) // 256).astype(np.uint8))
+        return image.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged bytes make Pillow raise nearly anything
+        raise ValueError(f"{name} cannot be read as an image ({error!r}); replace or remove it.") from error
+
+
+def _resize(crop: Image.Image, size: int, flip: bool) -> torch.Tensor:
+    """uint8 [3,size,size]"""
+    resized = crop.resize((size, size), Image.Resampling.BICUBIC)
+    if flip:
+        resized = ImageOps.mirror(resized)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+
+
+def _sha256(lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()

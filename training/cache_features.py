@@ -1,0 +1,136 @@
+"""Writes a teacher's features of images to disk once, so that sami.py reads them instead of running the teacher.
+
+    accelerate launch training/cache_features.py --teacher facebook/sam-vit-huge --images imagenet/train --views 8 \
+        --output_dir caches/sam_h
+    accelerate launch training/sami.py --cache caches/sam_h --images imagenet/train --views 8
+
+Each image is cached in `views` random crops, the very ones that sami.py takes with the same `--size`, `--crop_scale`
+and `--view_seed`; a view at 224 pixels is 98 KiB for a teacher of width 256. A run that is started again with the same
+options does what is missing. Several processes share the work, on several machines too if all of them see OUTPUT_DIR.
+Features are in memory until their file is complete: `num_workers` files at a time, in each process.
+"""
+
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import groupby
+from operator import itemgetter
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from hf_efficientsam.training.data.images import ImageViews, StreamedViews, open_images
+from hf_efficientsam.training.feature_cache import ViewParts, open_manifest, part_path, write_index, write_part
+from hf_efficientsam.training.runtime import parse_recipe
+from hf_efficientsam.training.teachers import Teacher, load_teacher
+
+
+@dataclass(frozen=True)
+class Recipe:
+    # Data: folders, a dataset or shards.
+    images: list[str] = field(default_factory=list, metadata={"help": "folders of images"})
+    dataset: str | None = field(default=None, metadata={"help": "a `datasets` dataset: Hub name or directory"})
+    split: str = field(default="train", metadata={"help": "of the dataset"})
+    image_column: str = field(default="image", metadata={"help": "of the dataset"})
+    shards: list[str] = field(
+        default_factory=list, metadata={"help": "webdataset tars, streamed: paths or URLs, {000..099} for a range"}
+    )
+    # What the features depend on.
+    teacher: str = field(default="bundled", metadata={"help": "vision model: Hub name, directory, or: bundled"})
+    teacher_size: int | None = field(default=None, metadata={"help": "its input side; else its processor's"})
+    size: int = field(default=224, metadata={"help": "side of the student's crop in pixels"})
+    patch_size: int = field(default=16, metadata={"help": "side of the student's patches in pixels"})
+    crop_scale: float = field(default=0.2, metadata={"help": "smallest part of an image's area that a crop keeps"})
+    views: int = field(default=1, metadata={"help": "crops of each image"})
+    view_seed: int = field(default=0, metadata={"help": "of the crops"})
+    # How it is done.
+    batch_size: int = field(default=32, metadata={"help": "images at a time and process"})
+    num_workers: int = field(default=2, metadata={"help": "processes that read images, each a part of its own"})
+    part_size: int = field(default=512, metadata={"help": "images in a file; of shards, each makes one"})
+    output_dir: str = field(default="runs/features", metadata={"help": "folder of the cache"})
+
+
+def build_views(recipe: Recipe, teacher: Teacher) -> ImageViews | StreamedViews:
+    if min(recipe.views, recipe.batch_size, recipe.part_size) < 1:
+        raise ValueError("--views, --batch_size and --part_size must be at least 1.")
+    source = open_images(recipe.images, recipe.dataset, recipe.split, recipe.image_column, recipe.shards)
+    return (StreamedViews if recipe.shards else ImageViews)(
+        source,
+        recipe.size,
+        patch_size=recipe.patch_size,
+        teacher_size=teacher.size,
+        crop_scale=(recipe.crop_scale, 1.0),
+        views=recipe.views,
+        seed=recipe.view_seed,
+    )
+
+
+def build_manifest(recipe: Recipe, teacher: Teacher, views: ImageViews | StreamedViews) -> dict:
+    options = ("size", "patch_size", "crop_scale", "views", "view_seed", "part_size")
+    return {
+        "teacher": teacher.description(),
+        "width": teacher.width,
+        **{name: getattr(recipe, name) for name in options},
+        "data": views.source.fingerprint(),
+    }
+
+
+def cache_features(recipe: Recipe, accelerator: Accelerator) -> None:
+    teacher = load_teacher(recipe.teacher, recipe.teacher_size, accelerator.device)
+    views = build_views(recipe, teacher)
+    if accelerator.is_main_process:
+        open_manifest(recipe.output_dir, build_manifest(recipe, teacher, views))
+    accelerator.wait_for_everyone()
+    num_parts = ViewParts.count(views, recipe.part_size)
+    everything = [(view, part) for view in range(recipe.views) for part in range(num_parts)]
+    missing = [which for which in everything if not part_path(recipe.output_dir, *which).is_file()]
+    accelerator.wait_for_everyone()  # all have looked before the first of them writes
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+
+    grid = (recipe.size // recipe.patch_size,) * 2
+    nothing = torch.zeros(0, grid[0] * grid[1], teacher.width, dtype=torch.float16)
+    total = (
+        None if recipe.shards else sum(min(recipe.part_size, len(views) - part * recipe.part_size) for _, part in mine)
+    )
+    with tqdm(total=total, unit="image", disable=not accelerator.is_main_process, mininterval=5) as progress:
+        for view, which in groupby(mine, key=itemgetter(0)):
+            views.set_epoch(view)
+            parts = ViewParts(views, [part for _, part in which], recipe.part_size, recipe.batch_size)
+            pin_memory = accelerator.device.type == "cuda"
+            loader = DataLoader(parts, batch_size=None, num_workers=recipe.num_workers, pin_memory=pin_memory)
+            unfinished = defaultdict(lambda: ([], [nothing]))
+            for part, keys, pixels in loader:
+                all_keys, all_features = unfinished[part]
+                if keys:
+                    features = teacher(pixels.to(accelerator.device, non_blocking=True), grid)
+                    all_keys += keys
+                    all_features.append(features.to("cpu", torch.float16))
+                    progress.update(len(keys))
+                else:
+                    write_part(recipe.output_dir, view, part, all_keys, torch.cat(all_features))
+                    del unfinished[part]
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_index(recipe.output_dir, num_parts, recipe.views)
+
+
+def main() -> None:
+    recipe = parse_recipe(Recipe, __doc__)
+    # Processes that are done wait for the others, for longer than the usual limit.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    try:
+        cache_features(recipe, accelerator)
+    except (OSError, ValueError) as error:
+        # What a worker of the DataLoader raises comes with its traceback, the sentence last.
+        reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        print(f"cache_features: {reason}", file=sys.stderr)
+        raise SystemExit(2) from None
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

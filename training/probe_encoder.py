@@ -1,0 +1,182 @@
+"""What a frozen encoder knows about classes: accuracy of 10 nearest neighbours and of a linear probe on its features.
+
+    python training/probe_encoder.py --encoder runs/sami/model --data ../shared/data/classification --output probe.json
+    python training/probe_encoder.py --encoder pixels --data ../shared/data/classification --size 32
+
+An image is resized to a square and described by the mean over the patches of the last transformer layer, before the
+neck. The linear probe is a logistic regression on standardised features; nothing is tuned on the test images.
+"""
+
+import json
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
+from safetensors import SafetensorError
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from hf_efficientsam import EfficientSamVisionModel
+from hf_efficientsam.training.runtime import parse_recipe, replace_text
+
+
+@dataclass(frozen=True)
+class Recipe:
+    encoder: str | None = field(
+        default=None,
+        metadata={"help": "path or Hub name that EfficientSamVisionModel.from_pretrained takes, or: pixels"},
+    )
+    data: str | None = field(default=None, metadata={"help": "with train/CLASS/* and test/CLASS/* images"})
+    size: int = field(default=96, metadata={"help": "images are resized to this side"})
+    train_limit: int | None = field(default=None, metadata={"help": "so many training images, the same of each class"})
+    test_limit: int | None = field(default=None, metadata={"help": "so many test images, the same of each class"})
+    seed: int = field(default=0, metadata={"help": "of which images the limits choose"})
+    neighbors: int = field(default=10, metadata={"help": "that vote, by cosine similarity"})
+    probe_c: float = field(default=0.1, metadata={"help": "C of the logistic regression on standardised features"})
+    probe_iterations: int = field(default=1000, metadata={"help": "of the logistic regression at most"})
+    batch_size: int = field(default=64, metadata={"help": "images at a time"})
+    num_workers: int = field(default=0, metadata={"help": "processes that read images"})
+    device: str | None = field(default=None, metadata={"help": "by default a GPU if there is one"})
+    output: str | None = field(default=None, metadata={"help": "json file for the numbers"})
+
+
+class ClassFolders(Dataset):
+    """The images under `folder/CLASS/` as RGB uint8 [3, size, size]; with a `limit`, the same number of each class."""
+
+    def __init__(self, folder: Path, size: int, limit: int | None, seed: int):
+        self.size, self.paths, self.labels = size, [], []
+        self.classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        if len(self.classes) < 2:
+            raise ValueError(f"{folder} must hold a folder of images for each of at least two classes.")
+        each, rest = (None, 0) if limit is None else divmod(limit, len(self.classes))
+        if rest or each == 0:
+            raise ValueError(f"The limit {limit} must be a multiple of the {len(self.classes)} classes of {folder}.")
+        random = np.random.default_rng(seed)
+        endings = Image.registered_extensions()
+        for label, name in enumerate(self.classes):
+            paths = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in endings)
+            if len(paths) < (each or 1):
+                raise ValueError(f"{folder / name} holds only {len(paths)} images.")
+            chosen = [paths[i] for i in random.permutation(len(paths))[:each]]
+            self.paths += chosen
+            self.labels += [label] * len(chosen)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        try:
+            with Image.open(self.paths[index]) as image:
+                image = image.convert("RGB").resize((self.size, self.size), Image.Resampling.BICUBIC)
+        except OSError as error:
+            raise ValueError(f"{self.paths[index]} is not an image, or a damaged one ({error}).") from None
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+class MeanPatch(nn.Module):
+    """Normalised pixels [B, 3, H, W] -> mean over the patches of the last transformer layer [B, C]."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        try:
+            self.model, loading = EfficientSamVisionModel.from_pretrained(
+                path, dtype=torch.float32, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+            raise ValueError(f"--encoder {path} cannot be loaded: {' '.join(str(error).split())}") from None
+        if missing := [name for name in loading["missing_keys"] if ".neck." not in name]:  # pretraining has no neck
+            raise ValueError(f"--encoder {path} lacks weights of the encoder, such as {min(missing)}.")
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values, output_hidden_states=True).hidden_states[-1].mean(1)
+
+
+@torch.inference_mode()
+def features_of(encoder: nn.Module, images: ClassFolders, recipe: Recipe, device: torch.device) -> np.ndarray:
+    """[number of images, C]"""
+    mean = 255 * torch.tensor(IMAGENET_DEFAULT_MEAN, device=device)[:, None, None]
+    std = 255 * torch.tensor(IMAGENET_DEFAULT_STD, device=device)[:, None, None]
+    batches = DataLoader(images, recipe.batch_size, num_workers=recipe.num_workers)
+    features = [encoder((batch.to(device) - mean) / std).cpu() for batch in tqdm(batches, unit="batch", mininterval=2)]
+    features = torch.cat(features).numpy()
+    if not np.isfinite(features).all():
+        raise ValueError(f"The features of --encoder {recipe.encoder} are not finite; its training has diverged.")
+    return features
+
+
+def open_all(recipe: Recipe) -> tuple[nn.Module, ClassFolders, ClassFolders]:
+    if recipe.encoder is None or recipe.data is None:
+        raise ValueError("Give --encoder and --data.")
+    folders = [Path(recipe.data) / name for name in ("train", "test")]
+    if missing := [str(folder) for folder in folders if not folder.is_dir()]:
+        raise ValueError(f"There is no folder {' and no '.join(missing)}; --data needs train/CLASS/ and test/CLASS/.")
+    train = ClassFolders(folders[0], recipe.size, recipe.train_limit, recipe.seed)
+    test = ClassFolders(folders[1], recipe.size, recipe.test_limit, recipe.seed)
+    if train.classes != test.classes:
+        raise ValueError(f"The classes differ: {train.classes} in {folders[0]}, {test.classes} in {folders[1]}.")
+    if recipe.neighbors > len(train):
+        raise ValueError(f"--neighbors {recipe.neighbors} are more than the {len(train)} training images.")
+    if recipe.encoder == "pixels":
+        return nn.Flatten(), train, test
+    encoder = MeanPatch(recipe.encoder)
+    if recipe.size % (patch := encoder.model.config.patch_size):
+        raise ValueError(f"--size {recipe.size} must be a multiple of the patch size, {patch}.")
+    return encoder.eval(), train, test
+
+
+def main() -> None:
+    recipe = parse_recipe(Recipe, __doc__)
+    started = time.perf_counter()
+    device = torch.device(recipe.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        encoder, train, test = open_all(recipe)
+        encoder.to(device)
+        train_features, test_features = (features_of(encoder, images, recipe, device) for images in (train, test))
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"probe_encoder: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    encoded = time.perf_counter()
+
+    neighbors = KNeighborsClassifier(recipe.neighbors, metric="cosine")
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=recipe.probe_c, max_iter=recipe.probe_iterations))
+    accuracy = {}
+    for name, classifier in {"nearest_neighbors": neighbors, "linear_probe": probe}.items():
+        classifier.fit(train_features, train.labels)
+        accuracy[name] = round(float(classifier.score(test_features, test.labels)), 4)
+        print(f"{name}: {accuracy[name]:.4f}")
+    if recipe.output is None:
+        return
+    report = {
+        **accuracy,
+        "recipe": asdict(recipe),
+        "classes": train.classes,
+        "train_images": len(train),
+        "test_images": len(test),
+        "width": train_features.shape[1],
+        "probe_iterations": int(probe[-1].n_iter_.max()),
+        "seconds": {"features": round(encoded - started, 1), "all": round(time.perf_counter() - started, 1)},
+        "device": str(device),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("hf-efficientsam", "torch", "transformers", "scikit-learn", "pillow")},
+        },
+    }
+    Path(recipe.output).parent.mkdir(parents=True, exist_ok=True)
+    replace_text(Path(recipe.output), json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
