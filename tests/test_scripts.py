@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
-from transformers import Dinov2Config, Dinov2Model
 
 from hf_efficientsam import (
     EfficientSamConfig,
@@ -276,36 +275,8 @@ def test_evaluate_repeats_itself_whatever_else_is_asked(coco, tiny_model, tmp_pa
     ],
 )
 def test_evaluate_refuses_bad_input_in_one_sentence(coco, tiny_model, tmp_path, arguments, sentence):
-    if "VISION" in arguments:  # the kind of directory that distill_encoder writes
+    if "VISION" in arguments:  # an encoder alone
         config = EfficientSamVisionConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
         EfficientSamVisionModel(config).save_pretrained(tmp_path)
     places = {"COCO": coco / "masks.json", "VISION": tmp_path, "TINY": tiny_model}
     assert sentence in refuse("evaluate_masks", *(places.get(argument, argument) for argument in arguments))
-
-
-# ----------------------------------------------------------------------------------------- distill_encoder
-
-
-def test_distill_writes_an_encoder_that_finetune_takes(coco, tmp_path):
-    torch.manual_seed(0)
-    teacher = Dinov2Config(hidden_size=192, num_attention_heads=3, num_hidden_layers=12, image_size=56, patch_size=14)
-    Dinov2Model(teacher).save_pretrained(tmp_path / "teacher")
-    run(
-        "distill_encoder", "--teacher", tmp_path / "teacher", "--images", coco / "images", "--output_dir",
-        tmp_path / "distill", "--steps", 2, "--batch_size", 2, "--warmup_steps", 1, "--log_steps", 1,
-    )  # fmt: skip
-    encoder, info = EfficientSamVisionModel.from_pretrained(tmp_path / "distill" / "encoder", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    curve = read_curve(tmp_path / "distill")
-    assert [row["step"] for row in curve] == [1, 2] and all(row["loss"] > 0 for row in curve)
-
-    run(
-        "finetune_masks", "--train", coco / "masks.json", "--encoder", tmp_path / "distill/encoder", "--output_dir",
-        tmp_path / "run", "--image_size", SIZE, "--batch_size", 2, "--steps", 1, "--num_workers", 0,
-        "--geometry_steps", 1,
-    )  # fmt: skip
-    model = EfficientSamModel.from_pretrained(tmp_path / "run" / "model")
-    assert model.config.prompt_encoder_config.background_points and model.config.prompt_encoder_config.mask_prompts
-    # A step of geometry leaves the encoder as it was distilled.
-    ours, distilled = model.vision_encoder.layers, encoder.vision_encoder.layers
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), distilled.parameters(), strict=True))

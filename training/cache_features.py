@@ -23,22 +23,14 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from hf_efficientsam.training.data.images import ImageViews, StreamedViews, open_images
+from hf_efficientsam.training.data.images import ImageOptions, ImageViews, StreamedViews, open_images
 from hf_efficientsam.training.feature_cache import ViewParts, open_manifest, part_path, write_index, write_part
 from hf_efficientsam.training.runtime import parse_recipe
 from hf_efficientsam.training.teachers import Teacher, load_teacher
 
 
 @dataclass(frozen=True)
-class Recipe:
-    # Data: folders, a dataset or shards.
-    images: list[str] = field(default_factory=list, metadata={"help": "folders of images"})
-    dataset: str | None = field(default=None, metadata={"help": "a `datasets` dataset: Hub name or directory"})
-    split: str = field(default="train", metadata={"help": "of the dataset"})
-    image_column: str = field(default="image", metadata={"help": "of the dataset"})
-    shards: list[str] = field(
-        default_factory=list, metadata={"help": "webdataset tars, streamed: paths or URLs, {000..099} for a range"}
-    )
+class Recipe(ImageOptions):
     # What the features depend on.
     teacher: str = field(default="bundled", metadata={"help": "vision model: Hub name, directory, or: bundled"})
     teacher_size: int | None = field(default=None, metadata={"help": "its input side; else its processor's"})

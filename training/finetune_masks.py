@@ -105,11 +105,11 @@ def build_model(recipe: Recipe) -> EfficientSamModel:
         encoder, loading = EfficientSamVisionModel.from_pretrained(
             recipe.encoder, dtype=torch.float32, output_loading_info=True
         )
-        # Pretraining (sami.py) leaves the neck out: the model keeps its own.
         if missing := [name for name in loading["missing_keys"] if ".neck." not in name]:
             raise ValueError(f"--encoder {recipe.encoder} lacks weights of the encoder, such as {min(missing)}.")
-        brought = {name: value for name, value in encoder.state_dict().items() if name not in loading["missing_keys"]}
-        model.load_state_dict(brought, strict=False)
+        if loading["missing_keys"]:  # pretraining (sami.py) leaves the neck out: the model keeps its own
+            encoder.vision_encoder.neck = model.vision_encoder.neck
+        model.vision_encoder, model.config.vision_config = encoder.vision_encoder, encoder.config
     return model
 
 

@@ -26,9 +26,10 @@ from transformers import AutoModel, get_cosine_schedule_with_warmup
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_efficientsam import EfficientSamForPreTraining, EfficientSamSamiConfig
-from hf_efficientsam.training.data.images import ImageViews, StreamedViews, open_images
+from hf_efficientsam.training.data.images import ImageOptions, ImageViews, StreamedViews, open_images
 from hf_efficientsam.training.feature_cache import FeatureCache
 from hf_efficientsam.training.runtime import (
+    FREE,
     Checkpoints,
     Log,
     SaveError,
@@ -46,15 +47,7 @@ MINIATURE = Path(__file__).parent / "recipes" / "sami_miniature.yaml"
 
 
 @dataclass(frozen=True)
-class Recipe:
-    # Data: folders, a dataset or shards.
-    images: list[str] = field(default_factory=list, metadata={"help": "folders of images"})
-    dataset: str | None = field(default=None, metadata={"help": "a `datasets` dataset: Hub name or directory"})
-    split: str = field(default="train", metadata={"help": "of the dataset"})
-    image_column: str = field(default="image", metadata={"help": "of the dataset"})
-    shards: list[str] = field(
-        default_factory=list, metadata={"help": "webdataset tars, streamed: paths or URLs, {000..099} for a range"}
-    )
+class Recipe(ImageOptions):
     epoch_images: int | None = field(
         default=None, metadata={"help": "images that count as an epoch; needed for shards, else all of them"}
     )
@@ -130,7 +123,7 @@ def build_data(recipe: Recipe, teacher: Teacher | None) -> ImageViews | Streamed
     crop_scale = (recipe.crop_scale, 1.0)
     arguments = {"size": recipe.size, "crop_scale": crop_scale, "views": recipe.views, "seed": recipe.view_seed}
     if recipe.cache:
-        expected = {name: getattr(recipe, name) for name in ("size", "crop_scale", "view_seed")}
+        expected = {name: getattr(recipe, name) for name in ("size", "crop_scale", "view_seed")} | {"patch_size": 16}
         expected["data"] = source.fingerprint()
         if teacher is not None:  # a cache alone says itself whose it is
             expected["teacher"] = teacher.description()
@@ -247,19 +240,22 @@ def draw(model: EfficientSamForPreTraining, batch: dict, target: torch.Tensor | 
 def main() -> None:
     recipe = parse_recipe(Recipe, __doc__, None if sys.argv[1:] else ["--config", str(MINIATURE)])
     try:
-        accumulation = accumulation_steps(recipe, PartialState().num_processes)
         accelerator = Accelerator(
-            gradient_accumulation_plugin=GradientAccumulationPlugin(accumulation, sync_with_dataloader=False),
+            gradient_accumulation_plugin=GradientAccumulationPlugin(1, sync_with_dataloader=False),
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
             **tracker_arguments(recipe.trackers, Path(recipe.output_dir)),
         )
+        accumulation = accumulation_steps(recipe, accelerator.num_processes)
+        accelerator.gradient_accumulation_steps = accumulation
         teacher = build_teacher(recipe, accelerator.device)
         data = build_data(recipe, teacher)
         loader, epoch_steps = build_loader(data, recipe, accelerator)
         features = data.cache or teacher
         model = build_model(recipe, None if features is None else features.width)
         if accelerator.is_main_process:
-            check_same_run(recipe, Path(recipe.output_dir))
+            # How many images fit at a time is free, but the order of streamed ones depends on the workers.
+            free = FREE - {"num_workers"} if recipe.shards else FREE | {"batch_size"}
+            check_same_run(recipe, Path(recipe.output_dir), free)
     except (OSError, ValueError) as error:
         print(f"sami: {error}", file=sys.stderr)
         raise SystemExit(2) from None

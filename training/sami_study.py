@@ -36,7 +36,7 @@ ARMS = {
     "sami_all_token": {"decoder_type": "all_token"},
     "sami_masked_50": {"mask_ratio": 0.5},
     "sami_masked_85": {"mask_ratio": 0.85},
-    "sami_short": {"epochs": 0.5, "warmup_epochs": 0.05},
+    "sami_short": {"epochs": 1, "warmup_epochs": 0.1},
 }
 SCORES = {"nearest_neighbors": "10-NN", "linear_probe": "linear probe", "box": "box mIoU", "click1": "1 click mIoU"}
 BEGIN, END = "<!-- sami study: begin -->", "<!-- sami study: end -->"
@@ -99,15 +99,6 @@ class Study:
             self.run("sami", *arguments, "--output_dir", folder, log=folder.with_suffix(".log"))
         return folder / "model"
 
-    def geometry(self) -> Path:
-        """A mask decoder that knows what boxes and clicks are, learnt on ellipses in front of an untrained encoder."""
-        folder = self.folder / "geometry"
-        if not (folder / "model").is_dir():
-            encoder = self.pretrained("scratch", 0)
-            arguments = ["--config", HERE / "recipes" / "bundled_1_geometry.yaml", *self.masks(), "--encoder", encoder]
-            self.run("finetune_masks", *arguments, "--output_dir", folder, log=self.folder / "geometry.log")
-        return folder / "model"
-
     def masks(self) -> list:
         names = ("train-seg", "coco-train", "coco-train")
         return ["--train", *(self.data / name / "instances_train.json" for name in names)]
@@ -122,18 +113,12 @@ class Study:
             arguments += ["--train_limit", 1500, "--test_limit", 1000]
             self.run("probe_encoder", *arguments, "--output", probe, log=folder / "probe.log")
         if not (masks / "model").is_dir():
-            arguments = ["--config", FINETUNING, *self.masks(), "--model", self.folder / "geometry" / "model"]
-            arguments += ["--encoder", encoder, "--seed", seed, "--output_dir", masks]
-            self.run("finetune_masks", *arguments, log=folder / "masks.log")
+            arguments = ["--config", FINETUNING, *self.masks(), "--encoder", encoder, "--seed", seed]
+            self.run("finetune_masks", *arguments, "--output_dir", masks, log=folder / "masks.log")
         if not metrics.is_file():
-            arguments = [
-                "--annotations",
-                self.data / "coco-val-dev" / "instances_val.json",
-                "--model",
-                masks / "model",
-            ]
-            arguments += ["--prompts", "box", "click1", "--output", metrics]
-            self.run("evaluate_masks", *arguments, log=folder / "metrics.log")
+            annotations = self.data / "coco-val-dev" / "instances_val.json"
+            arguments = ["--annotations", annotations, "--prompts", "box", "click1", "--model", masks / "model"]
+            self.run("evaluate_masks", *arguments, "--output", metrics, log=folder / "metrics.log")
         probe, metrics = (json.loads(path.read_text()) for path in (probe, metrics))
         scores = {name: probe[name] for name in ("nearest_neighbors", "linear_probe")}
         return scores | {name: metrics["results"][name]["confident"]["all"]["miou"] for name in ("box", "click1")}
@@ -170,7 +155,6 @@ def main() -> None:
         raise SystemExit(2)
     study = Study(recipe)
     study.cache()
-    study.geometry()
     runs = [(seed, arm) for seed in recipe.seeds for arm in recipe.arms]  # a seed of all arms before the next
     results = {arm: {} for arm in recipe.arms}
     with ThreadPoolExecutor(recipe.jobs) as pool:

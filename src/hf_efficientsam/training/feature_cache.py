@@ -132,7 +132,7 @@ class ViewParts(IterableDataset):
         worker = get_worker_info()
         for part in self.parts if worker is None else self.parts[worker.id :: worker.num_workers]:
             images = self._read(part)
-            while items := [self.views._item(key, image) for key, image in islice(images, self.batch_size)]:
+            while items := [self.views.item(key, image) for key, image in islice(images, self.batch_size)]:
                 yield part, [item["key"] for item in items], torch.stack([item["teacher_pixels"] for item in items])
             yield part, [], None
 

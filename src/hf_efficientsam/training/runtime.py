@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,7 +87,7 @@ def stop_unless_finite(accelerator: Accelerator, loss: torch.Tensor, step: int, 
     names = ", ".join(map(str, images))
     problems = gather_object([None if loss.isfinite() else f"{loss.item()} on the images {names}"])
     raise FloatingPointError(
-        f"The loss of step {step} is {'; '.join(filter(None, problems))}. Nothing of this step is saved; look at these "
+        f"The loss of step {step} is {'; '.join(filter(None, problems))}. It is not saved; look at these "
         "images or lower the learning rate, and start again from the last checkpoint."
     )
 
@@ -134,9 +134,13 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_same_run(recipe: Any, folder: Path) -> None:
+# Fields of a recipe that change nothing of what is learnt.
+FREE = frozenset({"num_workers", "save_steps", "log_steps", "picture_steps", "trackers", "output_dir"})
+
+
+def check_same_run(recipe: Any, folder: Path, free: Set[str] = FREE) -> None:
     """
-    Notes the recipe in `folder` at the first start, and compares it at each later one.
+    Notes the recipe in `folder` at the first start, and compares all but its `free` fields at each later one.
 
     Raises:
         ValueError: if a run with another recipe is there, which resuming would mix with this one.
@@ -147,8 +151,6 @@ def check_same_run(recipe: Any, folder: Path) -> None:
         replace_text(path, json.dumps(now, indent=1) + "\n")
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    # What changes nothing of what is learnt.
-    free = {"num_workers", "save_steps", "log_steps", "picture_steps", "trackers", "output_dir"}
     if changed := [name for name in now if name not in free and before.get(name) != now[name]]:
         raise ValueError(
             f"{folder} holds a run with another {', '.join(changed)}; choose a new --output_dir, or delete that one."

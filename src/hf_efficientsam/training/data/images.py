@@ -11,6 +11,7 @@ import re
 import tarfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
@@ -26,6 +27,19 @@ from torch.utils import data
 from ..augment import random_resized_crop
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """The fields by which the recipes of several scripts choose their images: one of folders, a dataset, shards."""
+
+    images: list[str] = field(default_factory=list, metadata={"help": "folders of images"})
+    dataset: str | None = field(default=None, metadata={"help": "a `datasets` dataset: Hub name or directory"})
+    split: str = field(default="train", metadata={"help": "of the dataset"})
+    image_column: str = field(default="image", metadata={"help": "of the dataset"})
+    shards: list[str] = field(
+        default_factory=list, metadata={"help": "webdataset tars, streamed: paths or URLs, {000..099} for a range"}
+    )
 
 
 def open_images(
@@ -221,7 +235,7 @@ class _Views:
     def set_epoch(self, epoch: int) -> None:
         self.epoch.fill_(epoch)
 
-    def _item(self, key: str, image: Image.Image) -> dict:
+    def item(self, key: str, image: Image.Image) -> dict:
         epoch = self.epoch.item()
         view = epoch % self.views if self.views else epoch
         key_hash = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
@@ -270,7 +284,7 @@ class ImageViews(_Views, data.Dataset):
         """
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} images")
-        return self._item(*self.source[index])
+        return self.item(*self.source[index])
 
 
 class StreamedViews(_Views, data.IterableDataset):
@@ -311,7 +325,7 @@ class StreamedViews(_Views, data.IterableDataset):
             readable = 0
             for key, image in _decode(split_dataset_by_node(records, self.process_index, self.num_processes)):
                 readable += 1
-                yield self._item(key, image)
+                yield self.item(key, image)
             if not readable and worker is not None and worker.id > 0:
                 return  # as a rule because there are more workers than shards
             if not readable:
