@@ -35,7 +35,6 @@ class Recipe(ImageOptions):
     teacher: str = field(default="bundled", metadata={"help": "vision model: Hub name, directory, or: bundled"})
     teacher_size: int | None = field(default=None, metadata={"help": "its input side; else its processor's"})
     size: int = field(default=224, metadata={"help": "side of the student's crop in pixels"})
-    patch_size: int = field(default=16, metadata={"help": "side of the student's patches in pixels"})
     crop_scale: float = field(default=0.2, metadata={"help": "smallest part of an image's area that a crop keeps"})
     views: int = field(default=1, metadata={"help": "crops of each image"})
     view_seed: int = field(default=0, metadata={"help": "of the crops"})
@@ -53,7 +52,6 @@ def build_views(recipe: Recipe, teacher: Teacher) -> ImageViews | StreamedViews:
     return (StreamedViews if recipe.shards else ImageViews)(
         source,
         recipe.size,
-        patch_size=recipe.patch_size,
         teacher_size=teacher.size,
         crop_scale=(recipe.crop_scale, 1.0),
         views=recipe.views,
@@ -62,9 +60,10 @@ def build_views(recipe: Recipe, teacher: Teacher) -> ImageViews | StreamedViews:
 
 
 def build_manifest(recipe: Recipe, teacher: Teacher, views: ImageViews | StreamedViews) -> dict:
-    options = ("size", "patch_size", "crop_scale", "views", "view_seed", "part_size")
+    options = ("size", "crop_scale", "views", "view_seed", "part_size")
     return {
         "teacher": teacher.description(),
+        "patch_size": views.patch_size,
         "width": teacher.width,
         **{name: getattr(recipe, name) for name in options},
         "data": views.source.fingerprint(),
@@ -83,7 +82,7 @@ def cache_features(recipe: Recipe, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()  # all have looked before the first of them writes
     mine = missing[accelerator.process_index :: accelerator.num_processes]
 
-    grid = (recipe.size // recipe.patch_size,) * 2
+    grid = (recipe.size // views.patch_size,) * 2
     nothing = torch.zeros(0, grid[0] * grid[1], teacher.width, dtype=torch.float16)
     total = (
         None if recipe.shards else sum(min(recipe.part_size, len(views) - part * recipe.part_size) for _, part in mine)

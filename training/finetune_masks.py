@@ -28,7 +28,6 @@ from hf_efficientsam import (
     EfficientSamModel,
     EfficientSamProcessor,
     EfficientSamVisionConfig,
-    EfficientSamVisionModel,
 )
 from hf_efficientsam.hub import find_checkpoint, load_model
 from hf_efficientsam.training.batch import MaskTrainingSet, collate
@@ -36,7 +35,15 @@ from hf_efficientsam.training.data.coco import CocoMasks
 from hf_efficientsam.training.data.synthetic import random_ellipses
 from hf_efficientsam.training.interactive import InteractiveSegmentation
 from hf_efficientsam.training.losses import MaskLoss
-from hf_efficientsam.training.runtime import Checkpoints, Curve, check_same_run, parse_recipe, replaced_folder
+from hf_efficientsam.training.runtime import (
+    Checkpoints,
+    Curve,
+    check_same_run,
+    decaying_parameters,
+    parse_recipe,
+    replaced_folder,
+)
+from hf_efficientsam.training.warm_start import load_encoder
 
 
 @dataclass(frozen=True)
@@ -102,12 +109,8 @@ def build_model(recipe: Recipe) -> EfficientSamModel:
         }
         model = EfficientSamModel(EfficientSamConfig(vision_config=vision, prompt_encoder_config=prompt_encoder))
     if recipe.encoder is not None:
-        encoder, loading = EfficientSamVisionModel.from_pretrained(
-            recipe.encoder, dtype=torch.float32, output_loading_info=True
-        )
-        if missing := [name for name in loading["missing_keys"] if ".neck." not in name]:
-            raise ValueError(f"--encoder {recipe.encoder} lacks weights of the encoder, such as {min(missing)}.")
-        if loading["missing_keys"]:  # pretraining (sami.py) leaves the neck out: the model keeps its own
+        encoder, has_neck = load_encoder(recipe.encoder)
+        if not has_neck:  # pretraining (sami.py) leaves it out: the model keeps its own
             encoder.vision_encoder.neck = model.vision_encoder.neck
         model.vision_encoder, model.config.vision_config = encoder.vision_encoder, encoder.config
     return model
@@ -115,11 +118,10 @@ def build_model(recipe: Recipe) -> EfficientSamModel:
 
 def parameter_groups(model: EfficientSamModel, recipe: Recipe) -> list[dict]:
     """Encoder and the rest, each with and without weight decay (none for biases, norms and embeddings)."""
-    groups = {}
+    groups, decaying = {}, decaying_parameters(model)
     for name, parameter in model.named_parameters():
         in_encoder = name.startswith("vision_encoder.") and ".neck." not in name
-        decays = parameter.ndim > 1 and "embed" not in name and "token" not in name
-        groups.setdefault((in_encoder, decays), []).append(parameter)
+        groups.setdefault((in_encoder, name in decaying), []).append(parameter)
     return [
         {
             "params": parameters,

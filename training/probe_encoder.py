@@ -17,9 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from safetensors import SafetensorError
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -27,10 +25,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from hf_efficientsam import EfficientSamVisionModel
+from hf_efficientsam.training.data.images import normalize
 from hf_efficientsam.training.runtime import parse_recipe, replace_text
+from hf_efficientsam.training.warm_start import load_encoder
 
 
 @dataclass(frozen=True)
@@ -91,14 +89,7 @@ class MeanPatch(nn.Module):
 
     def __init__(self, path: str):
         super().__init__()
-        try:
-            self.model, loading = EfficientSamVisionModel.from_pretrained(
-                path, dtype=torch.float32, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-            raise ValueError(f"--encoder {path} cannot be loaded: {' '.join(str(error).split())}") from None
-        if missing := [name for name in loading["missing_keys"] if ".neck." not in name]:  # pretraining has no neck
-            raise ValueError(f"--encoder {path} lacks weights of the encoder, such as {min(missing)}.")
+        self.model, _ = load_encoder(path)  # a neck is not needed
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.model(pixel_values, output_hidden_states=True).hidden_states[-1].mean(1)
@@ -107,10 +98,8 @@ class MeanPatch(nn.Module):
 @torch.inference_mode()
 def features_of(encoder: nn.Module, images: ClassFolders, recipe: Recipe, device: torch.device) -> np.ndarray:
     """[number of images, C]"""
-    mean = 255 * torch.tensor(IMAGENET_DEFAULT_MEAN, device=device)[:, None, None]
-    std = 255 * torch.tensor(IMAGENET_DEFAULT_STD, device=device)[:, None, None]
     batches = DataLoader(images, recipe.batch_size, num_workers=recipe.num_workers)
-    features = [encoder((batch.to(device) - mean) / std).cpu() for batch in tqdm(batches, unit="batch", mininterval=2)]
+    features = [encoder(normalize(batch.to(device))).cpu() for batch in tqdm(batches, unit="batch", mininterval=2)]
     features = torch.cat(features).numpy()
     if not np.isfinite(features).all():
         raise ValueError(f"The features of --encoder {recipe.encoder} are not finite; its training has diverged.")

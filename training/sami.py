@@ -1,6 +1,6 @@
 """SAMI: pretrains EfficientSAM's vision encoder by reconstructing a foundation model's features from a few patches.
 
-    accelerate launch training/sami.py                     # a miniature: example images, no network, a minute
+    accelerate launch --num_processes 1 training/sami.py   # a miniature: example images, no network, a minute
     accelerate launch training/sami.py --config training/recipes/sami_ti_imagenet.yaml --images imagenet/train
     accelerate launch training/sami.py --teacher facebook/sam-vit-huge --images photos --output_dir runs/sami
 
@@ -17,16 +17,15 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, send_to_device, set_seed
 from PIL import Image
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from transformers import AutoModel, get_cosine_schedule_with_warmup
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_efficientsam import EfficientSamForPreTraining, EfficientSamSamiConfig
-from hf_efficientsam.training.data.images import ImageOptions, ImageViews, StreamedViews, open_images
+from hf_efficientsam.training.data.images import ImageOptions, ImageViews, StreamedViews, normalize, open_images
 from hf_efficientsam.training.feature_cache import FeatureCache
 from hf_efficientsam.training.runtime import (
     FREE,
@@ -34,6 +33,7 @@ from hf_efficientsam.training.runtime import (
     Log,
     SaveError,
     check_same_run,
+    decaying_parameters,
     parse_recipe,
     replaced_folder,
     stop_unless_finite,
@@ -99,12 +99,25 @@ class Recipe(ImageOptions):
     picture_steps: int = field(default=1000, metadata={"help": "a picture every so many steps"})
 
 
+def check(recipe: Recipe) -> None:
+    for name in ("size", "global_batch_size", "batch_size", "save_steps", "log_steps", "picture_steps", "epochs"):
+        if getattr(recipe, name) <= 0:
+            raise ValueError(f"--{name} is {getattr(recipe, name)}; it must be more than 0.")
+    if not 0 <= recipe.warmup_epochs < recipe.epochs:
+        raise ValueError(f"--warmup_epochs {recipe.warmup_epochs} must be less than --epochs {recipe.epochs}.")
+    if not 0 <= recipe.ema_decay < 1:
+        raise ValueError(f"--ema_decay is {recipe.ema_decay}; it must be at least 0 and less than 1.")
+    if min(recipe.seed, recipe.view_seed, recipe.num_workers) < 0:
+        raise ValueError("--seed, --view_seed and --num_workers must not be negative.")
+
+
 def accumulation_steps(recipe: Recipe, num_processes: int) -> int:
     at_a_time = recipe.batch_size * num_processes
     if recipe.global_batch_size % at_a_time:
         raise ValueError(
             f"--global_batch_size {recipe.global_batch_size} must be a multiple of --batch_size {recipe.batch_size} "
-            f"times {num_processes} process(es)."
+            f"times {num_processes} process(es); change one of them, or start fewer processes with `accelerate launch "
+            "--num_processes 1`."
         )
     return recipe.global_batch_size // at_a_time
 
@@ -114,8 +127,11 @@ def build_teacher(recipe: Recipe, device: torch.device) -> Teacher | None:
     if recipe.target == "pixels" and (recipe.teacher or recipe.cache):
         raise ValueError("Pixels are reconstructed without a teacher; leave --teacher and --cache out.")
     if recipe.target == "features" and not (recipe.teacher or recipe.cache):
-        raise ValueError("Give --teacher a vision model, or --cache its features, or --target pixels.")
-    return load_teacher(recipe.teacher, recipe.teacher_size, device) if recipe.teacher else None
+        raise ValueError(
+            "Give --teacher a vision model, or --cache its features, or --target pixels; the miniature is --config "
+            f"{MINIATURE}."
+        )
+    return load_teacher(recipe.teacher, recipe.teacher_size, device) if recipe.teacher and not recipe.cache else None
 
 
 def build_data(recipe: Recipe, teacher: Teacher | None) -> ImageViews | StreamedViews:
@@ -125,8 +141,8 @@ def build_data(recipe: Recipe, teacher: Teacher | None) -> ImageViews | Streamed
     if recipe.cache:
         expected = {name: getattr(recipe, name) for name in ("size", "crop_scale", "view_seed")} | {"patch_size": 16}
         expected["data"] = source.fingerprint()
-        if teacher is not None:  # a cache alone says itself whose it is
-            expected["teacher"] = teacher.description()
+        if recipe.teacher:  # is looked at and let go; without it a cache says itself whose it is
+            expected["teacher"] = load_teacher(recipe.teacher, recipe.teacher_size).description()
         arguments["cache"] = FeatureCache(recipe.cache, expected)
         arguments["views"] = recipe.views or arguments["cache"].views
     elif teacher is not None:
@@ -196,18 +212,10 @@ def build_model(recipe: Recipe, target_size: int | None) -> EfficientSamForPreTr
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """With and without weight decay: none for biases, norms, tokens and the position table."""
-    matrices = {name for name, _ in model.named_parameters() if name.endswith("weight") and "layernorm" not in name}
-    parts = [[p for name, p in model.named_parameters() if (name in matrices) == decays] for decays in (True, False)]
+    """With and without weight decay."""
+    decaying = decaying_parameters(model)
+    parts = [[p for name, p in model.named_parameters() if (name in decaying) == decays] for decays in (True, False)]
     return [{"params": parts[0], "weight_decay": weight_decay}, {"params": parts[1], "weight_decay": 0.0}]
-
-
-def normalize(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 `[B, 3, S, S]` -> ImageNet-normalised float32."""
-    mean, std = (
-        torch.tensor(x, device=pixels.device)[:, None, None] for x in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
-    return (pixels / 255 - mean) / std
 
 
 def epoch_batches(
@@ -240,6 +248,7 @@ def draw(model: EfficientSamForPreTraining, batch: dict, target: torch.Tensor | 
 def main() -> None:
     recipe = parse_recipe(Recipe, __doc__, None if sys.argv[1:] else ["--config", str(MINIATURE)])
     try:
+        check(recipe)
         accelerator = Accelerator(
             gradient_accumulation_plugin=GradientAccumulationPlugin(1, sync_with_dataloader=False),
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
@@ -247,6 +256,8 @@ def main() -> None:
         )
         accumulation = accumulation_steps(recipe, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = accumulation
+        if recipe.ema_decay and accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError("An average of the weights cannot be kept with FSDP; leave --ema_decay out, or use DDP.")
         teacher = build_teacher(recipe, accelerator.device)
         data = build_data(recipe, teacher)
         loader, epoch_steps = build_loader(data, recipe, accelerator)
@@ -275,6 +286,8 @@ def main() -> None:
     log = Log(accelerator, output, steps, recipe.log_steps)
     checkpoints = Checkpoints(accelerator, output / "checkpoints")
     step = checkpoints.resume()
+    if step == steps:
+        accelerator.print(f"{output} holds a finished run; choose another --output_dir for a new one, or delete it.")
     log.start(step, "sami", dataclasses.asdict(recipe))
     model.train()
     while step < steps:
@@ -290,13 +303,13 @@ def main() -> None:
                     loss = model(normalize(batch["pixel_values"]), target, batch["noise"]).loss
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+                        grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
                 losses.append(loss.detach())
                 keys += batch["key"]
             loss = torch.stack(losses).mean()
-            stop_unless_finite(accelerator, loss, step + 1, keys)
+            stop_unless_finite(accelerator, loss, grad_norm, step + 1, keys)
             rate = schedule.get_last_lr()[0]
             schedule.step()
             if average is not None:
@@ -314,12 +327,17 @@ def main() -> None:
                 log.plot()
                 checkpoints.save(step)
     log.close()
+    # The model must not outlive the processes' group: freeing both at once can hang (pytorch/pytorch issue 56297).
+    del model
+    accelerator.free_memory()
     accelerator.end_training()
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (FloatingPointError, OSError, SaveError) as error:  # a loss that is not finite, a full disk
-        print(f"\nsami: {error}", file=sys.stderr)
+    except (FloatingPointError, OSError, SaveError, ValueError) as error:  # not finite, disk full, a broken image
+        # What a worker of the DataLoader raises comes with its traceback, the sentence last.
+        reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        print(f"\nsami: {reason}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -103,8 +104,7 @@ class Study:
         names = ("train-seg", "coco-train", "coco-train")
         return ["--train", *(self.data / name / "instances_train.json" for name in names)]
 
-    def scores(self, arm: str, seed: int) -> dict[str, float]:
-        """Of one arm with one seed."""
+    def score(self, arm: str, seed: int) -> None:
         folder = self.folder / arm / f"seed_{seed}"
         encoder, masks = self.pretrained(arm, seed), folder / "masks"
         probe, metrics = folder / "probe.json", folder / "metrics.json"
@@ -119,14 +119,23 @@ class Study:
             annotations = self.data / "coco-val-dev" / "instances_val.json"
             arguments = ["--annotations", annotations, "--prompts", "box", "click1", "--model", masks / "model"]
             self.run("evaluate_masks", *arguments, "--output", metrics, log=folder / "metrics.log")
-        probe, metrics = (json.loads(path.read_text()) for path in (probe, metrics))
+
+    def results(self) -> dict[str, dict[str, dict[str, float]]]:
+        """The scores of all runs that are finished, by arm and seed."""
+        runs = {arm: sorted((self.folder / arm).glob("seed_*/metrics.json")) for arm in ARMS}
+        return {arm: {path.parent.name: self.read(path.parent) for path in paths} for arm, paths in runs.items()}
+
+    def read(self, folder: Path) -> dict[str, float]:
+        probe, metrics = (json.loads((folder / f"{name}.json").read_text()) for name in ("probe", "metrics"))
         scores = {name: probe[name] for name in ("nearest_neighbors", "linear_probe")}
         return scores | {name: metrics["results"][name]["confident"]["all"]["miou"] for name in ("box", "click1")}
 
 
 def report(results: dict[str, dict[str, dict[str, float]]]) -> None:
     """Json, table and picture of scores by arm and seed."""
-    replace_text(HERE / "results" / "sami_study.json", json.dumps(results, indent=1) + "\n")
+    versions = {name: version(name) for name in ("hf-efficientsam", "torch", "transformers", "scikit-learn", "pillow")}
+    content = {"command": "python training/sami_study.py", "versions": versions, "scores": results}
+    replace_text(HERE / "results" / "sami_study.json", json.dumps(content, indent=1) + "\n")
     spread = {
         arm: {name: [run[name] for run in runs.values()] for name in SCORES} for arm, runs in results.items() if runs
     }
@@ -154,15 +163,22 @@ def main() -> None:
         print(f"sami_study: there is no arm {min(unknown)}; the arms are {', '.join(ARMS)}.", file=sys.stderr)
         raise SystemExit(2)
     study = Study(recipe)
-    study.cache()
+    try:
+        study.cache()
+    except RuntimeError as error:
+        print(f"sami_study: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     runs = [(seed, arm) for seed in recipe.seeds for arm in recipe.arms]  # a seed of all arms before the next
-    results = {arm: {} for arm in recipe.arms}
     with ThreadPoolExecutor(recipe.jobs) as pool:
-        futures = {pool.submit(study.scores, arm, seed): (arm, seed) for seed, arm in runs}
-        for future in tqdm(as_completed(futures), total=len(runs), desc="runs"):
-            arm, seed = futures[future]
-            results[arm][str(seed)] = future.result()
-    report(results)
+        futures = [pool.submit(study.score, arm, seed) for seed, arm in runs]
+        try:
+            for future in tqdm(as_completed(futures), total=len(runs), desc="runs"):
+                future.result()
+        except RuntimeError as error:
+            pool.shutdown(cancel_futures=True)
+            print(f"sami_study: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+    report(study.results())
 
 
 if __name__ == "__main__":

@@ -186,11 +186,12 @@ class EfficientSamConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         # A SAMI directory gives its encoder; the rest of its config is that of the decoder it leaves behind.
         if config_dict.get("model_type") == EfficientSamSamiConfig.model_type:
             config_dict = {"vision_config": config_dict["vision_config"]}
-        return super().from_dict(config_dict, **kwargs)
+        return config_dict, kwargs
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

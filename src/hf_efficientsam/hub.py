@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_efficientsam import EfficientSamConfig
 from .modeling_efficientsam import EfficientSamModel
@@ -36,7 +37,7 @@ def find_checkpoint(name: str | None) -> str:
     elif path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2:
         raise ValueError(f"{name}: no such directory.")
     try:
-        model_type = EfficientSamConfig.get_config_dict(name)[0].get("model_type")
+        model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
     except (OSError, ValueError):
         raise ValueError(f"{name} is neither a directory with a valid config.json nor a Hub model in reach.") from None
     if model_type != EfficientSamConfig.model_type:

@@ -135,7 +135,7 @@ class EfficientSamMaskedVisionEncoder(EfficientSamSamiPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings
+        return self.embeddings.projection  # FSDP2 shards what this returns by itself; see `_no_split_modules`
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors import SafetensorError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hf_efficientsam.training.runtime import (
@@ -25,8 +26,11 @@ from hf_efficientsam.training.runtime import (
     Log,
     SaveError,
     check_same_run,
+    decaying_parameters,
     parse_recipe,
+    replace_between,
     replaced_folder,
+    stop_unless_finite,
     tracker_arguments,
 )
 
@@ -395,10 +399,34 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
         steps: int = 3
         save_steps: int = 1
 
-    check_same_run(Recipe(), tmp_path)
+    check_same_run(Recipe(steps=9), tmp_path)
+    check_same_run(Recipe(), tmp_path)  # nothing of the first one was kept
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
     check_same_run(Recipe(save_steps=2), tmp_path)
     with pytest.raises(ValueError, match="another steps; choose a new --output_dir"):
         check_same_run(Recipe(steps=4), tmp_path)
+    check_same_run(Recipe(steps=4), tmp_path, free={"steps"})
+
+
+def test_weight_decay_is_for_the_weights_of_layers():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.LayerNorm(4), nn.Embedding(5, 4), nn.Linear(4, 2))
+    assert decaying_parameters(model) == {"0.weight", "3.weight"}
+
+
+@pytest.mark.parametrize(("loss", "grad_norm"), [(float("nan"), 1.0), (1.0, float("inf"))])
+def test_a_step_that_is_not_finite_names_its_images(loss, grad_norm):
+    accelerator = Accelerator(cpu=True)
+    stop_unless_finite(accelerator, torch.tensor(1.0), torch.tensor(2.0), 3, ["a.jpg"])
+    with pytest.raises(FloatingPointError, match=r"step 3 is .* on the images a\.jpg, b\.jpg"):
+        stop_unless_finite(accelerator, torch.tensor(loss), torch.tensor(grad_norm), 3, ["a.jpg", "b.jpg"])
+
+
+def test_text_between_marks_is_replaced(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text("before\n<!-- a -->\nold\n<!-- b -->\nafter\n")
+    for text in ("new", "newer"):
+        replace_between(path, "<!-- a -->", "<!-- b -->", text)
+        assert path.read_text() == f"before\n<!-- a -->\n{text}\n<!-- b -->\nafter\n"
 
 
 # ---------------------------------------------------------------------------------------------------- log

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import errno
 import json
+import math
 import os
 import shutil
 import time
@@ -20,6 +21,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 from PIL import Image
 from safetensors import SafetensorError
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
@@ -77,15 +79,24 @@ def replace_between(path: Path, begin: str, end: str, text: str) -> None:
     replace_text(path, before + begin + "\n" + text + "\n" + end + rest.split(end)[1])
 
 
-def stop_unless_finite(accelerator: Accelerator, loss: torch.Tensor, step: int, images: list) -> None:
+def decaying_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay is for: the weights of linear layers and convolutions, no others."""
+    layers = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, layers)}
+
+
+def stop_unless_finite(
+    accelerator: Accelerator, loss: torch.Tensor, grad_norm: torch.Tensor | float, step: int, images: list
+) -> None:
     """
-    Raises FloatingPointError on all processes if the loss of one of them is not finite, naming its images. Called on
-    every process before the step is saved, with its own loss `[]` and images.
+    Raises FloatingPointError on all processes if the loss or the gradient of one of them is not finite, naming its
+    images. Called on every process before the step is saved, with its own loss `[]` and images.
     """
-    if accelerator.reduce(loss.detach().float(), "mean").isfinite():
+    if accelerator.reduce(loss.detach().float() + float(grad_norm), "mean").isfinite():
         return
     names = ", ".join(map(str, images))
-    problems = gather_object([None if loss.isfinite() else f"{loss.item()} on the images {names}"])
+    fine = loss.isfinite() and math.isfinite(grad_norm)
+    problems = gather_object([None if fine else f"{loss.item()} (gradient {float(grad_norm)}) on the images {names}"])
     raise FloatingPointError(
         f"The loss of step {step} is {'; '.join(filter(None, problems))}. It is not saved; look at these "
         "images or lower the learning rate, and start again from the last checkpoint."
@@ -140,13 +151,13 @@ FREE = frozenset({"num_workers", "save_steps", "log_steps", "picture_steps", "tr
 
 def check_same_run(recipe: Any, folder: Path, free: Set[str] = FREE) -> None:
     """
-    Notes the recipe in `folder` at the first start, and compares all but its `free` fields at each later one.
+    Notes the recipe in `folder`, and once there is a checkpoint compares all but its `free` fields at each start.
 
     Raises:
         ValueError: if a run with another recipe is there, which resuming would mix with this one.
     """
     path, now = Path(folder) / "recipe.json", dataclasses.asdict(recipe)
-    if not path.is_file():
+    if not path.is_file() or not any((path.parent / "checkpoints").glob("step_*")):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(now, indent=1) + "\n")
         return
@@ -232,6 +243,8 @@ class Checkpoints:
             )
         if step:
             self.accelerator.load_state(self.folder / f"step_{step:08d}")
+            # Its count of micro-batches, on which gradient accumulation rests, is of another split of the batch.
+            self.accelerator.step = 0
         return step
 
 

@@ -1,10 +1,28 @@
-"""A trained ViT's weights as the start of our vision encoder: weight selection (arXiv 2311.18823)."""
+"""What a vision encoder starts from: pretraining, or a trained ViT's weights (weight selection, arXiv 2311.18823)."""
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 
-from hf_efficientsam.modeling_efficientsam import EfficientSamVisionEncoder
+from hf_efficientsam.modeling_efficientsam import EfficientSamVisionEncoder, EfficientSamVisionModel
+
+
+def load_encoder(name: str) -> tuple[EfficientSamVisionModel, bool]:
+    """
+    The encoder of a directory or Hub repository, in float32, and whether it has a trained neck: pretraining has none.
+
+    Raises:
+        ValueError: if it cannot be loaded, or other weights are missing.
+    """
+    try:
+        encoder, loading = EfficientSamVisionModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise ValueError(f"The encoder {name} cannot be loaded: {' '.join(str(error).split())}") from None
+    if missing := [key for key in loading["missing_keys"] if ".neck." not in key]:
+        raise ValueError(f"{name} lacks weights of the encoder, such as {min(missing)}; choose another directory.")
+    return encoder, not loading["missing_keys"]
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from datasets import Image as ImageFeature
 from datasets.distributed import split_dataset_by_node
 from PIL import Image, ImageOps
 from torch.utils import data
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..augment import random_resized_crop
 
@@ -222,6 +223,7 @@ class _Views:
             raise ValueError(f"The cache holds {cache.views} views of each image; set views to at most that.")
         self.source = source
         self.size = size
+        self.patch_size = patch_size
         self.patches = (size // patch_size) ** 2
         self.teacher_size = teacher_size
         self.crop_scale = crop_scale
@@ -332,6 +334,12 @@ class StreamedViews(_Views, data.IterableDataset):
                 raise ValueError(
                     f"No record of {self.source.shards[0]} ... could be read as an image; check the shards."
                 )
+
+
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 RGB `[B, 3, H, W]` -> float32 as our models take it: ImageNet's mean 0 and variance 1."""
+    mean, std = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD]).to(pixels.device, non_blocking=True)
+    return (pixels / 255 - mean[:, None, None]) / std[:, None, None]
 
 
 def _read_shards(shards: list[str]) -> Iterator[dict]:
