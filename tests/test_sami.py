@@ -50,7 +50,7 @@ decoder_num_attention_heads: 2
 global_batch_size: 8
 batch_size: 4
 epochs: 3.5
-warmup_epochs: 1
+warmup_epochs: 0.5
 base_learning_rate: 0.05
 save_steps: 3
 log_steps: 2
@@ -242,9 +242,9 @@ def test_a_run_leaves_a_model_a_curve_and_pictures(whole):
     rows = curve(whole)
     assert [row["step"] for row in rows] == [2, 4, 6, 7]  # the last mean is of one step
     assert all(row["loss"] > 0 for row in rows)
-    # Two steps of warm-up from 0 to 0.05 * 8 / 256, then a cosine over five, down to its last step before zero.
-    peak, fourth = 0.05 * 8 / 256, (1 + np.cos(np.pi / 5)) / 2
-    assert [row["lr"] for row in rows[:2]] == pytest.approx([peak / 2, peak * fourth], rel=1e-5)
+    # A step of warm-up, then a cosine over six, whose zero comes after the last.
+    cosine = [0.05 * 8 / 256 * (1 + np.cos(np.pi * i / 6)) / 2 for i in (0, 2, 4, 5)]
+    assert [row["lr"] for row in rows] == pytest.approx(cosine, rel=1e-5)
     assert (whole / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (whole / "pictures").iterdir()) == [
         f"reconstruction_{step:08}.png" for step in (5, 7)
@@ -272,7 +272,7 @@ def test_the_miniature_runs_without_arguments_and_learns(tmp_path):
     done = start(python=["-m", "accelerate.commands.launch"], cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(row) for row in (tmp_path / "runs/sami_miniature/curve.jsonl").read_text().splitlines()]
-    assert rows[-1]["seconds_to_go"] == 0 and rows[-1]["seconds"] < 120
+    assert rows[-1]["seconds_to_go"] == 0
     assert rows[-1]["loss"] < rows[0]["loss"] / 2
     EfficientSamModel.from_pretrained(tmp_path / "runs/sami_miniature/model")
 
@@ -387,6 +387,13 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(arguments, whole, tm
 
 
 @pytest.mark.slow
+def test_a_run_resumes_with_another_batch_size(arguments, whole, tmp_path):
+    stopped_after(6, whole, tmp_path / "run")
+    run(*arguments, "--output_dir", tmp_path / "run", "--batch_size", 1)
+    assert_close(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
 def test_two_processes_agree_with_one_even_if_one_of_them_is_killed(arguments, whole, tmp_path):
     (tmp_path / "killed.py").write_text(KILLED)
     output = tmp_path / "run"
@@ -408,6 +415,8 @@ def test_streamed_shards_resume_and_accumulate(recipe, shards, teacher, tmp_path
     stopped_after(5, tmp_path / "workers", tmp_path / "resumed")
     run(*given, "--output_dir", tmp_path / "resumed", "--num_workers", 2)
     assert_equal(tmp_path / "resumed", tmp_path / "workers")
+    # With another number of workers the order would be another.
+    assert "another num_workers;" in run(*given, "--output_dir", tmp_path / "workers", "--num_workers", 1, code=2)
     for batch_size in (8, 2):
         run(*given, "--output_dir", tmp_path / str(batch_size), "--num_workers", 1, "--batch_size", batch_size)
     assert_close(tmp_path / "2", tmp_path / "8")
@@ -446,7 +455,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(arguments,
         options = ["--base_learning_rate", 1e30, "--warmup_epochs", 0, "--save_steps", 1, "--seed", seed]
         said = run(*arguments, *options, "--output_dir", tmp_path / str(seed), code=1)
         (sentence,) = [line for line in said.splitlines() if line.startswith("sami: ")]
-        assert sentence.startswith("sami: The loss of step 2 is nan on the images ") and "Traceback" not in said
+        assert sentence.startswith("sami: The loss of step 2 is nan ") and "Traceback" not in said
         named[seed] = re.findall(r"\d\d\.png", sentence)
         assert steps_saved(tmp_path / str(seed)) == ["step_00000001"]
         assert len(named[seed]) == len(set(named[seed])) == 8
@@ -480,17 +489,32 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(arguments, whole, tmp
     assert_equal(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
+def test_a_broken_image_is_named(recipe, images, tmp_path):
+    shutil.copytree(images, tmp_path / "images")
+    for path in (tmp_path / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    options = ["--images", tmp_path / "images", "--target", "pixels", "--num_workers", 1]
+    said = run("--config", recipe, *options, "--output_dir", tmp_path / "run", code=1)
+    (sentence,) = [line for line in said.splitlines() if line.startswith("sami: ")]
+    assert f"sami: {tmp_path / 'images'}" in sentence and "replace or remove it" in sentence
+
+
 REFUSALS = {
     "no data": ("--teacher TEACHER", "Give exactly one of images (folders), dataset and shards."),
     "two kinds of data": ("--images IMAGES --shards SHARDS --teacher TEACHER", "Give exactly one of images"),
     "no images": ("--images TEACHER --teacher TEACHER", "There is no image"),
-    "no teacher": ("--images IMAGES", "Give --teacher a vision model, or --cache its features, or --target pixels."),
+    "no teacher": ("--images IMAGES", "Give --teacher a vision model, or --cache its features, or --target pixels"),
     "absent teacher": ("--images IMAGES --teacher absent/model", "The teacher absent/model is neither"),
     "pixels with a teacher": ("--images IMAGES --teacher TEACHER --target pixels", "Pixels are reconstructed without"),
     "batches": ("--images IMAGES --target pixels --batch_size 3", "8 must be a multiple of --batch_size 3 times 1"),
     "few images": ("--images IMAGES --target pixels --global_batch_size 24", "20 images are less than one step"),
     "endless shards": ("--shards SHARDS --target pixels", "give --epoch_images."),
     "no selection": ("--images IMAGES --target pixels --select_weights true", "takes them from a teacher"),
+    "no steps": ("--images IMAGES --target pixels --log_steps 0", "--log_steps is 0; it must be more than 0."),
+    "all warm-up": ("--images IMAGES --target pixels --warmup_epochs 4", "must be less than --epochs 3.5."),
+    "no average": ("--images IMAGES --target pixels --ema_decay 1", "--ema_decay is 1.0; it must be at least 0"),
+    "no seed": ("--images IMAGES --target pixels --seed -1", "must not be negative."),
     "no size": ("--images IMAGES --target pixels --size 60", "must be a multiple of the patch's 16 pixels: got 60."),
     "no such loss": ("--images IMAGES --teacher TEACHER --loss l1", "it must be 'mse' or 'cosine'."),
     "no such tracker": ("--images IMAGES --teacher TEACHER --trackers wandb", "There is no tracker wandb here"),

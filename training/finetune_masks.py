@@ -255,6 +255,8 @@ def main() -> None:
             if step == recipe.steps:
                 break
     progress.close()
+    del task  # DDP must go before its process group, or the exit can hang
+    accelerator.free_memory()
     accelerator.end_training()
 
 
