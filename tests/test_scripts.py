@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 
 from hf_efficientsam import (
     EfficientSamConfig,
+    EfficientSamForPreTraining,
     EfficientSamImageProcessor,
     EfficientSamModel,
     EfficientSamProcessor,
+    EfficientSamSamiConfig,
     EfficientSamVisionConfig,
     EfficientSamVisionModel,
 )
@@ -207,6 +209,31 @@ def test_finetune_refuses_a_bad_config_in_one_sentence(tmp_path, text, sentence)
 def test_finetune_refuses_what_cannot_train(coco, tmp_path, arguments, sentence):
     given = ["--train", coco / "masks.json", "--output_dir", tmp_path / "run", "--batch_size", 2, *arguments]
     assert sentence in refuse("finetune_masks", *given)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def pretrained(tmp_path) -> Path:
+    """An encoder as wide as the tiny model's, without a neck, from a configuration that knows nothing of that neck."""
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pretrain_image_size": SIZE}
+    EfficientSamForPreTraining(EfficientSamSamiConfig(vision_config=vision)).save_pretrained(tmp_path / "pretrained")
+    return tmp_path / "pretrained"
+
+
+def test_finetune_writes_a_model_that_loads_with_a_pretrained_encoder(coco, tiny_model, pretrained, tmp_path):
+    run(
+        "finetune_masks", "--train", coco / "masks.json", "--model", tiny_model, "--encoder", pretrained,
+        "--image_size", SIZE, "--batch_size", 2, "--steps", 1, "--num_workers", 0, "--output_dir", tmp_path / "run",
+    )  # fmt: skip
+    model, info = EfficientSamModel.from_pretrained(tmp_path / "run" / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.vision_config.output_channels == 32
+
+
+def test_finetune_refuses_an_encoder_of_another_width(coco, pretrained, tmp_path):
+    given = ["--train", coco / "masks.json", "--model", "bundled", "--encoder", pretrained, "--batch_size", 2]
+    sentence = refuse("finetune_masks", *given, "--output_dir", tmp_path / "run")
+    assert "--encoder is 16 wide and --model 192; choose two of one size." in sentence
     assert not (tmp_path / "run").exists()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from hf_efficientsam import EfficientSamModel, EfficientSamProcessor, bundled_checkpoint
-from hf_efficientsam.training.runtime import parse_recipe, replaced_folder
+from hf_efficientsam.training.runtime import fill_between, parse_recipe, replaced_folder
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 RESULTS = Path(__file__).parent / "results"
@@ -43,9 +43,8 @@ def table(results: dict) -> str:
 
 
 def fill_card(card: str, report: dict) -> str:
-    before, rest = card.split(BEGIN)
     measured = f"{report['masks']} masks of {report['images']} images, seed {report['seed']}.\n\n"
-    return before + BEGIN + "\n" + measured + table(report["results"]) + "\n" + END + rest.split(END)[1]
+    return fill_between(card, BEGIN, END, measured + table(report["results"]))
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from hf_efficientsam.training.data.images import ImageOptions, ImageViews, StreamedViews, open_images
 from hf_efficientsam.training.feature_cache import ViewParts, open_manifest, part_path, write_index, write_part
-from hf_efficientsam.training.runtime import parse_recipe
+from hf_efficientsam.training.runtime import last_line, parse_recipe
 from hf_efficientsam.training.teachers import Teacher, load_teacher
 
 
@@ -116,9 +116,7 @@ def main() -> None:
     try:
         cache_features(recipe, accelerator)
     except (OSError, ValueError) as error:
-        # What a worker of the DataLoader raises comes with its traceback, the sentence last.
-        reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        print(f"cache_features: {reason}", file=sys.stderr)
+        print(f"cache_features: {last_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     accelerator.end_training()
 

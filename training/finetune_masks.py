@@ -111,7 +111,11 @@ def build_model(recipe: Recipe) -> EfficientSamModel:
     if recipe.encoder is not None:
         encoder, has_neck = load_encoder(recipe.encoder)
         if not has_neck:  # pretraining (sami.py) leaves it out: the model keeps its own
+            theirs, ours = encoder.config.hidden_size, model.config.vision_config.hidden_size
+            if theirs != ours:
+                raise ValueError(f"--encoder is {theirs} wide and --model {ours}; choose two of one size.")
             encoder.vision_encoder.neck = model.vision_encoder.neck
+            encoder.config.output_channels = model.config.vision_config.output_channels
         model.vision_encoder, model.config.vision_config = encoder.vision_encoder, encoder.config
     return model
 

@@ -34,6 +34,7 @@ from hf_efficientsam.training.runtime import (
     SaveError,
     check_same_run,
     decaying_parameters,
+    last_line,
     parse_recipe,
     replaced_folder,
     stop_unless_finite,
@@ -231,7 +232,9 @@ def epoch_batches(
 
 
 @torch.no_grad()
-def draw(model: EfficientSamForPreTraining, batch: dict, target: torch.Tensor | None) -> Image.Image:
+def draw(
+    model: EfficientSamForPreTraining, batch: dict, target: torch.Tensor | None, grid: tuple[int, int]
+) -> Image.Image:
     """Input, masked input, target and reconstruction of the first images, side by side."""
     model.eval()
     pixel_values, noise = normalize(batch["pixel_values"][:4]), batch["noise"][:4]
@@ -241,8 +244,7 @@ def draw(model: EfficientSamForPreTraining, batch: dict, target: torch.Tensor | 
     model.train()
     images = [Image.fromarray(pixels) for pixels in batch["pixel_values"][:4].permute(0, 2, 3, 1).cpu().numpy()]
     arrays = (array.float().cpu().numpy() for array in (output.mask, target, output.reconstruction))
-    side = len(output.mask[0]) ** 0.5
-    return feature_picture(images, *arrays, grid=(round(side), round(side)), pixels=model.config.target == "pixels")
+    return feature_picture(images, *arrays, grid=grid, pixels=model.config.target == "pixels")
 
 
 def main() -> None:
@@ -317,7 +319,7 @@ def main() -> None:
             step += 1
             log.add(step, images=recipe.global_batch_size, loss=loss, lr=rate)
             if step % recipe.picture_steps == 0 or step == steps:
-                log.picture(step, draw(student, batch, target), "reconstruction")
+                log.picture(step, draw(student, batch, target, grid), "reconstruction")
             if step % recipe.save_steps == 0 or step == steps:
                 # The model before the checkpoint: a finished run has its model.
                 state_dict = accelerator.get_state_dict(model) if average is None else average.module.state_dict()
@@ -337,7 +339,5 @@ if __name__ == "__main__":
     try:
         main()
     except (FloatingPointError, OSError, SaveError, ValueError) as error:  # not finite, disk full, a broken image
-        # What a worker of the DataLoader raises comes with its traceback, the sentence last.
-        reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        print(f"\nsami: {reason}", file=sys.stderr)
+        print(f"\nsami: {last_line(error)}", file=sys.stderr)
         raise SystemExit(1) from None

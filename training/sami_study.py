@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from hf_efficientsam.training.data.images import FolderImages
-from hf_efficientsam.training.runtime import parse_recipe, replace_between, replace_text, replaced_folder
+from hf_efficientsam.training.runtime import fill_between, parse_recipe, replace_text, replaced_folder
 
 HERE = Path(__file__).parent
 PRETRAINING, FINETUNING = HERE / "recipes" / "sami_study.yaml", HERE / "recipes" / "sami_study_masks.yaml"
@@ -54,10 +54,11 @@ class Recipe:
 
 
 class Study:
-    """The stages; each returns its result and makes it if it is not there."""
+    """The stages; each makes its result if it is not there."""
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.data, self.folder = recipe, Path(recipe.data), Path(recipe.output_dir)
+        self.cache = self.folder / "cache"
 
     def run(self, script: str, *arguments, log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -82,18 +83,16 @@ class Study:
                     small.save(path, quality=92)
         return folder
 
-    def cache(self) -> Path:
+    def make_cache(self) -> None:
         """The teacher's features; run again each time, as it knows itself what is missing."""
         arguments = ["--images", self.images(), "--teacher", self.recipe.teacher, "--teacher_size", 112, "--size", 128]
         self.run(
-            "cache_features", *arguments, "--views", 2, "--output_dir", self.folder / "cache",
-            log=self.folder / "cache.log",
+            "cache_features", *arguments, "--views", 2, "--output_dir", self.cache, log=self.folder / "cache.log"
         )  # fmt: skip
-        return self.folder / "cache"
 
     def pretrained(self, arm: str, seed: int) -> Path:
         folder = self.folder / arm / f"seed_{seed}" / "pretraining"
-        changes = ARMS[arm] | ({} if arm == "mae" else {"cache": self.folder / "cache"})
+        changes = ARMS[arm] | ({} if arm == "mae" else {"cache": self.cache})
         arguments = ["--config", PRETRAINING, "--images", self.folder / "images", "--seed", seed]
         arguments += [word for name, value in changes.items() for word in (f"--{name}", value)]
         if not (folder / "model").is_dir():
@@ -144,7 +143,8 @@ def report(results: dict[str, dict[str, dict[str, float]]]) -> None:
         cells = [f"{mean(v):.3f} ± {stdev(v):.3f}" if len(v) > 1 else f"{v[0]:.3f}" for v in scores.values()]
         lines.append(f"| {arm} | {len(results[arm])} | " + " | ".join(cells) + " |")
     print("\n".join(lines))
-    replace_between(HERE / "README.md", BEGIN, END, "\n".join(lines))
+    page = HERE / "README.md"
+    replace_text(page, fill_between(page.read_text(encoding="utf-8"), BEGIN, END, "\n".join(lines)))
 
     figure = Figure(figsize=(3.2 * len(SCORES), 3.2), layout="constrained")
     for axis, (name, title) in zip(figure.subplots(1, len(SCORES), sharey=True), SCORES.items(), strict=True):
@@ -163,21 +163,19 @@ def main() -> None:
         print(f"sami_study: there is no arm {min(unknown)}; the arms are {', '.join(ARMS)}.", file=sys.stderr)
         raise SystemExit(2)
     study = Study(recipe)
+    runs = [(seed, arm) for seed in recipe.seeds for arm in recipe.arms]  # a seed of all arms before the next
     try:
-        study.cache()
+        study.make_cache()
+        with ThreadPoolExecutor(recipe.jobs) as pool:
+            futures = [pool.submit(study.score, arm, seed) for seed, arm in runs]
+            try:
+                for future in tqdm(as_completed(futures), total=len(runs), desc="runs"):
+                    future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)  # after a failure, those that have not begun
     except RuntimeError as error:
         print(f"sami_study: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    runs = [(seed, arm) for seed in recipe.seeds for arm in recipe.arms]  # a seed of all arms before the next
-    with ThreadPoolExecutor(recipe.jobs) as pool:
-        futures = [pool.submit(study.score, arm, seed) for seed, arm in runs]
-        try:
-            for future in tqdm(as_completed(futures), total=len(runs), desc="runs"):
-                future.result()
-        except RuntimeError as error:
-            pool.shutdown(cancel_futures=True)
-            print(f"sami_study: {error}", file=sys.stderr)
-            raise SystemExit(1) from None
     report(study.results())
 
 

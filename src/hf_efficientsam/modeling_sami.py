@@ -328,15 +328,14 @@ class EfficientSamForPreTraining(EfficientSamSamiPreTrainedModel):
         What is to be reconstructed, float32 `[B, N, target_size]`, normalised if the config says so, or `None`. A
         patch's pixels are ordered by channel, row, column.
         """
+        patch_size = self.config.vision_config.patch_size
         if self.config.target == "pixels":
             if target_features is not None:
                 raise ValueError("This model reconstructs pixels (config.target); call it without target_features.")
-            patch_size = self.config.vision_config.patch_size
             target = F.unfold(pixel_values, kernel_size=patch_size, stride=patch_size).transpose(1, 2)
         elif target_features is None:
             return None
         else:
-            patch_size = self.config.vision_config.patch_size
             num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
             expected = (len(pixel_values), num_patches, self.config.target_size)
             if target_features.shape != expected:

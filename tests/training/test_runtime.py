@@ -27,8 +27,8 @@ from hf_efficientsam.training.runtime import (
     SaveError,
     check_same_run,
     decaying_parameters,
+    fill_between,
     parse_recipe,
-    replace_between,
     replaced_folder,
     stop_unless_finite,
     tracker_arguments,
@@ -421,12 +421,11 @@ def test_a_step_that_is_not_finite_names_its_images(loss, grad_norm):
         stop_unless_finite(accelerator, torch.tensor(loss), torch.tensor(grad_norm), 3, ["a.jpg", "b.jpg"])
 
 
-def test_text_between_marks_is_replaced(tmp_path):
-    path = tmp_path / "page.md"
-    path.write_text("before\n<!-- a -->\nold\n<!-- b -->\nafter\n")
+def test_text_between_marks_is_replaced():
+    page = "before\n<!-- a -->\nold\n<!-- b -->\nafter\n"
     for text in ("new", "newer"):
-        replace_between(path, "<!-- a -->", "<!-- b -->", text)
-        assert path.read_text() == f"before\n<!-- a -->\n{text}\n<!-- b -->\nafter\n"
+        page = fill_between(page, "<!-- a -->", "<!-- b -->", text)
+        assert page == f"before\n<!-- a -->\n{text}\n<!-- b -->\nafter\n"
 
 
 # ---------------------------------------------------------------------------------------------------- log

@@ -9,7 +9,6 @@ each image, 16 bytes, 20 MB for ImageNet however many views there are. Random cr
 cut out of the features of the whole image, because only so does the cache hold what the teacher says of that crop.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .data.images import ImageViews, ShardImages, StreamedViews
+from .data.images import ImageViews, ShardImages, StreamedViews, hash_key
 from .runtime import replace_text
 
 AGAIN = "run training/cache_features.py with the same options again, which keeps what is done"
@@ -204,7 +203,8 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _hash_key(key: str) -> int:
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big", signed=True)
+    """As int64, which safetensors and torch know."""
+    return int(np.uint64(hash_key(key)).astype(np.int64))
 
 
 def _read_manifest(folder: Path) -> dict | None:

@@ -73,10 +73,15 @@ def replace_text(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def replace_between(path: Path, begin: str, end: str, text: str) -> None:
-    """Replaces what stands between two marks in a file."""
-    before, rest = path.read_text(encoding="utf-8").split(begin)
-    replace_text(path, before + begin + "\n" + text + "\n" + end + rest.split(end)[1])
+def fill_between(page: str, begin: str, end: str, text: str) -> str:
+    """`page` with `text` in place of what stands between its two marks."""
+    before, rest = page.split(begin)
+    return before + begin + "\n" + text + "\n" + end + rest.split(end)[1]
+
+
+def last_line(error: Exception) -> str:
+    """Of what a worker of a DataLoader raises, which comes with its traceback, the sentence at its end."""
+    return str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
 
 
 def decaying_parameters(model: nn.Module) -> set[str]:

@@ -240,7 +240,7 @@ class _Views:
     def item(self, key: str, image: Image.Image) -> dict:
         epoch = self.epoch.item()
         view = epoch % self.views if self.views else epoch
-        key_hash = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+        key_hash = hash_key(key)
         generator = np.random.default_rng([self.seed, view, key_hash])
         # The last number keeps the noise apart from the crop; it is new in each epoch even where the view is not.
         noise = np.random.default_rng([self.noise_seed, epoch, key_hash, 1]).random(self.patches, dtype=np.float32)
@@ -334,6 +334,11 @@ class StreamedViews(_Views, data.IterableDataset):
                 raise ValueError(
                     f"No record of {self.source.shards[0]} ... could be read as an image; check the shards."
                 )
+
+
+def hash_key(key: str) -> int:
+    """64 bits that tell keys apart, the same in every process."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
