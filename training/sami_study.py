@@ -6,7 +6,8 @@
 Each arm is pretrained by `sami.py` on the same images for the same number of steps, then scored twice: frozen, by
 `probe_encoder.py`, and as the start of the same short mask fine-tuning (`finetune_masks.py`, `evaluate_masks.py`).
 Every stage is a command whose result is kept under `--output_dir`; what is there is not run again, so the study can be
-stopped at any time. The numbers go to `results/sami_study.json` and .png, the table into `training/README.md`.
+stopped at any time. The numbers go to `results/sami_study.json` and .png, the table into `training/README.md`. Runs
+whose numbers are in that json are not run again either, so another machine can go on: delete them to measure anew.
 """
 
 import json
@@ -27,6 +28,7 @@ from hf_efficientsam.training.data.images import FolderImages
 from hf_efficientsam.training.runtime import fill_between, parse_recipe, replace_text, replaced_folder
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "sami_study.json"
 PRETRAINING, FINETUNING = HERE / "recipes" / "sami_study.yaml", HERE / "recipes" / "sami_study_masks.yaml"
 # What each arm changes in the recipe of pretraining; all but the pixels' have the cached teacher.
 ARMS = {
@@ -120,9 +122,11 @@ class Study:
             self.run("evaluate_masks", *arguments, "--output", metrics, log=folder / "metrics.log")
 
     def results(self) -> dict[str, dict[str, dict[str, float]]]:
-        """The scores of all runs that are finished, by arm and seed."""
+        """The scores of all runs that are finished, here or in the results kept with the scripts, by arm and seed."""
+        kept = json.loads(RESULTS.read_text())["scores"] if RESULTS.is_file() else {}
         runs = {arm: sorted((self.folder / arm).glob("seed_*/metrics.json")) for arm in ARMS}
-        return {arm: {path.parent.name: self.read(path.parent) for path in paths} for arm, paths in runs.items()}
+        here = {arm: {path.parent.name: self.read(path.parent) for path in paths} for arm, paths in runs.items()}
+        return {arm: dict(sorted((kept.get(arm, {}) | here[arm]).items())) for arm in ARMS}
 
     def read(self, folder: Path) -> dict[str, float]:
         probe, metrics = (json.loads((folder / f"{name}.json").read_text()) for name in ("probe", "metrics"))
@@ -134,7 +138,7 @@ def report(results: dict[str, dict[str, dict[str, float]]]) -> None:
     """Json, table and picture of scores by arm and seed."""
     versions = {name: version(name) for name in ("hf-efficientsam", "torch", "transformers", "scikit-learn", "pillow")}
     content = {"command": "python training/sami_study.py", "versions": versions, "scores": results}
-    replace_text(HERE / "results" / "sami_study.json", json.dumps(content, indent=1) + "\n")
+    replace_text(RESULTS, json.dumps(content, indent=1) + "\n")
     spread = {
         arm: {name: [run[name] for run in runs.values()] for name in SCORES} for arm, runs in results.items() if runs
     }
@@ -163,9 +167,12 @@ def main() -> None:
         print(f"sami_study: there is no arm {min(unknown)}; the arms are {', '.join(ARMS)}.", file=sys.stderr)
         raise SystemExit(2)
     study = Study(recipe)
+    finished = study.results()
     runs = [(seed, arm) for seed in recipe.seeds for arm in recipe.arms]  # a seed of all arms before the next
+    runs = [(seed, arm) for seed, arm in runs if f"seed_{seed}" not in finished[arm]]
     try:
-        study.make_cache()
+        if runs:
+            study.make_cache()
         with ThreadPoolExecutor(recipe.jobs) as pool:
             futures = [pool.submit(study.score, arm, seed) for seed, arm in runs]
             try:
