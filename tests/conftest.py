@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -13,6 +14,68 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs ../shared (golden numbers, images and weights) beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def coco(tmp_path_factory) -> Path:
+    """A json of 5 images with 1 to 5 objects each: bright rectangles and discs on a dark ground."""
+    from PIL import Image, ImageDraw
+
+    folder = tmp_path_factory.mktemp("coco")
+    (folder / "images").mkdir()
+    images, annotations = [], []
+    for i in range(5):
+        width, height = 60 + 8 * i, 80 - 6 * i
+        image = Image.new("RGB", (width, height), (20, 10 * i, 40))
+        draw = ImageDraw.Draw(image)
+        for n in range(i + 1):
+            left, top = 2 + 9 * n, 3 + 7 * n
+            right, bottom = left + 12 + i, top + 20
+            draw.rectangle((left, top, right - 1, bottom - 1), fill=(250 - 30 * n, 200, 60 * n))
+            polygon = [left, top, right, top, right, bottom, left, bottom]
+            annotations.append(
+                {"id": len(annotations) + 1, "image_id": i, "segmentation": [polygon], "iscrowd": 0, "category_id": 1}
+            )
+        image.save(folder / "images" / f"{i}.jpg")
+        images.append({"id": i, "file_name": f"{i}.jpg", "width": width, "height": height})
+    (folder / "masks.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    import torch
+
+    from hf_efficientsam import (
+        EfficientSamConfig,
+        EfficientSamImageProcessor,
+        EfficientSamModel,
+        EfficientSamProcessor,
+    )
+
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_channels": 32}
+    decoder = {"hidden_size": 32, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
+    config = EfficientSamConfig(
+        vision_config={**vision, "image_size": 64, "pretrain_image_size": 64},
+        prompt_encoder_config={"hidden_size": 32, "background_points": True, "mask_prompts": True},
+        mask_decoder_config={**decoder, "upscaling_channels": [8, 4]},
+    )
+    EfficientSamModel(config).half().save_pretrained(folder)  # half precision, as the bundled one
+    EfficientSamProcessor(EfficientSamImageProcessor(size=64)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """As in the processes that tests start, so that sums are rounded alike."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_sessionfinish(session):

@@ -1,18 +1,13 @@
 """`training/sami.py`, run as a user does, with a tiny student, a tiny teacher and a handful of images."""
 
-import contextlib
 import dataclasses
 import errno
-import io
 import json
-import os
 import re
 import runpy
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -22,7 +17,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
-from safetensors.torch import load_file
+from scripts import (
+    FREED,
+    KILLED,
+    ROOT,
+    TRAINING,
+    TWO_PROCESSES,
+    assert_close,
+    assert_equal,
+    curve,
+    run,
+    start,
+    steps_saved,
+    stopped_after,
+    weights,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Dinov2Config, Dinov2Model
 
@@ -33,12 +42,11 @@ from hf_efficientsam import (
     EfficientSamModel,
     EfficientSamProcessor,
 )
-from hf_efficientsam.training.runtime import TIMINGS, parse_recipe
+from hf_efficientsam.training.runtime import parse_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
-TRAINING = ROOT / "training"
 # Epochs have 2 steps of 8 images, the run has 7 steps: checkpoints lie within epochs and between them.
 IMAGES = 20
+pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPE = """
 size: 64
 hidden_size: 16
@@ -57,69 +65,6 @@ log_steps: 2
 picture_steps: 5
 num_workers: 0
 """
-# `python killed.py SCRIPT ...` runs the script until its fifth step is done and logged, two after a checkpoint.
-KILLED = """
-import os, runpy, signal, sys
-from hf_efficientsam.training.runtime import Log
-
-def add_and_die(self, step, **values):
-    add(self, step, **values)
-    if step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-add, Log.add = Log.add, add_and_die
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-# `python freed.py SCRIPT ...` asserts that the distributed model is gone before the group of processes is.
-FREED = """
-import gc, runpy, sys
-from accelerate import Accelerator
-from torch.nn.parallel import DistributedDataParallel
-
-def end(self):
-    assert self.num_processes == 2 and not any(isinstance(one, DistributedDataParallel) for one in gc.get_objects())
-    end_training(self)
-
-end_training, Accelerator.end_training = Accelerator.end_training, end
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the processes that are started here, so that sums are rounded alike."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def start(*arguments, python=(), cwd=None, timeout=300) -> subprocess.CompletedProcess:
-    """The script in a process of its own."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRACKIO_")}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, *python, TRAINING / "sami.py", *arguments]
-    return subprocess.run(
-        [*map(str, command)], env=environment, cwd=cwd, capture_output=True, text=True, timeout=timeout
-    )
-
-
-def run(*arguments, script="sami", code=0) -> str:
-    """What a script says, in this process, which saves the imports."""
-    output = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(output):
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(sys, "argv", [*map(str, [TRAINING / f"{script}.py", *arguments])])
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-            ended = 0
-        except SystemExit as exit:
-            ended = exit.code
-    assert ended == code, output.getvalue()
-    return output.getvalue()
 
 
 def save_teacher(folder: Path, seed: int = 0) -> Path:
@@ -172,7 +117,7 @@ def arguments(recipe, images, teacher) -> list:
 def whole(arguments, tmp_path_factory) -> Path:
     """The output folder of a run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    done = start(*arguments, "--output_dir", folder, "--trackers", "tensorboard", "trackio")
+    done = start("sami", *arguments, "--output_dir", folder, "--trackers", "tensorboard", "trackio")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -181,53 +126,8 @@ def whole(arguments, tmp_path_factory) -> Path:
 def cache(images, teacher, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     options = ["--size", 64, "--views", 2, "--num_workers", 0, "--output_dir", folder]
-    run("--images", images, "--teacher", teacher, *options, script="cache_features")
+    run("cache_features", "--images", images, "--teacher", teacher, *options)
     return folder
-
-
-def curve(folder: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in TIMINGS} for row in rows]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Of the result, and of the newest checkpoint: those are not averaged."""
-    newest = max((folder / "checkpoints").glob("step_*"))
-    return load_file(folder / "model" / "model.safetensors") | {
-        f"checkpoint.{name}": value for name, value in load_file(newest / "model.safetensors").items()
-    }
-
-
-def assert_equal(one: Path, other: Path) -> None:
-    assert curve(one) == curve(other)
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-
-
-def assert_close(one: Path, other: Path, curves: float = 1e-5, values: float = 1e-5) -> None:
-    assert [row["step"] for row in curve(one)] == [row["step"] for row in curve(other)]
-    for ours, theirs in zip(curve(one), curve(other), strict=True):
-        assert ours == pytest.approx(theirs, rel=curves)
-    ours, theirs = weights(one), weights(other)
-    for name in ours:
-        # A bias of the keys does not change the attention: its gradient is rounding, which Adam makes a step of.
-        if not name.endswith("k_proj.bias"):
-            assert (ours[name] - theirs[name]).abs().max() < values, name
-
-
-def steps_saved(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
-
-
-def stopped_after(step: int, folder: Path, copy: Path) -> Path:
-    """A run as it would be had it been killed between two checkpoints, or before the first."""
-    shutil.copytree(folder, copy)
-    for path in (copy / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step_")) > step:
-            shutil.rmtree(path)
-    shutil.rmtree(copy / "model")
-    return copy
 
 
 # -------------------------------------------------------------------------------------------- what it leaves
@@ -269,7 +169,7 @@ def test_trackers_write_without_a_network(whole):
 @pytest.mark.slow
 def test_the_miniature_runs_without_arguments_and_learns(tmp_path):
     shutil.copytree(ROOT / "examples", tmp_path / "examples")  # where its recipe looks, as in the repository
-    done = start(python=["-m", "accelerate.commands.launch"], cwd=tmp_path, timeout=600)
+    done = start("sami", python=["-m", "accelerate.commands.launch"], cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(row) for row in (tmp_path / "runs/sami_miniature/curve.jsonl").read_text().splitlines()]
     assert rows[-1]["seconds_to_go"] == 0
@@ -292,7 +192,7 @@ def test_every_kind_trains_an_encoder(recipe, images, shards, teacher, tmp_path,
     given = ["--shards", shards] if kind == "shards" else ["--images", images]
     given += [] if kind == "mae" else ["--teacher", teacher]
     words = KINDS[kind].split()
-    run("--config", recipe, *given, *words, "--epochs", 1, "--log_steps", 1, "--output_dir", tmp_path / "run")
+    run("sami", "--config", recipe, *given, *words, "--epochs", 1, "--log_steps", 1, "--output_dir", tmp_path / "run")
     assert [row["step"] for row in curve(tmp_path / "run")] == [1, 2]
     assert len({row["loss"] for row in curve(tmp_path / "run")}) == 2
     pretrained = EfficientSamForPreTraining.from_pretrained(tmp_path / "run/model")
@@ -309,7 +209,7 @@ def test_selected_weights_are_kept_by_finetuning(recipe, images, teacher, tmp_pa
     """With nothing masked it distils, as for the bundled checkpoint; here at a rate of zero, to see the start."""
     options = ["--mask_ratio", 0, "--select_weights", "true", "--base_learning_rate", 0, "--epochs", 1]
     given = ["--config", recipe, "--images", images, "--teacher", teacher, *options]
-    run(*given, "--output_dir", tmp_path / "encoder")
+    run("sami", *given, "--output_dir", tmp_path / "encoder")
     pretrained = EfficientSamForPreTraining.from_pretrained(tmp_path / "encoder/model").vision_encoder
     selected = Dinov2Model.from_pretrained(teacher).encoder.layer[1].mlp.fc1.weight[::2, ::2]
     assert torch.equal(pretrained.layers[1].mlp.fc1.weight, selected)
@@ -333,9 +233,9 @@ def test_selected_weights_are_kept_by_finetuning(recipe, images, teacher, tmp_pa
     shutil.copytree(images, tmp_path / "coco/images")
     (tmp_path / "coco/masks.json").write_text(json.dumps(masks))
     run(
+        "finetune_masks",
         "--train", tmp_path / "coco/masks.json", "--encoder", tmp_path / "encoder/model", "--image_size", 64,
         "--batch_size", 2, "--steps", 1, "--num_workers", 0, "--geometry_steps", 1, "--output_dir", tmp_path / "masks",
-        script="finetune_masks",
     )  # fmt: skip
     finetuned = EfficientSamModel.from_pretrained(tmp_path / "masks/model")
     assert finetuned.config.prompt_encoder_config.background_points
@@ -354,13 +254,13 @@ def test_a_killed_and_resumed_run_ends_as_one_that_was_not(arguments, whole, tmp
     (tmp_path / "killed.py").write_text(KILLED)
     output = tmp_path / "run"
     given = [*arguments, "--output_dir", output, "--num_workers", num_workers]
-    assert start(*given, python=[tmp_path / "killed.py"]).returncode == -signal.SIGKILL
+    assert start("sami", *given, python=[tmp_path / "killed.py"]).returncode == -signal.SIGKILL
     assert steps_saved(output) == ["step_00000003"] and [row["step"] for row in curve(output)] == [2, 4]
     # Half a checkpoint, as if the kill had struck while the next one was written.
     (output / "checkpoints" / "writing").mkdir()
     (output / "checkpoints" / "writing" / "model.safetensors").write_bytes(b"half of")
 
-    run(*given)
+    run("sami", *given)
     assert_equal(output, whole)
     assert steps_saved(output) == ["step_00000006", "step_00000007"]
 
@@ -368,28 +268,28 @@ def test_a_killed_and_resumed_run_ends_as_one_that_was_not(arguments, whole, tmp
 @pytest.mark.slow
 def test_killed_before_the_first_checkpoint_it_starts_anew(arguments, whole, tmp_path):
     stopped_after(0, whole, tmp_path / "run")
-    run(*arguments, "--output_dir", tmp_path / "run", "--num_workers", 2)
+    run("sami", *arguments, "--output_dir", tmp_path / "run", "--num_workers", 2)
     assert_equal(tmp_path / "run", whole)
 
 
 @pytest.mark.slow
 def test_a_finished_run_has_nothing_left_to_do(arguments, whole):
     before, rows = (whole / "model" / "model.safetensors").read_bytes(), curve(whole)
-    run(*arguments, "--output_dir", whole)
+    run("sami", *arguments, "--output_dir", whole)
     assert (whole / "model" / "model.safetensors").read_bytes() == before and curve(whole) == rows
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [8, 2])
 def test_accumulated_gradients_are_those_of_the_whole_batch(arguments, whole, tmp_path, batch_size):
-    run(*arguments, "--output_dir", tmp_path / "run", "--batch_size", batch_size)
+    run("sami", *arguments, "--output_dir", tmp_path / "run", "--batch_size", batch_size)
     assert_close(tmp_path / "run", whole)
 
 
 @pytest.mark.slow
 def test_a_run_resumes_with_another_batch_size(arguments, whole, tmp_path):
     stopped_after(6, whole, tmp_path / "run")
-    run(*arguments, "--output_dir", tmp_path / "run", "--batch_size", 1)
+    run("sami", *arguments, "--output_dir", tmp_path / "run", "--batch_size", 1)
     assert_close(tmp_path / "run", whole)
 
 
@@ -398,10 +298,10 @@ def test_two_processes_agree_with_one_even_if_one_of_them_is_killed(arguments, w
     (tmp_path / "killed.py").write_text(KILLED)
     output = tmp_path / "run"
     given = [*arguments, "--output_dir", output, "--batch_size", 2]
-    killed = start(*given, python=[*TWO_PROCESSES, tmp_path / "killed.py"])
+    killed = start("sami", *given, python=[*TWO_PROCESSES, tmp_path / "killed.py"])
     assert killed.returncode == 1 and "SIGKILL" in killed.stderr
     assert steps_saved(output) == ["step_00000003"]
-    done = start(*given, python=TWO_PROCESSES)
+    done = start("sami", *given, python=TWO_PROCESSES)
     assert done.returncode == 0, done.stderr
     assert_close(output, whole)
 
@@ -411,14 +311,16 @@ def test_streamed_shards_resume_and_accumulate(recipe, shards, teacher, tmp_path
     """Batch sizes agree with up to one worker: of several, each fills batches of its own."""
     given = ["--config", recipe, "--shards", shards, "--teacher", teacher, "--epoch_images", 16, "--shuffle_buffer", 3]
     given += ["--save_steps", 5]
-    run(*given, "--output_dir", tmp_path / "workers", "--num_workers", 2)
+    run("sami", *given, "--output_dir", tmp_path / "workers", "--num_workers", 2)
     stopped_after(5, tmp_path / "workers", tmp_path / "resumed")
-    run(*given, "--output_dir", tmp_path / "resumed", "--num_workers", 2)
+    run("sami", *given, "--output_dir", tmp_path / "resumed", "--num_workers", 2)
     assert_equal(tmp_path / "resumed", tmp_path / "workers")
     # With another number of workers the order would be another.
-    assert "another num_workers;" in run(*given, "--output_dir", tmp_path / "workers", "--num_workers", 1, code=2)
+    assert "another num_workers;" in run(
+        "sami", *given, "--output_dir", tmp_path / "workers", "--num_workers", 1, code=2
+    )
     for batch_size in (8, 2):
-        run(*given, "--output_dir", tmp_path / str(batch_size), "--num_workers", 1, "--batch_size", batch_size)
+        run("sami", *given, "--output_dir", tmp_path / str(batch_size), "--num_workers", 1, "--batch_size", batch_size)
     assert_close(tmp_path / "2", tmp_path / "8")
 
 
@@ -427,10 +329,10 @@ def test_two_processes_divide_the_shards(recipe, shards, teacher, tmp_path):
     """Where a step is all images the two agree with one; else each process has an order of its own."""
     given = ["--config", recipe, "--shards", shards, "--teacher", teacher, "--epoch_images", 16]
     given += ["--global_batch_size", 16, "--epochs", 3]
-    run(*given, "--output_dir", tmp_path / "one", "--batch_size", 16)
+    run("sami", *given, "--output_dir", tmp_path / "one", "--batch_size", 16)
     (tmp_path / "freed.py").write_text(FREED)
     launch = [*TWO_PROCESSES, tmp_path / "freed.py"]
-    done = start(*given, "--output_dir", tmp_path / "two", "--batch_size", 4, python=launch)
+    done = start("sami", *given, "--output_dir", tmp_path / "two", "--batch_size", 4, python=launch)
     assert done.returncode == 0, done.stderr
     assert_close(tmp_path / "two", tmp_path / "one")
 
@@ -439,9 +341,11 @@ def test_two_processes_divide_the_shards(recipe, shards, teacher, tmp_path):
 def test_cached_features_train_as_the_teacher_does(arguments, whole, cache, tmp_path):
     alone = list(arguments)
     del alone[alone.index("--teacher") : alone.index("--teacher") + 2]
-    run(*alone, "--cache", cache, "--output_dir", tmp_path / "alone")
+    run("sami", *alone, "--cache", cache, "--output_dir", tmp_path / "alone")
     assert_close(tmp_path / "alone", whole, curves=1e-4, values=1e-4)
-    run(*arguments, "--cache", cache, "--output_dir", tmp_path / "both")  # the teacher is compared, then left idle
+    run(
+        "sami", *arguments, "--cache", cache, "--output_dir", tmp_path / "both"
+    )  # the teacher is compared, then left idle
     assert_equal(tmp_path / "both", tmp_path / "alone")
 
 
@@ -453,7 +357,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(arguments,
     named = {}
     for seed in (0, 1):
         options = ["--base_learning_rate", 1e30, "--warmup_epochs", 0, "--save_steps", 1, "--seed", seed]
-        said = run(*arguments, *options, "--output_dir", tmp_path / str(seed), code=1)
+        said = run("sami", *arguments, *options, "--output_dir", tmp_path / str(seed), code=1)
         (sentence,) = [line for line in said.splitlines() if line.startswith("sami: ")]
         assert sentence.startswith("sami: The loss of step 2 is nan ") and "Traceback" not in said
         named[seed] = re.findall(r"\d\d\.png", sentence)
@@ -479,13 +383,13 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(arguments, whole, tmp
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, method, save_once)
-        said = run(*arguments, "--output_dir", tmp_path / "run", code=1)
+        said = run("sami", *arguments, "--output_dir", tmp_path / "run", code=1)
     what = "The checkpoint of step 6" if method == "save_state" else f"{tmp_path / 'run' / 'model'}"
     (sentence,) = [line for line in said.splitlines() if line.startswith("sami: ")]
     assert sentence.startswith(f"sami: {what} could not be written: the disk is full") and "Traceback" not in said
     assert steps_saved(tmp_path / "run") == ["step_00000003"]
     EfficientSamForPreTraining.from_pretrained(tmp_path / "run/model")
-    run(*arguments, "--output_dir", tmp_path / "run")
+    run("sami", *arguments, "--output_dir", tmp_path / "run")
     assert_equal(tmp_path / "run", whole)
 
 
@@ -495,7 +399,7 @@ def test_a_broken_image_is_named(recipe, images, tmp_path):
     for path in (tmp_path / "images").iterdir():
         path.write_bytes(path.read_bytes()[:100])
     options = ["--images", tmp_path / "images", "--target", "pixels", "--num_workers", 1]
-    said = run("--config", recipe, *options, "--output_dir", tmp_path / "run", code=1)
+    said = run("sami", "--config", recipe, *options, "--output_dir", tmp_path / "run", code=1)
     (sentence,) = [line for line in said.splitlines() if line.startswith("sami: ")]
     assert f"sami: {tmp_path / 'images'}" in sentence and "replace or remove it" in sentence
 
@@ -533,7 +437,7 @@ def test_what_cannot_train_is_refused_in_a_sentence(recipe, images, shards, teac
     if "OTHER" in words:
         places["OTHER"] = save_teacher(tmp_path / "other", seed=1)
     given = [places.get(word, word) for word in words.split()]
-    said = run("--config", recipe, *given, "--output_dir", tmp_path / "run", code=2).splitlines()
+    said = run("sami", "--config", recipe, *given, "--output_dir", tmp_path / "run", code=2).splitlines()
     assert said[-1].startswith("sami: ") and sentence in said[-1] and "Traceback" not in said
     assert not (tmp_path / "run").exists()
 
@@ -541,7 +445,7 @@ def test_what_cannot_train_is_refused_in_a_sentence(recipe, images, shards, teac
 @pytest.mark.slow
 def test_runs_are_not_mixed(arguments, whole):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    said = run(*arguments, "--output_dir", whole, "--weight_decay", 0.1, code=2)
+    said = run("sami", *arguments, "--output_dir", whole, "--weight_decay", 0.1, code=2)
     assert "holds a run with another weight_decay; choose a new --output_dir" in said
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
@@ -599,7 +503,7 @@ def test_the_seed_decides_about_start_and_masks_and_not_about_crops(sami, images
 def test_gradients_are_clipped(sami, recipe, images, tmp_path):
     """To so small a norm that AdamW's epsilon makes no step of them."""
     options = ["--images", images, "--target", "pixels", "--weight_decay", 0, "--max_grad_norm", 1e-20]
-    run("--config", recipe, *options, "--epochs", 1, "--output_dir", tmp_path)
+    run("sami", "--config", recipe, *options, "--epochs", 1, "--output_dir", tmp_path)
     start = sami["build_model"](parse_recipe(sami["Recipe"], "", ["--config", str(recipe), *map(str, options)]), None)
     model = EfficientSamForPreTraining.from_pretrained(tmp_path / "model")
     for (name, ours), theirs in zip(model.named_parameters(), start.parameters(), strict=True):

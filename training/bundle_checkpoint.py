@@ -69,6 +69,7 @@ def make(recipe: Recipe, making: Path, card: str) -> None:
     evaluate += ["--annotations", recipe.annotations, "--output", making / "metrics.json"]
     subprocess.run(map(str, [*evaluate, "--picture", making / "cases.png"]), check=True)
     report = json.loads((making / "metrics.json").read_text()) | {"model": "bundled"}
+    del report["recipe"]  # all of it but paths of this machine is elsewhere in the report, or the default
     (making / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
     (making / "README.md").write_text(fill_card(card, report))
 

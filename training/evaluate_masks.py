@@ -1,10 +1,16 @@
-"""mIoU of promptable masks on COCO-style json: box, 1, 3 and 5 clicks, beside what trivial answers would score.
+"""How good promptable masks are: mIoU for boxes and clicks beside trivial answers, or mask AP on a detector's boxes.
 
     python training/evaluate_masks.py --annotations ../shared/data/coco-val-dev/instances_val.json
-    python training/evaluate_masks.py --model runs/masks/model --annotations my/instances.json \
-        --output metrics.json --picture cases.png
+    python training/evaluate_masks.py --model runs/masks/model facebook/sam-vit-base --annotations my/instances.json \
+        --prompts box click1 click3 click5 click10 --clicks error --output metrics.json --picture cases.png
+    accelerate launch training/evaluate_masks.py --shards sa_000000.tar sa_000001.tar --limit 500
+    python training/evaluate_masks.py --annotations instances_val2017.json --images val2017 --detections vitdet_h.json
 
-The protocol is that of the paper's zero-shot tables; it is written into the json together with every number.
+Several models are asked for the same masks and read the images once. Without --detections a mask is asked for by its
+tight box or by clicks (the paper's, or one after the other on the errors, as Segment Anything's) and compared with the
+truth. With --detections, a flat list of `{image_id, category_id, bbox [x, y, width, height], score}`, AP is COCO's, or
+LVIS's for its annotations. The protocol is written into the json together with every number; `results` are those of
+the model, or by model if there are several. Several processes give the numbers of one.
 """
 
 import json
@@ -12,137 +18,352 @@ import platform
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from hf_efficientsam import EfficientSamModel, EfficientSamProcessor
-from hf_efficientsam.hub import find_checkpoint, load_model
+from hf_efficientsam.training.coco_ap import CANDIDATES, Detections, RleEncoder, segment_detections
 from hf_efficientsam.training.data.coco import CocoMasks, decode
-from hf_efficientsam.training.evaluation import PROTOCOL, ImagePredictor, evaluate_image, num_clicks
-from hf_efficientsam.training.metrics import MeanIoU
-from hf_efficientsam.training.prompts import boxes_from_masks
-from hf_efficientsam.training.runtime import parse_recipe
+from hf_efficientsam.training.data.sa1b import Sa1bShards
+from hf_efficientsam.training.evaluation import (
+    PROTOCOLS,
+    ImageBatches,
+    Item,
+    Record,
+    answers,
+    evaluate_image,
+    fixed_prompts,
+    mean_ious,
+    num_clicks,
+)
+from hf_efficientsam.training.predictors import Predictor, load_predictor, prepare_image
+from hf_efficientsam.training.runtime import last_line, parse_recipe, replace_text
 
 
 @dataclass(frozen=True)
 class Recipe:
-    annotations: str | None = field(default=None, metadata={"help": "COCO-style json with the true masks"})
-    images: str | None = field(default=None, metadata={"help": "folder of its images; by default `images` beside it"})
-    model: str = field(default="bundled", metadata={"help": "path or Hub name, or: bundled"})
+    model: list[str] = field(
+        default_factory=lambda: ["bundled"],
+        metadata={"help": "one or several: path or Hub name of an EfficientSAM or SAM, or: bundled"},
+    )
+    # What it is asked.
+    annotations: list[str] = field(
+        default_factory=list, metadata={"help": "one or several COCO-style json files with the true masks, or LVIS's"}
+    )
+    images: list[str] = field(
+        default_factory=list,
+        metadata={"help": "folder of their images, or one for each; by default `images` beside each"},
+    )
+    shards: list[str] = field(default_factory=list, metadata={"help": "SA-1B tars instead, {000..099} for a range"})
+    limit: int | None = field(default=None, metadata={"help": "only the first so many images of each file"})
     prompts: list[str] = field(
         default_factory=lambda: ["box", "click1", "click3", "click5"],
         metadata={"help": "box, and clickK for K clicks"},
     )
-    limit: int | None = field(default=None, metadata={"help": "only the first so many images"})
+    clicks: str = field(
+        default="random",
+        metadata={"help": "random (the paper's) or error (on what is wrong)", "choices": list(PROTOCOLS)},
+    )
+    seed: int = field(default=0, metadata={"help": "of random clicks"})
+    detections: str | None = field(default=None, metadata={"help": "json of a detector's boxes, in place of prompts"})
+    candidate: str = field(
+        default="box_iou", metadata={"help": "which mask of a detection is scored", "choices": list(CANDIDATES)}
+    )
+    # What is written.
     output: str | None = field(default=None, metadata={"help": "json file for the numbers"})
-    picture: str | None = field(default=None, metadata={"help": "image file for the best, median and worst box case"})
-    seed: int = field(default=0, metadata={"help": "of the clicks"})
+    picture: str | None = field(
+        default=None, metadata={"help": "image file for the first model's best, median and worst case by box"}
+    )
+    write_masks: str | None = field(default=None, metadata={"help": "json file for the detections' masks, as COCO's"})
+    # How it is done.
+    batch_size: int = field(default=8, metadata={"help": "images that are encoded together"})
+    prompts_at_once: int = field(default=64, metadata={"help": "masks of an image that are asked for together"})
+    num_workers: int = field(default=2, metadata={"help": "processes that read images (and encode detections' masks)"})
     device: str | None = field(default=None, metadata={"help": "by default a GPU if there is one"})
 
 
-def load(recipe: Recipe) -> tuple[EfficientSamModel, EfficientSamProcessor, CocoMasks]:
-    if recipe.annotations is None:
-        raise ValueError("Give --annotations a COCO-style json file.")
+def check(recipe: Recipe) -> None:
+    if bool(recipe.annotations) == bool(recipe.shards):
+        raise ValueError("Give --annotations a COCO-style json file, or --shards tar files of SA-1B.")
+    if not recipe.model or len(set(recipe.model)) < len(recipe.model):
+        raise ValueError("Give --model at least one model, and none twice.")
+    if not recipe.prompts:
+        raise ValueError("Give --prompts at least one of box, click1, click3, ...")
     for prompt in recipe.prompts:
         num_clicks(prompt)
-    if recipe.picture and "box" not in recipe.prompts:
-        raise ValueError("--picture shows box cases; add box to --prompts.")
-    dataset = CocoMasks(recipe.annotations, recipe.images)
-    if not len(dataset) or (recipe.limit is not None and recipe.limit < 1):
-        raise ValueError(f"There is no mask to evaluate in {recipe.annotations} with --limit {recipe.limit}.")
-    model, processor = load_model(find_checkpoint(None if recipe.model == "bundled" else recipe.model))
-    return model if recipe.device is None else model.to(recipe.device), processor, dataset
+    if len(recipe.images) > 1 and len(recipe.images) != len(recipe.annotations):
+        raise ValueError(f"Give --images one folder, or one for each of the {len(recipe.annotations)} --annotations.")
+    for name in ("limit", "batch_size", "prompts_at_once"):
+        if getattr(recipe, name) is not None and getattr(recipe, name) < 1:
+            raise ValueError(f"--{name} {getattr(recipe, name)} must be at least 1.")
+    if recipe.num_workers < 0 or recipe.seed < 0:
+        raise ValueError("--num_workers and --seed must not be negative.")
+    if recipe.detections is not None and len(recipe.annotations) != 1:
+        raise ValueError("--detections belong to one json file; give --annotations that one.")
+    if recipe.detections is not None and recipe.picture is not None:
+        raise ValueError("--picture shows masks of --prompts; leave it or --detections out.")
+    if recipe.write_masks is not None and (recipe.detections is None or len(recipe.model) > 1):
+        raise ValueError("--write_masks writes the masks of one --model for --detections; give both.")
 
 
-def print_table(results: dict) -> None:
-    counts = {group: numbers["count"] for group, numbers in results["baseline", "ellipse"].items()}
-    print(f"{'mIoU':24}" + "".join(f"{group:>10}" for group in counts))
-    for (prompt, answer), means in results.items():
-        print(f"{prompt + ', ' + answer:24}" + "".join(f"{means[group]['miou']:10.4f}" for group in counts))
-    print(f"{'masks':24}" + "".join(f"{count:10}" for count in counts.values()))
+def open_sources(recipe: Recipe) -> list[Any]:
+    if recipe.shards:
+        return [Sa1bShards(recipe.shards)]
+    folders = recipe.images or [None]
+    folders = folders * len(recipe.annotations) if len(folders) == 1 else folders
+    pairs = list(zip(recipe.annotations, folders, strict=True))
+    if recipe.detections is not None:
+        sources = [Detections(pairs[0][0], recipe.detections, pairs[0][1], recipe.limit)]
+    else:
+        sources = [CocoMasks(annotations, folder) for annotations, folder in pairs]
+    for source, (annotations, _) in zip(sources, pairs, strict=True):
+        if not len(source):
+            raise ValueError(f"There is no mask to evaluate in {annotations}; check the file and --limit.")
+    return sources
 
 
-def draw_cases(path: str, model, processor, dataset: CocoMasks, cases: dict[str, tuple[int, int]]) -> None:
-    """A panel for each case (image, mask): the box, the true outline and the most confident mask."""
-    figure = Figure(figsize=(5 * len(cases), 4.5), layout="constrained")
-    for axis, (name, (index, number)) in zip(figure.subplots(1, len(cases)), cases.items(), strict=True):
-        sample = dataset[index]
-        target = torch.from_numpy(decode([sample.rles[number]]))
-        box = boxes_from_masks(target)
-        candidates, scores = ImagePredictor(model, processor, sample.image)(input_boxes=box)
+# ------------------------------------------------------------------------------------------ measuring
+
+
+def with_progress(batches: Iterable[list[Item]], images: int | None, shown: bool) -> Iterator[list[Item]]:
+    with tqdm(total=images, unit="image", mininterval=2, disable=not shown) as progress:
+        for batch in batches:
+            yield batch
+            progress.update(len(batch))
+
+
+def measure_masks(recipe: Recipe, batches: Iterable[list[Item]], predictors: list[Predictor]) -> list[Record]:
+    """What was measured on each image of this process."""
+    records = []
+    for batch in batches:
+        encoded = [
+            predictor.encode([item.inputs[number] for item in batch]) for number, predictor in enumerate(predictors)
+        ]
+        for number, item in enumerate(batch):
+            asked = {name: images[number] for name, images in zip(recipe.model, encoded, strict=True)}
+            ious, areas = evaluate_image(
+                asked, item.sample, recipe.prompts, recipe.clicks, recipe.seed, recipe.prompts_at_once
+            )
+            lists = {row: values.tolist() for row, values in ious.items()}
+            records.append(Record(item.place, item.sample.source, areas.tolist(), lists))
+    return records
+
+
+def measure_detections(
+    recipe: Recipe, batches: Iterable[list[Item]], predictors: list[Predictor]
+) -> list[tuple[str, int, dict]]:
+    """Model, number and RLE of each detection of this process."""
+    promises = []
+    with RleEncoder(recipe.num_workers) as encode:
+        for batch in batches:
+            for position, predictor in enumerate(predictors):
+                images = predictor.encode([item.inputs[position] for item in batch])
+                for item, predict in zip(batch, images, strict=True):
+                    size = item.inputs[position].original_size
+                    parts = segment_detections(predict, item.sample, size, recipe.candidate, recipe.prompts_at_once)
+                    promises.append((recipe.model[position], item.sample.numbers, [encode(part) for part in parts]))
+        return [
+            (model, number, rle)
+            for model, numbers, parts in promises
+            for number, rle in zip(numbers, (rle for part in parts for rle in part.result()), strict=True)
+        ]
+
+
+def summarize_masks(recipe: Recipe, records: list[Record]) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Results by model, and by dataset and model where there are several datasets."""
+    results = {model: mean_ious(records, model, recipe.prompts) for model in recipe.model}
+    sources = dict.fromkeys(record.source for record in records if recipe.annotations)
+    parts = {source: [record for record in records if record.source == source] for source in sources}
+    return results, {
+        source: {model: mean_ious(part, model, recipe.prompts) for model in recipe.model}
+        for source, part in (parts.items() if len(parts) > 1 else ())
+    }
+
+
+# ------------------------------------------------------------------------------------------ showing
+
+
+def print_masks(model: str, results: dict, datasets: dict[str, dict]) -> None:
+    """A row of mIoU for each prompt and answer, and below it one for each dataset."""
+    tables = {"": results, **{source: by_model[model] for source, by_model in datasets.items()}}
+    counts = results["baseline"]["ellipse"]
+    print(f"\n{model}\n{'mIoU':32}" + "".join(f"{group:>10}" for group in counts))
+
+    def row(name: str, groups: dict, form: str, key: str) -> None:
+        print(f"{name:32}" + "".join(form.format(groups[g][key]) if g in groups else f"{'-':>10}" for g in counts))
+
+    for prompt, rows in results.items():
+        for answer in rows:
+            for source, table in tables.items():
+                row(f"  {source}" if source else f"{prompt}, {answer}", table[prompt][answer], "{:10.4f}", "miou")
+    for source, table in tables.items():
+        row(f"  {source}" if source else "masks", table["baseline"]["ellipse"], "{:10}", "count")
+
+
+def print_aps(results: dict[str, dict[str, float | None]]) -> None:
+    """A row for each model."""
+    names = next(iter(results.values()))
+    print(f"{'':24}" + "".join(f"{name:>8}" for name in names))
+    for model, values in results.items():
+        cells = (f"{'-':>8}" if value is None else f"{value:8.4f}" for value in values.values())
+        print(f"{model[-23:]:24}" + "".join(cells))
+
+
+def draw_cases(recipe: Recipe, predictor: Predictor, batches: ImageBatches, records: list[Record]) -> None:
+    """The best, median and worst mask of the first prompt (box if it is one): prompt, true outline, confident mask."""
+    prompt = "box" if "box" in recipe.prompts else recipe.prompts[0]
+    ious = [
+        (iou, record.place, number)
+        for record in records
+        for number, iou in enumerate(record.ious[recipe.model[0], prompt, "confident"])
+    ]
+    ious.sort(reverse=True)
+    chosen = {"best": ious[0], "median": ious[len(ious) // 2], "worst": ious[-1]}
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    for axis, (name, (iou, place, number)) in zip(figure.subplots(1, 3), chosen.items(), strict=True):
+        sample = batches.find(place)
+        target = torch.from_numpy(decode([sample.rles[number]])).contiguous()
+        (predict,) = predictor.encode([prepare_image(predictor.processor, sample.image)])
+        fixed = fixed_prompts(target, [sample.annotation_ids[number]], [prompt], recipe.clicks, recipe.seed)
+        ((_, given, (candidates, scores, _)),) = answers(predict, target, fixed, [prompt])
         predicted = candidates[0, scores[0].argmax()].cpu().numpy()
-        left, top, right, bottom = box[0].tolist()
         axis.imshow(sample.image)
         axis.imshow(np.ma.masked_equal(predicted, 0), cmap="spring", alpha=0.55, interpolation="nearest")
         axis.contour(target[0].numpy(), levels=[0.5], colors="white", linewidths=1.5)
-        axis.add_patch(
-            Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, edgecolor="yellow", linewidth=1)
-        )
-        axis.set(title=name, xticks=[], yticks=[])
-    figure.savefig(path, dpi=100)
+        if prompt == "box":
+            left, top, right, bottom = given["input_boxes"][0].tolist()
+            corner = (left - 0.5, top - 0.5)
+            axis.add_patch(Rectangle(corner, right - left, bottom - top, fill=False, edgecolor="yellow"))
+        else:
+            points = given["input_points"][0]
+            on_object = given.get("input_labels", torch.ones(1, len(points)))[0] == 1
+            for shown, color in ((on_object, "lime"), (~on_object, "red")):
+                axis.scatter(*points[shown].T, marker="*", s=120, color=color, edgecolors="white")
+        axis.set(title=f"{name} of {len(ious)}, {prompt}: IoU {iou:.2f}", xticks=[], yticks=[])
+    figure.savefig(recipe.picture, dpi=100)
+
+
+def write_report(recipe: Recipe, predictors: list[Predictor], numbers: dict[str, Any], by_model: dict) -> None:
+    """`numbers` as they are; of `by_model` the model's own if there is one only."""
+    named = zip(recipe.model, predictors, strict=True)
+    by_model = {"input_size": {name: predictor.input_size() for name, predictor in named}, **by_model}
+    asked = {"annotations": recipe.annotations, "shards": recipe.shards}
+    libraries = (
+        "hf-efficientsam",
+        "torch",
+        "transformers",
+        "faster-coco-eval",
+        "numpy",
+        "pillow",
+        "pycocotools",
+        "scipy",
+    )
+    report = {
+        "model": recipe.model,
+        **{name: files[0] if len(files) == 1 else files for name, files in asked.items() if files},
+        **numbers,
+        **by_model,
+        "recipe": asdict(recipe),
+        "device": str(predictors[0].model.device),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+    }
+    if len(recipe.model) == 1:
+        report |= {name: values[recipe.model[0]] for name, values in by_model.items()} | {"model": recipe.model[0]}
+    replace_text(Path(recipe.output), json.dumps(report, indent=1) + "\n")
+
+
+# ------------------------------------------------------------------------------------------ all together
+
+
+def measure(recipe: Recipe, accelerator: Accelerator, batches: ImageBatches, predictors: list[Predictor]) -> list:
+    """What the processes measured, all of it on each."""
+    loader = DataLoader(batches, batch_size=None, num_workers=recipe.num_workers)
+    progress = with_progress(loader, batches.num_images, accelerator.is_main_process)
+    return gather_object((measure_detections if recipe.detections else measure_masks)(recipe, progress, predictors))
+
+
+def report_masks(recipe: Recipe, records: list[Record], batches: ImageBatches, predictors: list[Predictor]) -> tuple:
+    """Numbers that all models share, and those by model."""
+    records = sorted(records, key=lambda record: record.place)  # so that sums do not depend on who measured what
+    if not records:
+        raise ValueError(f"There is no mask to evaluate in {', '.join(recipe.shards)}; check the files.")
+    results, datasets = summarize_masks(recipe, records)
+    for model in recipe.model:
+        print_masks(model, results[model], datasets)
+    if recipe.picture is not None:
+        draw_cases(recipe, predictors[0], batches, records)
+    shared = {"images": len(records), "masks": sum(len(record.areas) for record in records), "seed": recipe.seed}
+    by_model = {"results": results}
+    if datasets:
+        by_model["datasets"] = {
+            model: {source: by_model[model] for source, by_model in datasets.items()} for model in recipe.model
+        }
+    return {**shared, "protocol": PROTOCOLS[recipe.clicks]}, by_model
+
+
+def report_detections(recipe: Recipe, measured: list, source: Detections) -> tuple:
+    """Numbers that all models share, and those by model."""
+    rles = defaultdict(dict)
+    for model, number, rle in measured:
+        rles[model][number] = rle
+    found = {model: source.results(rles[model]) for model in recipe.model}
+    results = {model: source.mask_ap(found[model]) for model in recipe.model}
+    print_aps(results)
+    if recipe.write_masks is not None:
+        replace_text(Path(recipe.write_masks), json.dumps(found[recipe.model[0]]) + "\n")
+    shared = {"images": len(source.evaluated), "detections": len(found[recipe.model[0]])}
+    return {**shared, "protocol": source.protocol(recipe.candidate)}, {"results": results}
+
+
+def evaluate(recipe: Recipe, accelerator: Accelerator) -> None:
+    check(recipe)
+    sources = open_sources(recipe)
+    predictors = [load_predictor(name, recipe.device or accelerator.device) for name in recipe.model]
+    batches = ImageBatches(
+        sources,
+        [predictor.processor for predictor in predictors],
+        recipe.batch_size,
+        None if recipe.detections else recipe.limit,  # detections count the images without any too
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    for path in filter(None, (recipe.output, recipe.picture, recipe.write_masks)):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    measured = measure(recipe, accelerator, batches, predictors)
+    seconds = round(time.perf_counter() - started, 1)
+    if not accelerator.is_main_process:
+        return
+    if recipe.detections:
+        numbers, by_model = report_detections(recipe, measured, sources[0])
+    else:
+        numbers, by_model = report_masks(recipe, measured, batches, predictors)
+    if recipe.output is not None:
+        write_report(recipe, predictors, {**numbers, "seconds": seconds}, by_model)
 
 
 def main() -> None:
     recipe = parse_recipe(Recipe, __doc__)
+    # Processes that are done wait for the others, for longer than the usual limit.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
     try:
-        model, processor, dataset = load(recipe)
+        evaluate(recipe, accelerator)
     except (OSError, ValueError, RuntimeError) as error:
-        print(f"evaluate_masks: {error}", file=sys.stderr)
+        print(f"evaluate_masks: {last_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
-
-    started = time.perf_counter()
-    count = min(len(dataset), recipe.limit or len(dataset))
-    means, box_ious = defaultdict(MeanIoU), []
-    for index in tqdm(range(count), unit="image", mininterval=2):
-        sample = dataset[index]
-        ious, areas = evaluate_image(
-            ImagePredictor(model, processor, sample.image), sample, recipe.prompts, recipe.seed
-        )
-        for row, values in ious.items():
-            means[row].update(values, areas)
-        if "box" in recipe.prompts:
-            box_ious += [(iou, (index, number)) for number, iou in enumerate(ious["box", "confident"].tolist())]
-    seconds = round(time.perf_counter() - started, 1)
-    results = {row: mean.compute() for row, mean in means.items()}
-    print_table(results)
-
-    if recipe.output is not None:
-        nested = defaultdict(dict)
-        for (prompt, answer), numbers in results.items():
-            nested[prompt][answer] = numbers
-        report = {
-            "model": recipe.model,
-            "annotations": recipe.annotations,
-            "images": count,
-            "masks": results["baseline", "ellipse"]["all"]["count"],
-            "input_size": {
-                "height": processor.image_processor.size.height,
-                "width": processor.image_processor.size.width,
-            },
-            "seed": recipe.seed,
-            "protocol": PROTOCOL,
-            "results": nested,
-            "seconds": seconds,
-            "device": str(model.device),
-            "versions": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("hf-efficientsam", "torch", "transformers", "numpy", "pillow")},
-            },
-        }
-        Path(recipe.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(recipe.output).write_text(json.dumps(report, indent=1) + "\n")
-    if recipe.picture is not None:
-        box_ious.sort(reverse=True)
-        chosen = {"best": box_ious[0], "median": box_ious[len(box_ious) // 2], "worst": box_ious[-1]}
-        cases = {f"{name} of {len(box_ious)}: IoU {iou:.2f}": case for name, (iou, case) in chosen.items()}
-        draw_cases(recipe.picture, model, processor, dataset, cases)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

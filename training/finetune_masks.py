@@ -1,26 +1,40 @@
-"""Trains EfficientSAM for promptable masks on COCO-style json.
+"""Trains EfficientSAM for promptable masks: SA-1B shards, COCO or LVIS json, a `datasets` dataset.
 
-    accelerate launch training/finetune_masks.py --config training/recipes/bundled_3_masks.yaml --model bundled \
-        --train my/instances.json --output_dir runs/mine
+    accelerate launch --num_processes 1 training/finetune_masks.py   # a miniature: example images, no network
     accelerate launch training/finetune_masks.py --train my/instances.json --model bundled --output_dir runs/mine
+    accelerate launch training/finetune_masks.py --config training/recipes/masks_one_gpu.yaml --train my/instances.json
+    accelerate launch training/finetune_masks.py --config training/recipes/masks_ti_sa1b.yaml \
+        --shards "sa1b/sa_{000000..000999}.tar" --encoder runs/sami/model --output_dir runs/sa1b
 
 A run that is started again in the same `--output_dir` goes on where it stopped. The result is `OUTPUT_DIR/model`,
-which `from_pretrained`, `efficientsam segment --model` and `training/evaluate_masks.py` take; the curve is beside it.
+which `from_pretrained`, `efficientsam segment --model` and `training/evaluate_masks.py` take; the curve and pictures
+are beside it. Several GPUs and machines: training/accelerate/*.yaml.
 """
 
-import math
+import copy
+import dataclasses
 import sys
-import time
-from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import get_cosine_schedule_with_warmup
+import torch.nn.functional as F
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    set_seed,
+)
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from PIL import Image
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import get_scheduler
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_efficientsam import (
     EfficientSamConfig,
@@ -30,52 +44,69 @@ from hf_efficientsam import (
     EfficientSamVisionConfig,
 )
 from hf_efficientsam.hub import find_checkpoint, load_model
-from hf_efficientsam.training.batch import MaskTrainingSet, collate
-from hf_efficientsam.training.data.coco import CocoMasks
-from hf_efficientsam.training.data.synthetic import random_ellipses
-from hf_efficientsam.training.interactive import InteractiveSegmentation
+from hf_efficientsam.training.batch import (
+    Batch,
+    MaskOptions,
+    MaskTrainingSet,
+    StreamedMasks,
+    collate,
+    open_masks,
+)
+from hf_efficientsam.training.interactive import InteractiveSegmentation, PromptOptions
 from hf_efficientsam.training.losses import MaskLoss
+from hf_efficientsam.training.prompts import boxes_from_masks
 from hf_efficientsam.training.runtime import (
+    FREE,
     Checkpoints,
-    Curve,
+    Log,
+    accumulation_steps,
     check_same_run,
-    decaying_parameters,
+    epoch_batches,
+    epoch_loader,
+    layer_decay,
+    parameter_groups,
     parse_recipe,
     replaced_folder,
+    run_script,
+    stop_unless_finite,
+    tracker_arguments,
 )
 from hf_efficientsam.training.warm_start import load_encoder
+from hf_efficientsam.visualize import draw_masks, picture_table
+
+MINIATURE = Path(__file__).parent / "recipes" / "masks_miniature.yaml"
+PARTS = ("vision_encoder", "prompt_encoder", "mask_decoder")
 
 
 @dataclass(frozen=True)
-class Recipe:
-    train: list[str] = field(
-        default_factory=list,
-        metadata={"help": "COCO-style json files, images beside each; one named twice weighs double"},
-    )
-    output_dir: str = field(default="runs/masks", metadata={"help": "checkpoints, curve and the trained model"})
+class Recipe(PromptOptions, MaskOptions):
+    output_dir: str = field(default="runs/masks", metadata={"help": "checkpoints, model, curve and pictures"})
+    # Model.
     model: str | None = field(
         default=None, metadata={"help": "start from this model (path or Hub name, or: bundled); else from a new Ti"}
     )
     encoder: str | None = field(
         default=None, metadata={"help": "with the encoder that sami.py has pretrained: its model directory"}
     )
+    hidden_size: int = field(default=192, metadata={"help": "width of a new encoder: 192 (Ti), 384 (S), 768 (B)"})
+    num_attention_heads: int = field(default=3, metadata={"help": "its heads: 3, 6, 12"})
     background_points: bool = field(default=True, metadata={"help": "a new model takes background points (label 0)"})
     mask_prompts: bool = field(default=True, metadata={"help": "a new model takes mask prompts"})
     position_init: str = field(
         default="axes", metadata={"help": "a new model's Fourier frequencies: gaussian or axes"}
     )
+    freeze: list[str] = field(
+        default_factory=list, metadata={"help": "parts that are not trained: vision_encoder, prompt_encoder, ..."}
+    )
+    lora: int = field(
+        default=0, metadata={"help": "rank of LoRA updates of the encoder's queries and values, its weights frozen"}
+    )
     # Data.
-    image_size: int = field(default=512, metadata={"help": "side of the model input in pixels"})
-    crop_scale: float = field(default=0.3, metadata={"help": "smallest part of an image's area that a crop keeps"})
-    color_jitter: float = field(default=0.2, metadata={"help": "strength of brightness, contrast, saturation changes"})
-    max_masks: int = field(default=12, metadata={"help": "masks an image and step"})
-    batch_size: int = field(default=8, metadata={"help": "images a step and process"})
+    epoch_images: int | None = field(
+        default=None, metadata={"help": "images that count as an epoch; needed for shards, else all of them"}
+    )
+    shuffle_buffer: int = field(default=500, metadata={"help": "images that a worker mixes while streaming"})
     num_workers: int = field(default=1, metadata={"help": "processes that read images"})
-    # Prompts; see hf_efficientsam/training/interactive.py.
-    box_probability: float = field(default=0.5, metadata={"help": "share of first prompts that are a box alone"})
-    both_probability: float = field(default=0.1, metadata={"help": "share that are a box with clicks"})
-    corrections: int = field(default=1, metadata={"help": "rounds of correcting clicks"})
-    correction_probability: float = field(default=0.5, metadata={"help": "share of steps that have them"})
     # Steps on random ellipses instead of the images' masks, encoder frozen: where a new decoder learns what a box is.
     geometry_steps: int = field(default=0, metadata={"help": "so many steps on ellipses first"})
     geometry_share: float = field(default=0.0, metadata={"help": "and this share of the later ones"})
@@ -84,24 +115,60 @@ class Recipe:
     dice_weight: float = field(default=1.0, metadata={"help": "weight of the dice loss"})
     iou_weight: float = field(default=1.0, metadata={"help": "weight of the IoU head's squared error"})
     balanced_bce_weight: float = field(default=2.0, metadata={"help": "weight of the balanced cross-entropy"})
-    loss_stride: int = field(default=2, metadata={"help": "masks are compared at this fraction of the input's side"})
     # Optimisation.
     steps: int = field(default=2000, metadata={"help": "optimiser steps"})
-    learning_rate: float = field(default=5e-4, metadata={"help": "peak of the cosine schedule"})
-    encoder_rate: float = field(default=0.5, metadata={"help": "the encoder's learning rate as a share of it"})
-    weight_decay: float = field(default=0.05, metadata={"help": "AdamW's"})
+    epochs: float | None = field(default=None, metadata={"help": "times over the data, in place of steps"})
+    global_batch_size: int = field(default=8, metadata={"help": "images a step, over all processes"})
+    batch_size: int | None = field(
+        default=None,
+        metadata={"help": "images at a time and process (all by default); gradients are accumulated"},
+    )
+    learning_rate: float = field(default=5e-4, metadata={"help": "its peak"})
+    schedule: str = field(default="cosine", metadata={"help": "how it falls to zero: cosine, linear or constant"})
     warmup_steps: int = field(default=100, metadata={"help": "linear warm-up"})
+    encoder_rate: float = field(default=0.5, metadata={"help": "the encoder's learning rate as a share of it"})
+    layer_decay: float = field(default=1.0, metadata={"help": "and each layer's as a share of the next one's"})
+    weight_decay: float = field(default=0.05, metadata={"help": "AdamW's"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "the saved model averages the weights' past; 0: it does not"}
+    )
     seed: int = field(default=0, metadata={"help": "of everything random"})
+    # Output.
+    trackers: list[str] = field(default_factory=list, metadata={"help": "tensorboard, trackio, or both"})
     save_steps: int = field(default=200, metadata={"help": "a checkpoint every so many steps"})
     log_steps: int = field(default=20, metadata={"help": "a point of the curve every so many steps"})
+    picture_steps: int = field(default=200, metadata={"help": "a picture every so many steps"})
+
+
+def check(recipe: Recipe) -> None:
+    positive = ("steps", "epochs", "global_batch_size", "batch_size", "image_size", "max_masks", "every", "max_clicks")
+    for name in (*positive, "loss_stride", "save_steps", "log_steps", "picture_steps"):
+        if getattr(recipe, name) is not None and getattr(recipe, name) <= 0:
+            raise ValueError(f"--{name} is {getattr(recipe, name)}; it must be more than 0.")
+    for name in ("corrections", "mask_only_rounds", "warmup_steps", "lora", "num_workers", "seed"):
+        if getattr(recipe, name) < 0:
+            raise ValueError(f"--{name} is {getattr(recipe, name)}; it must not be negative.")
+    if not 0 <= recipe.ema_decay < 1:
+        raise ValueError(f"--ema_decay is {recipe.ema_decay}; it must be at least 0 and less than 1.")
+    if recipe.image_size % 16:
+        raise ValueError(f"--image_size {recipe.image_size} must be a multiple of 16.")
+    if recipe.image_size % recipe.loss_stride:
+        raise ValueError(f"--image_size {recipe.image_size} must be a multiple of --loss_stride {recipe.loss_stride}.")
+    if recipe.schedule not in ("cosine", "linear", "constant"):
+        raise ValueError(f"--schedule {recipe.schedule} is not known; choose cosine, linear or constant.")
+    if unknown := set(recipe.freeze) - set(PARTS):
+        raise ValueError(f"--freeze {min(unknown)}: there is no such part; choose of {', '.join(PARTS)}.")
 
 
 def build_model(recipe: Recipe) -> EfficientSamModel:
+    set_seed(recipe.seed)  # the same start on every process, whatever was loaded before
     if recipe.model is not None:
         model, _ = load_model(find_checkpoint(None if recipe.model == "bundled" else recipe.model))
     else:
-        vision = {} if recipe.encoder is None else EfficientSamVisionConfig.from_pretrained(recipe.encoder).to_dict()
+        vision = {"hidden_size": recipe.hidden_size, "num_attention_heads": recipe.num_attention_heads}
+        if recipe.encoder is not None:
+            vision = EfficientSamVisionConfig.from_pretrained(recipe.encoder).to_dict()
         prompt_encoder = {
             "background_points": recipe.background_points,
             "mask_prompts": recipe.mask_prompts,
@@ -120,149 +187,193 @@ def build_model(recipe: Recipe) -> EfficientSamModel:
     return model
 
 
-def parameter_groups(model: EfficientSamModel, recipe: Recipe) -> list[dict]:
-    """Encoder and the rest, each with and without weight decay (none for biases, norms and embeddings)."""
-    groups, decaying = {}, decaying_parameters(model)
-    for name, parameter in model.named_parameters():
-        in_encoder = name.startswith("vision_encoder.") and ".neck." not in name
-        groups.setdefault((in_encoder, name in decaying), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": recipe.learning_rate * (recipe.encoder_rate if in_encoder else 1),
-            "weight_decay": recipe.weight_decay if decays else 0,
-        }
-        for (in_encoder, decays), parameters in groups.items()
-    ]
+def choose_trained(model: EfficientSamModel, recipe: Recipe) -> None:
+    """Freezes what is not to be trained, and inserts the low-rank updates if they are asked for."""
+    if recipe.lora:
+        layers = r"vision_encoder\.layers\.\d+\.attention\.(q|v)_proj"
+        inject_adapter_in_model(LoraConfig(r=recipe.lora, lora_alpha=2 * recipe.lora, target_modules=layers), model)
+        for name, parameter in model.named_parameters():
+            in_encoder = name.startswith("vision_encoder.") and ".neck." not in name
+            parameter.requires_grad = "lora_" in name or not in_encoder
+    for part in recipe.freeze:
+        getattr(model, part).requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("--freeze leaves nothing to train; name fewer parts.")
 
 
-def build_data(recipe: Recipe, num_processes: int) -> MaskTrainingSet:
-    if not recipe.train:
-        raise ValueError("Give --train at least one COCO-style json file.")
-    sources = {path: CocoMasks(path) for path in dict.fromkeys(recipe.train)}
-    data = MaskTrainingSet(
-        [sources[path] for path in recipe.train],
-        recipe.image_size,
-        max_masks=recipe.max_masks,
-        scale=(recipe.crop_scale, 1.0),
-        color_jitter=recipe.color_jitter,
-        seed=recipe.seed,
+def merged(model: EfficientSamModel) -> EfficientSamModel:
+    """A copy whose low-rank updates have become part of the weights."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
+    return model
+
+
+def build_data(recipe: Recipe) -> MaskTrainingSet | StreamedMasks:
+    sources = open_masks(recipe)
+    if not recipe.shards:
+        return MaskTrainingSet(sources, recipe, recipe.noise_size, recipe.seed)
+    state = PartialState()
+    processes = {"process_index": state.process_index, "num_processes": state.num_processes}
+    return StreamedMasks(
+        sources, recipe, recipe.noise_size, recipe.seed, shuffle_buffer=recipe.shuffle_buffer, **processes
     )
-    if len(data) < recipe.batch_size * num_processes:
-        raise ValueError(
-            f"{len(data)} images are fewer than a batch of {recipe.batch_size} on {num_processes} process(es); lower "
-            "--batch_size."
-        )
-    return data
 
 
-def save_model(model: EfficientSamModel, recipe: Recipe) -> None:
+def learning_rate_share(name: str, num_layers: int, recipe: Recipe) -> float:
+    """Of a parameter: less than 1 in the encoder, if the recipe says so."""
+    share = layer_decay(name, num_layers, recipe.layer_decay)
+    in_encoder = name.startswith("vision_encoder.") and ".neck." not in name
+    return share * recipe.encoder_rate if in_encoder else share
+
+
+def step_chance(recipe: Recipe, step: int) -> tuple[bool, torch.Generator]:
+    """What a step's batches share, on all processes: whether it asks for ellipses, and the source of the rest."""
+    seed = int(np.random.SeedSequence([recipe.seed, step]).generate_state(1)[0])
+    generator = torch.Generator().manual_seed(seed)
+    chance = torch.rand((), generator=generator).item()
+    return step < recipe.geometry_steps or chance < recipe.geometry_share, generator
+
+
+def save_model(model: EfficientSamModel, state_dict: dict | None, recipe: Recipe) -> None:
     model.config.vision_config.image_size = recipe.image_size
     size = {"height": recipe.image_size, "width": recipe.image_size}
     with replaced_folder(Path(recipe.output_dir) / "model") as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state_dict)
         EfficientSamProcessor(EfficientSamImageProcessor(size=size)).save_pretrained(folder)
 
 
+@torch.no_grad()
+def draw(model: EfficientSamModel, batch: Batch) -> Image.Image:
+    """The first images' masks, and what the model makes of their boxes, side by side."""
+    model.eval()
+    boxes = boxes_from_masks(batch.masks[:4])
+    output = model(batch.pixel_values[:4], input_boxes=boxes)
+    model.train()
+    best = output.iou_scores.argmax(-1)[..., None, None, None]
+    logits = output.pred_masks.take_along_dim(best, dim=2)[:, :, 0].float()
+    predicted = F.interpolate(logits, size=batch.masks.shape[-2:], mode="bilinear", align_corners=False) > 0
+    mean, std = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[..., None, None]
+    columns = {"images": [], "their masks": [], "by their boxes": []}
+    for pixels, *rows in zip(
+        batch.pixel_values[:4].float().cpu(), batch.valid, batch.masks, predicted, boxes, strict=False
+    ):
+        valid, true, guess, box = (row.cpu() for row in rows)
+        image = Image.fromarray(((pixels * std + mean) * 255).clamp(0, 255).byte().permute(1, 2, 0).numpy())
+        columns["images"].append(image)
+        columns["their masks"].append(draw_masks(image, true[valid]))
+        columns["by their boxes"].append(draw_masks(image, guess[valid], boxes=box[valid].tolist()))
+    return picture_table(columns)
+
+
 def main() -> None:
-    recipe = parse_recipe(Recipe, __doc__)
-    accelerator = Accelerator(
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
-        # Which parts a step uses (mask token 0 or the other three, the mask prompts) is drawn by chance.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
-    set_seed(recipe.seed)
+    recipe = parse_recipe(Recipe, __doc__, None if sys.argv[1:] else ["--config", str(MINIATURE)])
     try:
-        data = build_data(recipe, accelerator.num_processes)
+        check(recipe)
+        accelerator = Accelerator(
+            gradient_accumulation_plugin=GradientAccumulationPlugin(1, sync_with_dataloader=False),
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
+            # Which parts a step uses (mask token 0 or the other three, the mask prompts) is drawn by chance.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            **tracker_arguments(recipe.trackers, Path(recipe.output_dir)),
+        )
+        if accelerator.distributed_type == DistributedType.FSDP and (recipe.ema_decay or recipe.lora):
+            raise ValueError("With FSDP neither --ema_decay nor --lora works; leave them out, or use DDP.")
+        batch_size = recipe.batch_size or max(1, recipe.global_batch_size // accelerator.num_processes)
+        accumulation = accumulation_steps(recipe.global_batch_size, batch_size, accelerator.num_processes)
+        accelerator.gradient_accumulation_steps = accumulation
+        data = build_data(recipe)
+        loader, epoch_steps = epoch_loader(
+            accelerator, data, recipe.epoch_images, recipe.global_batch_size,
+            batch_size=batch_size, num_workers=recipe.num_workers, collate_fn=collate,
+        )  # fmt: skip
         model = build_model(recipe)
-        if recipe.image_size % model.config.vision_config.patch_size:
-            raise ValueError(f"--image_size {recipe.image_size} must be a multiple of 16.")
+        choose_trained(model, recipe)
+        weights = (recipe.focal_weight, recipe.dice_weight, recipe.iou_weight, recipe.balanced_bce_weight)
+        task = InteractiveSegmentation(model, MaskLoss(*weights), recipe)
         if accelerator.is_main_process:
-            check_same_run(recipe, Path(recipe.output_dir))
+            # How many images fit at a time is free, but the order of streamed ones depends on the workers.
+            free = FREE - {"num_workers"} if recipe.shards else FREE | {"batch_size"}
+            check_same_run(recipe, Path(recipe.output_dir), free)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"finetune_masks: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    task = InteractiveSegmentation(
-        model,
-        MaskLoss(recipe.focal_weight, recipe.dice_weight, recipe.iou_weight, recipe.balanced_bce_weight),
-        recipe.box_probability,
-        recipe.both_probability,
-        corrections=recipe.corrections,
-        correction_probability=recipe.correction_probability,
-        loss_stride=recipe.loss_stride,
+    steps = recipe.steps if recipe.epochs is None else round(recipe.epochs * epoch_steps)
+    share = partial(learning_rate_share, num_layers=model.config.vision_config.num_hidden_layers, recipe=recipe)
+    groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay, share)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+    schedule = get_scheduler(
+        "constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
+        optimizer,
+        recipe.warmup_steps,
+        steps,
     )
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), betas=(0.9, 0.999))
-    schedule = get_cosine_schedule_with_warmup(optimizer, recipe.warmup_steps, recipe.steps)
-    loader = DataLoader(
-        data,
-        recipe.batch_size,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=collate,
-        num_workers=recipe.num_workers,
-        persistent_workers=recipe.num_workers > 0,
-    )
-    task, optimizer, loader = accelerator.prepare(task, optimizer, loader)
+    task, optimizer = accelerator.prepare(task, optimizer)
     accelerator.register_for_checkpointing(schedule)  # a prepared one would step once for every process
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay)) if recipe.ema_decay else None
+    if average is not None:
+        accelerator.register_for_checkpointing(average)
 
     output = Path(recipe.output_dir)
+    log = Log(accelerator, output, steps, recipe.log_steps)
     checkpoints = Checkpoints(accelerator, output / "checkpoints")
     step = checkpoints.resume()
-    curve = Curve(output / "curve.jsonl", step) if accelerator.is_main_process else None
-    progress = tqdm(total=recipe.steps, initial=step, disable=not accelerator.is_main_process, mininterval=5)
-    started, sums, summed = time.perf_counter(), Counter(), 0
+    if step == steps:
+        accelerator.print(f"{output} holds a finished run; choose another --output_dir for a new one, or delete it.")
+    log.start(step, "masks", dataclasses.asdict(recipe))
     task.train()
-    while step < recipe.steps:
-        epoch, position = divmod(step, len(loader))
-        data.set_epoch(epoch)
-        batches = accelerator.skip_first_batches(loader, position) if position else loader
-        batches.set_epoch(epoch)
-        for batch in batches:
-            generator = torch.Generator().manual_seed((recipe.seed + step) * 1009 + accelerator.process_index)
-            chance = torch.rand((), generator=torch.Generator().manual_seed(recipe.seed + step)).item()
-            geometry = step < recipe.geometry_steps or chance < recipe.geometry_share
-            masks = batch.masks
-            if geometry:
-                masks = random_ellipses(batch.valid.shape, recipe.image_size, generator).to(masks.device)
-            # A mean over the masks of all processes: DDP averages over the processes, so each divides by its share.
-            num_prompts = accelerator.reduce(batch.valid.sum()) / accelerator.num_processes
-            losses = task(batch.pixel_values, masks, batch.valid, generator, num_prompts, train_encoder=not geometry)
-            accelerator.backward(losses["loss"])
-            accelerator.clip_grad_norm_(task.parameters(), recipe.max_grad_norm)
-            optimizer.step()
+    while step < steps:
+        epoch, position = divmod(step, epoch_steps)
+        batches = epoch_batches(accelerator, loader, data, epoch, position * accumulation)
+        for _ in range(min(epoch_steps - position, steps - step)):
+            step_batches = list(islice(batches, accumulation))
+            # A mean over the masks of all batches and processes: accelerate divides by the number of both.
+            num_prompts = accelerator.reduce(torch.stack([batch.valid.sum() for batch in step_batches]).sum())
+            num_prompts = num_prompts / (accumulation * accelerator.num_processes)
+            losses = []
+            for batch in step_batches:
+                geometry, generator = step_chance(recipe, step)
+                with accelerator.accumulate(task):
+                    parts = task(
+                        batch.pixel_values, batch.masks, batch.valid, batch.noise, generator, num_prompts, geometry
+                    )
+                    accelerator.backward(parts["loss"])
+                    if accelerator.sync_gradients:
+                        grad_norm = accelerator.clip_grad_norm_(task.parameters(), recipe.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                losses.append({name: part.detach() for name, part in parts.items()})
+            means = {name: torch.stack([parts[name] for parts in losses]).mean() for name in losses[0]}
+            keys = [key for batch in step_batches for key in batch.keys]
+            stop_unless_finite(accelerator, means["loss"], grad_norm, step + 1, keys)
+            rate = max(schedule.get_last_lr())
             schedule.step()
-            optimizer.zero_grad()
+            if average is not None:
+                average.update_parameters(model)
             step += 1
-            progress.update()
-
-            losses = accelerator.reduce({name: value.detach() for name, value in losses.items()}, "mean")
-            losses = {name: value.item() for name, value in losses.items()}
-            if not math.isfinite(losses["loss"]):
-                raise FloatingPointError(
-                    f"The loss is {losses['loss']} at step {step}, images {batch.image_ids}; the newest checkpoint is "
-                    f"step {max(checkpoints.steps(), default=0)}. Lower --learning_rate and start again."
-                )
-            sums.update(losses)
-            summed += 1
-            if step % recipe.log_steps == 0 or step == recipe.steps:
-                means = {name: round(value / summed, 5) for name, value in sums.items()}
-                sums, summed = Counter(), 0
-                seconds = round(time.perf_counter() - started)
-                progress.set_postfix(means)
-                if curve is not None:
-                    curve.add(step=step, **means, lr=max(schedule.get_last_lr()), seconds=seconds)
-            if step % recipe.save_steps == 0 or step == recipe.steps:
-                if accelerator.is_main_process:  # before the checkpoint: a finished run has its model
-                    save_model(accelerator.unwrap_model(task).model, recipe)
-                    curve.plot(["loss", "dice", "iou", "lr"])
+            log.add(step, images=recipe.global_batch_size, **means, lr=rate)
+            if step % recipe.picture_steps == 0 or step == steps:
+                log.picture(step, draw(model, batch), "masks")
+            if step % recipe.save_steps == 0 or step == steps:
+                # The model before the checkpoint: a finished run has its model.
+                state_dict = {
+                    name.removeprefix("model."): value for name, value in accelerator.get_state_dict(task).items()
+                }
+                if accelerator.is_main_process:
+                    if average is not None or recipe.lora:
+                        save_model(merged(model if average is None else average.module), None, recipe)
+                    else:
+                        save_model(model, state_dict, recipe)
+                log.plot()
                 checkpoints.save(step)
-            if step == recipe.steps:
-                break
-    progress.close()
-    del task  # DDP must go before its process group, or the exit can hang
+    log.close()
+    # The model must not outlive the processes' group: freeing both at once can hang (pytorch/pytorch issue 56297).
+    del task, model
     accelerator.free_memory()
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main()
+    run_script("finetune_masks", main)

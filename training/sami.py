@@ -11,17 +11,15 @@ the curve and pictures of what is reconstructed are beside it. Several GPUs and 
 
 import dataclasses
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, send_to_device, set_seed
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 from PIL import Image
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from transformers import AutoModel, get_cosine_schedule_with_warmup
 
 from hf_efficientsam import EfficientSamForPreTraining, EfficientSamSamiConfig
@@ -31,12 +29,14 @@ from hf_efficientsam.training.runtime import (
     FREE,
     Checkpoints,
     Log,
-    SaveError,
+    accumulation_steps,
     check_same_run,
-    decaying_parameters,
-    last_line,
+    epoch_batches,
+    epoch_loader,
+    parameter_groups,
     parse_recipe,
     replaced_folder,
+    run_script,
     stop_unless_finite,
     tracker_arguments,
 )
@@ -112,17 +112,6 @@ def check(recipe: Recipe) -> None:
         raise ValueError("--seed, --view_seed and --num_workers must not be negative.")
 
 
-def accumulation_steps(recipe: Recipe, num_processes: int) -> int:
-    at_a_time = recipe.batch_size * num_processes
-    if recipe.global_batch_size % at_a_time:
-        raise ValueError(
-            f"--global_batch_size {recipe.global_batch_size} must be a multiple of --batch_size {recipe.batch_size} "
-            f"times {num_processes} process(es); change one of them, or start fewer processes with `accelerate launch "
-            "--num_processes 1`."
-        )
-    return recipe.global_batch_size // at_a_time
-
-
 def build_teacher(recipe: Recipe, device: torch.device) -> Teacher | None:
     """None where its features are in a cache, or not needed."""
     if recipe.target == "pixels" and (recipe.teacher or recipe.cache):
@@ -150,8 +139,6 @@ def build_data(recipe: Recipe, teacher: Teacher | None) -> ImageViews | Streamed
         arguments["teacher_size"] = teacher.size
     if not recipe.shards:
         return ImageViews(source, noise_seed=recipe.seed, **arguments)
-    if recipe.epoch_images is None:
-        raise ValueError("How many images there are in streamed shards is not known; give --epoch_images.")
     state = PartialState()
     return StreamedViews(
         source,
@@ -161,27 +148,6 @@ def build_data(recipe: Recipe, teacher: Teacher | None) -> ImageViews | Streamed
         shuffle_buffer=recipe.shuffle_buffer,
         **arguments,
     )
-
-
-def build_loader(data: ImageViews | StreamedViews, recipe: Recipe, accelerator: Accelerator) -> tuple[DataLoader, int]:
-    """Batches for this process, and optimiser steps an epoch."""
-    images = recipe.epoch_images or len(data)
-    steps = images // recipe.global_batch_size
-    if steps == 0:
-        raise ValueError(
-            f"{images} images are less than one step; lower --global_batch_size {recipe.global_batch_size}."
-        )
-    options = {
-        "batch_size": recipe.batch_size,
-        "num_workers": recipe.num_workers,
-        "persistent_workers": recipe.num_workers > 0,
-        "pin_memory": accelerator.device.type == "cuda",
-    }
-    if isinstance(data, IterableDataset):  # is split already
-        return DataLoader(data, **options), steps
-    # A whole number of steps, so that every step is a full one whatever the number of processes.
-    sampler = RandomSampler(data, num_samples=steps * recipe.global_batch_size)
-    return accelerator.prepare(DataLoader(data, sampler=sampler, **options)), steps
 
 
 def build_model(recipe: Recipe, target_size: int | None) -> EfficientSamForPreTraining:
@@ -212,25 +178,6 @@ def build_model(recipe: Recipe, target_size: int | None) -> EfficientSamForPreTr
     return model
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """With and without weight decay."""
-    decaying = decaying_parameters(model)
-    parts = [[p for name, p in model.named_parameters() if (name in decaying) == decays] for decays in (True, False)]
-    return [{"params": parts[0], "weight_decay": weight_decay}, {"params": parts[1], "weight_decay": 0.0}]
-
-
-def epoch_batches(
-    loader: DataLoader, data: ImageViews | StreamedViews, epoch: int, skip: int, accelerator: Accelerator
-) -> Iterator[dict]:
-    """The batches of an epoch for this process, on its device, after the first `skip`."""
-    data.set_epoch(epoch)
-    batches = accelerator.skip_first_batches(loader, skip) if skip else loader
-    if hasattr(batches, "set_epoch"):  # a prepared one, which also shuffles
-        batches.set_epoch(epoch)
-    for batch in batches:
-        yield send_to_device(batch, accelerator.device)
-
-
 @torch.no_grad()
 def draw(
     model: EfficientSamForPreTraining, batch: dict, target: torch.Tensor | None, grid: tuple[int, int]
@@ -256,13 +203,16 @@ def main() -> None:
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
             **tracker_arguments(recipe.trackers, Path(recipe.output_dir)),
         )
-        accumulation = accumulation_steps(recipe, accelerator.num_processes)
+        accumulation = accumulation_steps(recipe.global_batch_size, recipe.batch_size, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = accumulation
         if recipe.ema_decay and accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError("An average of the weights cannot be kept with FSDP; leave --ema_decay out, or use DDP.")
         teacher = build_teacher(recipe, accelerator.device)
         data = build_data(recipe, teacher)
-        loader, epoch_steps = build_loader(data, recipe, accelerator)
+        loader, epoch_steps = epoch_loader(
+            accelerator, data, recipe.epoch_images, recipe.global_batch_size,
+            batch_size=recipe.batch_size, num_workers=recipe.num_workers,
+        )  # fmt: skip
         features = data.cache or teacher
         model = build_model(recipe, None if features is None else features.width)
         if accelerator.is_main_process:
@@ -274,8 +224,8 @@ def main() -> None:
         raise SystemExit(2) from None
     steps = round(recipe.epochs * epoch_steps)
     learning_rate = recipe.base_learning_rate * recipe.global_batch_size / 256
-    groups = parameter_groups(model, recipe.weight_decay)
-    optimizer = torch.optim.AdamW(groups, learning_rate, betas=(0.9, recipe.adam_beta2))
+    groups = parameter_groups(model, learning_rate, recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, recipe.adam_beta2))
     schedule = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup_epochs * epoch_steps), steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     student = accelerator.unwrap_model(model)
@@ -294,7 +244,7 @@ def main() -> None:
     model.train()
     while step < steps:
         epoch, position = divmod(step, epoch_steps)
-        batches = epoch_batches(loader, data, epoch, position * accumulation, accelerator)
+        batches = epoch_batches(accelerator, loader, data, epoch, position * accumulation)
         for _ in range(min(epoch_steps - position, steps - step)):
             losses, keys = [], []
             for batch in islice(batches, accumulation):
@@ -336,8 +286,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (FloatingPointError, OSError, SaveError, ValueError) as error:  # not finite, disk full, a broken image
-        print(f"\nsami: {last_line(error)}", file=sys.stderr)
-        raise SystemExit(1) from None
+    run_script("sami", main)

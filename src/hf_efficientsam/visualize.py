@@ -248,15 +248,21 @@ def feature_picture(
         "target": _patch_pictures(targets, targets, grid, pixels, size),
         "reconstruction": _patch_pictures(reconstructions, targets, grid, pixels, size),
     }
+    return picture_table(columns)
 
-    gap, top = PANEL_SIDE // 32, PANEL_SIDE // 8
-    picture = Image.new("RGB", (gap + 4 * (size[0] + gap), top + len(images) * (size[1] + gap)), "white")
+
+def picture_table(columns: dict[str, Sequence[Image.Image]]) -> Image.Image:
+    """Pictures of one size side by side, by column, under the columns' names."""
+    first = next(iter(columns.values()))
+    (width, height), rows, top = first[0].size, len(first), PANEL_SIDE // 8
+    gap = PANEL_SIDE // 32
+    picture = Image.new("RGB", (gap + len(columns) * (width + gap), top + rows * (height + gap)), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=top // 2)
     for column, (name, cells) in enumerate(columns.items()):
-        left = gap + column * (size[0] + gap)
-        draw.text((left + size[0] // 2, top // 2), name, font=font, fill="black", anchor="mm")
+        left = gap + column * (width + gap)
+        draw.text((left + width // 2, top // 2), name, font=font, fill="black", anchor="mm")
         for row, cell in enumerate(cells):
-            picture.paste(cell, (left, top + row * (size[1] + gap)))
+            picture.paste(cell, (left, top + row * (height + gap)))
     return picture
 
 
@@ -274,4 +280,4 @@ def _patch_pictures(
     return [Image.fromarray(one).resize(size, Image.Resampling.NEAREST) for one in colors]
 
 
-__all__ = ["draw_masks", "feature_picture", "pca_colors"]
+__all__ = ["draw_masks", "feature_picture", "pca_colors", "picture_table"]

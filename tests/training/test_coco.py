@@ -90,13 +90,99 @@ def test_images_may_lie_elsewhere(tmp_path):
         annotation({"size": [8, 6], "counts": square_as("compressed")["counts"]}),
         annotation({"size": [6, 8], "counts": [13, 3]}),
         annotation({"counts": [13, 3]}),
+        annotation({"size": [6, 8], "counts": [13, -3, 38]}),
+        annotation({"size": [6, 8], "counts": "13o"}),
+        annotation({"size": [6, 8], "counts": ""}),
+        annotation({"size": [6, 8], "counts": "h\u00e9"}),
+        annotation([[2, 1, 6, 1, float("nan"), 4]]),
+        annotation([[2, 1, 6, 1, 6, 1e9]]),
+        annotation([[2, 1, 6, 1, 6, None]]),
         annotation(None),
     ],
-    ids=["unknown image", "other size", "too few pixels", "no size", "null"],
+    ids=[
+        "unknown image",
+        "other size",
+        "too few pixels",
+        "no size",
+        "negative run",
+        "too few compressed pixels",
+        "no run",
+        "no code",
+        "corner not a number",
+        "corner far away",
+        "corner missing",
+        "null",
+    ],
 )
 def test_an_annotation_that_does_not_fit_is_named(tmp_path, wrong):
     with pytest.raises(ValueError, match=r"annotation 1 of .*masks\.json"):
         CocoMasks(write(tmp_path, [wrong]))
+
+
+def lvis_like(shared, folder, names):
+    """A json of the first images of coco-val-dev without `file_name`, and the images at `names` in `folder`/images."""
+    original = shared / "data/coco-val-dev"
+    content = json.loads((original / "instances_val.json").read_text())
+    content["images"] = content["images"][: len(names)]
+    ids = {record["id"] for record in content["images"]}
+    content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] in ids]
+    for record, name in zip(content["images"], names, strict=True):
+        file = record.pop("file_name")
+        record["coco_url"] = f"http://images.cocodataset.org/train2017/{file}"
+        path = folder / "images" / name.format(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(original / "images" / file)
+    (folder / "lvis.json").write_text(json.dumps(content))
+    return folder / "lvis.json"
+
+
+def test_lvis_has_urls_in_place_of_names(shared, tmp_path):
+    lvis = CocoMasks(lvis_like(shared, tmp_path, ["train2017/{}", "{}", "train2017/{}", "{}"]))
+    coco = CocoMasks(shared / "data/coco-val-dev/instances_val.json")
+    ids = [record["id"] for record in coco.records]
+    assert len(lvis) > 1
+    for sample in lvis:
+        assert sample == coco[ids.index(sample.image_id)]
+    (tmp_path / "images" / "train2017").rename(tmp_path / "images" / "val2017")
+    with pytest.raises(FileNotFoundError, match=r"lists train2017/(\d+\.jpg) or \1, which is not in .*images;"):
+        CocoMasks(tmp_path / "lvis.json")
+
+
+def test_a_name_goes_before_a_url(tmp_path):
+    path = write(tmp_path, [annotation(square_as("polygon"))])
+    content = json.loads(path.read_text())
+    content["images"][0]["coco_url"] = "http://images.cocodataset.org/train2017/b.png"
+    path.write_text(json.dumps(content))
+    assert len(CocoMasks(path)) == 1
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"file_name": "{folder}/secret.png"},
+        {"file_name": "../secret.png"},
+        {"file_name": "a/../../secret.png"},
+        {"coco_url": "http://images.cocodataset.org/../secret.png"},
+    ],
+    ids=["absolute", "upwards", "upwards in the end", "url"],
+)
+def test_names_stay_in_the_folder_of_images(tmp_path, names):
+    path = write(tmp_path, [annotation(square_as("polygon"))])
+    (tmp_path / "images" / "a").mkdir()
+    (tmp_path / "images" / "a.png").rename(tmp_path / "secret.png")
+    content = json.loads(path.read_text())
+    del content["images"][0]["file_name"]
+    content["images"][0] |= {key: name.format(folder=tmp_path) for key, name in names.items()}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"names the image .*secret\.png, outside the folder of images"):
+        CocoMasks(path)
+
+
+def test_names_may_turn_round_within_the_folder_of_images(tmp_path):
+    path = write(tmp_path, [annotation(square_as("polygon"))])
+    (tmp_path / "images" / "b").mkdir()
+    path.write_text(path.read_text().replace("a.png", "b/../a.png"))
+    assert CocoMasks(path)[0].image.size == (8, 6)
 
 
 def test_a_broken_json_is_named(tmp_path):
@@ -106,6 +192,9 @@ def test_a_broken_json_is_named(tmp_path):
         CocoMasks(write(tmp_path, [], content={"images": []}))
     with pytest.raises(ValueError, match=r"masks\.json has an image without height, width"):
         CocoMasks(write(tmp_path, [], content={"images": [{"id": 1, "file_name": "a.png"}], "annotations": []}))
+    nameless = {"id": 1, "file_name": None, "width": 8, "height": 6}
+    with pytest.raises(ValueError, match=r"masks\.json has an image without file_name"):
+        CocoMasks(write(tmp_path, [], content={"images": [nameless], "annotations": []}))
     (tmp_path / "masks.json").write_text('{"images": [')
     with pytest.raises(ValueError, match=r"masks\.json is not valid json"):
         CocoMasks(tmp_path / "masks.json")

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_efficientsam.training.interactive import InteractiveSegmentation
+from hf_efficientsam.training.interactive import InteractiveSegmentation, PromptOptions, placed
 from hf_efficientsam.training.losses import MaskLoss
 from hf_efficientsam.training.prompts import boxes_from_masks
 
@@ -15,6 +15,10 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def noise(*shape, seed=0):
+    return torch.rand(*shape, 24, generator=generator(seed))  # more than any of these tests needs
+
+
 def rectangles(*boxes):
     masks = torch.zeros(len(boxes), SIZE, SIZE, dtype=torch.uint8)
     for mask, (left, top, right, bottom) in zip(masks, boxes, strict=True):
@@ -23,17 +27,17 @@ def rectangles(*boxes):
 
 
 def batch():
-    """Two images; of the second's two masks one is padding."""
+    """Two images; of the second's two masks one is padding. And their random numbers."""
     masks = torch.stack([rectangles((4, 8, 40, 30), (30, 30, 50, 60)), rectangles((10, 10, 20, 50), (0, 0, 0, 0))])
     pixel_values = torch.randn(2, 3, SIZE, SIZE, generator=generator(7))
-    return pixel_values, masks, torch.tensor([[True, True], [True, False]])
+    return pixel_values, masks, torch.tensor([[True, True], [True, False]]), noise(2, 2)
 
 
 @pytest.fixture
 def make_task(make_model):
     def make(prompt_encoder=None, **options):
         model = make_model(**(EVERYTHING if prompt_encoder is None else prompt_encoder))
-        return InteractiveSegmentation(model, MaskLoss(), **options)
+        return InteractiveSegmentation(model, MaskLoss(), PromptOptions(**options))
 
     return make
 
@@ -47,7 +51,7 @@ def first_prompt(make_task):
 
     def sample(**options):
         masks = rectangles((4, 8, 40, 30), (30, 30, 50, 60)).repeat(300, 1, 1).view(3, 200, SIZE, SIZE)
-        return masks, make_task(**options).first_prompt(masks, generator())
+        return masks, make_task(**options).first_prompt(masks, noise(3, 200))
 
     return sample
 
@@ -107,7 +111,7 @@ def corrected(task, target, output):
         "input_labels": torch.tensor([[[1, -1]]]),
         "input_boxes": torch.full((1, 1, 4), -10.0),
     }
-    return prompt, task.corrected(prompt, output, masks, generator())
+    return prompt, task.corrected(prompt, output, masks, torch.rand(1, 1, generator=generator()))
 
 
 def coarse(mask):
@@ -153,18 +157,37 @@ def test_the_mask_goes_along_and_carries_no_gradient(make_task):
 # ------------------------------------------------------------------------------------------------ forward
 
 
-def gradients(task, train_encoder=True, inputs=None):
+def gradients(task, geometry=False):
     """Names of the parameters of the model that one step reaches."""
-    task(*(inputs or batch()), generator(), train_encoder=train_encoder)["loss"].backward()
+    task(*batch(), generator(), geometry=geometry)["loss"].backward()
     return {name for name, p in task.model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
 
 
-def test_randomness_comes_from_the_generator_alone(make_task):
+def test_chance_is_what_is_given(make_task):
     task = make_task(correction_probability=1.0)
+    *inputs, _ = batch()
     first = task(*batch(), generator(1))["loss"]
     torch.rand(5)
     assert torch.equal(first, task(*batch(), generator(1))["loss"])
-    assert not torch.equal(first, task(*batch(), generator(2))["loss"])
+    assert len({task(*batch(), generator(seed))["loss"].item() for seed in range(8)}) == 2  # one mask, or candidates
+    assert not torch.equal(first, task(*inputs, noise(2, 2, seed=1), generator(1))["loss"])
+
+
+def test_images_can_be_split_over_batches(make_task):
+    task = make_task(correction_probability=1.0, corrections=2, mask_only_rounds=2)
+    whole = task(*batch(), generator(), num_prompts=3)
+    parts = [task(*(one[i : i + 1] for one in batch()), generator(), num_prompts=3) for i in range(2)]
+    for name, value in whole.items():
+        assert torch.allclose(value, parts[0][name] + parts[1][name], rtol=1e-5), name
+
+
+def test_what_all_masks_need_is_no_more_than_said(make_task):
+    options = PromptOptions(corrections=3, max_clicks=2, correction_probability=1.0)
+    task = make_task(corrections=3, max_clicks=2, correction_probability=1.0)
+    pixel_values, masks, valid, numbers = batch()
+    task(pixel_values, masks, valid, numbers[..., : options.noise_size], generator())
+    with pytest.raises((RuntimeError, ValueError)):
+        task(pixel_values, masks, valid, numbers[..., :8], generator())
 
 
 def test_parts_of_the_loss(make_task):
@@ -190,40 +213,80 @@ def test_corrections_train_the_single_mask_and_the_mask_prompt(make_task):
     assert {"prompt_encoder.mask_embed.conv1.weight", "prompt_encoder.no_mask_embed.weight"} <= names
 
 
-@pytest.mark.parametrize("corrections", [0, 1, 3])
-def test_number_of_rounds_on_one_encoding(make_task, corrections):
-    task = make_task(corrections=corrections, correction_probability=1.0, max_clicks=4)
-    encodings, clicks = [], []
+@pytest.mark.parametrize(
+    ("corrections", "mask_only", "expected"),
+    [(0, 0, {(4,)}), (1, 0, {(4, 5)}), (3, 0, {(4, 5, 6, 7)}), (0, 1, {(4, 4)}), (2, 1, {(4, 5, 6, 6)}),
+     (2, 2, {(4, 4, 5, 6, 6), (4, 5, 5, 6, 6), (4, 5, 6, 6, 6)})],
+)  # fmt: skip
+def test_rounds_on_one_encoding(make_task, corrections, mask_only, expected):
+    task = make_task(corrections=corrections, mask_only_rounds=mask_only, correction_probability=1.0, max_clicks=4)
+    encodings, clicks, found = [], [], set()
     task.model.vision_encoder.register_forward_hook(lambda *_: encodings.append(1))
     task.model.prompt_encoder.register_forward_hook(lambda _, inputs, __: clicks.append(inputs[0].shape[2]))
-    task(*batch(), generator())
-    assert len(encodings) == 1
-    assert clicks == [4 + n for n in range(corrections + 1)]
+    for seed in range(12):
+        encodings.clear()
+        clicks.clear()
+        task(*batch(), generator(seed))
+        assert len(encodings) == 1
+        found.add(tuple(clicks))
+    assert found == expected  # where the round without a click comes is drawn by chance
 
 
-def test_a_frozen_encoder(make_task):
-    assert any(name.startswith("vision_encoder.layers") for name in gradients(make_task()))
-    names = gradients(make_task(), train_encoder=False)
+def test_rounds_without_a_click_need_mask_prompts(make_task):
+    with pytest.raises(ValueError, match="set mask_only_rounds to 0"):
+        make_task({"background_points": True}, mask_only_rounds=1)
+
+
+def test_geometry_asks_for_ellipses_and_leaves_the_encoder_alone(make_task):
+    names = gradients(make_task(correction_probability=0.0), geometry=True)
     assert names and not any(name.startswith("vision_encoder") for name in names)
+    task = make_task(correction_probability=0.0)
+    pixel_values, masks, valid, numbers = batch()
+    loss = task(pixel_values, masks, valid, numbers, generator(), geometry=True)["loss"]
+    assert torch.equal(loss, task(pixel_values, masks.flip(1), valid, numbers, generator(), geometry=True)["loss"])
+
+
+def test_a_placed_image_has_the_positions_of_a_part_of_a_larger_one(make_model):
+    positions = make_model().prompt_encoder.position_embedding
+    large = positions.grid(16, 16).view(16, 16, -1)
+    with placed(positions, side=0.25, left=0.5, top=0.25):
+        part = positions.grid(4, 4).view(4, 4, -1)
+        corner = positions(torch.tensor([1.0, 0.0]))
+    assert torch.allclose(part, large[4:8, 8:12], atol=1e-5)
+    assert torch.allclose(corner, positions(torch.tensor([0.75, 0.25])), atol=1e-5)
+    assert torch.equal(positions.grid(16, 16).view(16, 16, -1), large)  # afterwards as before
+
+
+def test_the_frame_is_drawn_anew_and_stays_inside(make_task):
+    task, seen = make_task(frame_scale=0.25, correction_probability=0.0), []
+    task.model.prompt_encoder.position_embedding.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    for seed in range(20):
+        task(*batch(), generator(seed))
+    cells = [one for one in seen if one.shape == (16, 2)]  # the 4 x 4 grid of 64 pixels
+    assert len(cells) == 20 and all(one.min() >= 0 and one.max() <= 1 for one in cells)
+    sides = torch.stack([4 / 3 * (one.amax(0) - one.amin(0)) for one in cells])
+    assert torch.allclose(sides[:, 0], sides[:, 1]) and sides.min() >= 0.25 and sides.min() < 0.4 < 0.8 < sides.max()
+    places = torch.stack([one.mean(0) for one in cells])
+    assert (places[:, 0] - places[:, 1]).abs().max() > 0.1
 
 
 def test_padding_does_not_count(make_task):
     task = make_task(correction_probability=0.0)
-    pixel_values, masks, valid = batch()
-    loss = task(pixel_values, masks, valid, generator())["loss"]
-    assert torch.allclose(loss, task(pixel_values, masks, valid, generator(), num_prompts=3)["loss"])
-    assert torch.allclose(loss / 2, task(pixel_values, masks, valid, generator(), num_prompts=6)["loss"])
-    masks[1, 1] = 1  # another mask in the padded place: the other prompts' random numbers stay the same
-    assert torch.allclose(loss, task(pixel_values, masks, valid, generator())["loss"])
+    pixel_values, masks, valid, numbers = batch()
+    loss = task(pixel_values, masks, valid, numbers, generator())["loss"]
+    assert torch.allclose(loss, task(pixel_values, masks, valid, numbers, generator(), num_prompts=3)["loss"])
+    assert torch.allclose(loss / 2, task(pixel_values, masks, valid, numbers, generator(), num_prompts=6)["loss"])
+    masks[1, 1] = 1
+    assert torch.allclose(loss, task(pixel_values, masks, valid, numbers, generator())["loss"])
 
 
 def test_an_object_that_vanishes_at_the_loss_size_does_not_count(make_task):
     task = make_task(correction_probability=0.0, loss_stride=4)
-    pixel_values, masks, valid = batch()
+    pixel_values, masks, valid, numbers = batch()
     masks[1, 0] = 0
     masks[1, 0, 4:6, 4:6] = 1  # a quarter of a cell of 4 x 4 pixels
-    losses = task(pixel_values, masks, valid, generator())
-    without = task(pixel_values, masks, torch.tensor([[True, True], [False, False]]), generator())
+    losses = task(pixel_values, masks, valid, numbers, generator())
+    without = task(pixel_values, masks, torch.tensor([[True, True], [False, False]]), numbers, generator())
     assert torch.equal(losses["loss"], without["loss"])
 
 
@@ -231,8 +294,9 @@ def test_an_object_that_vanishes_at_the_loss_size_does_not_count(make_task):
 def test_models_without_the_additions_are_trained_too(make_task, prompt_encoder):
     task = make_task(prompt_encoder, corrections=2, correction_probability=1.0)
     for seed in range(5):  # both kinds of error occur
-        assert task(*batch(), generator(seed))["loss"].isfinite()
-    assert "prompt_encoder.foreground_embed.weight" in gradients(task)
+        *inputs, _ = batch()
+        assert task(*inputs, noise(2, 2, seed=seed), generator(seed))["loss"].isfinite()
+    assert "prompt_encoder.foreground_embed.weight" in gradients(make_task(prompt_encoder, box_probability=0.0))
 
 
 def test_training_lowers_the_loss(make_task):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
 from PIL import Image
 from safetensors import SafetensorError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -25,9 +26,13 @@ from hf_efficientsam.training.runtime import (
     Curve,
     Log,
     SaveError,
+    accumulation_steps,
     check_same_run,
-    decaying_parameters,
+    epoch_batches,
+    epoch_loader,
     fill_between,
+    layer_decay,
+    parameter_groups,
     parse_recipe,
     replaced_folder,
     stop_unless_finite,
@@ -408,9 +413,69 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
     check_same_run(Recipe(steps=4), tmp_path, free={"steps"})
 
 
+def groups_by_name(model, *arguments):
+    """{name of a parameter: (learning rate, weight decay)}"""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, *arguments)
+    return {names[one]: (group["lr"], group["weight_decay"]) for group in groups for one in group["params"]}
+
+
 def test_weight_decay_is_for_the_weights_of_layers():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.LayerNorm(4), nn.Embedding(5, 4), nn.Linear(4, 2))
-    assert decaying_parameters(model) == {"0.weight", "3.weight"}
+    found = groups_by_name(model, 0.1, 0.05)
+    assert {name for name, (_, decay) in found.items() if decay} == {"0.weight", "3.weight"}
+    assert set(found.values()) == {(0.1, 0.05), (0.1, 0.0)} and len(found) == 7
+
+
+def test_frozen_parameters_are_in_no_group_and_rates_are_scaled():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model[0].bias.requires_grad = False
+    found = groups_by_name(model, 0.1, 0.05, lambda name: 0.5 if name.startswith("1") else 1.0)
+    assert found == {"0.weight": (0.1, 0.05), "1.weight": (0.05, 0.05), "1.bias": (0.05, 0.0)}
+
+
+def test_layer_decay_counts_from_the_last_layer():
+    rates = {
+        "vision_encoder.layers.11.mlp.fc1.weight": 0.8,
+        "vision_encoder.layers.0.mlp.fc1.weight": 0.8**12,
+        "vision_encoder.embeddings.projection.weight": 0.8**13,
+        "vision_encoder.neck.conv1.weight": 1,
+        "mask_decoder.layers.0.mlp.fc1.weight": 1,
+    }
+    assert {name: layer_decay(name, 12, 0.8) for name in rates} == pytest.approx(rates)
+
+
+def test_gradients_are_accumulated_to_the_global_batch():
+    assert [accumulation_steps(8, 2, n) for n in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(ValueError, match="--global_batch_size 8 must be a multiple of --batch_size 3 times 2"):
+        accumulation_steps(8, 3, 2)
+
+
+class Numbers(torch.utils.data.Dataset):
+    epoch = 0
+
+    def __len__(self):
+        return 11
+
+    def __getitem__(self, index):
+        return 100 * self.epoch + index
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+
+def test_an_epoch_has_whole_steps_and_can_be_entered_anywhere():
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
+    data = Numbers()
+    loader, steps = epoch_loader(accelerator, data, None, 4, batch_size=2, num_workers=0)
+    assert steps == 2
+    epochs = [[batch.tolist() for batch in epoch_batches(accelerator, loader, data, e, 0)] for e in (0, 1, 0)]
+    assert [len(epoch) for epoch in epochs] == [4, 4, 4] and epochs[0] == epochs[2]
+    assert [[n % 100 for n in batch] for batch in epochs[1]] != epochs[0]
+    later = [batch.tolist() for batch in epoch_batches(accelerator, loader, data, 1, 3)]
+    assert later == epochs[1][3:]
+    with pytest.raises(ValueError, match="3 images are less than one step; lower --global_batch_size 4"):
+        epoch_loader(accelerator, data, 3, 4, batch_size=2, num_workers=0)
 
 
 @pytest.mark.parametrize(("loss", "grad_norm"), [(float("nan"), 1.0), (1.0, float("inf"))])

@@ -23,6 +23,7 @@ def random_crop_flip(
     scale: tuple[float, float] = (0.3, 1.0),
     max_masks: int = 16,
     color_jitter: float = 0.0,
+    flip: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A random crop, flipped half of the time and squashed to a square, with a random choice of its masks.
 
@@ -35,6 +36,7 @@ def random_crop_flip(
             aspect ratio is the image's own times 3/4 to 4/3.
         max_masks: at most so many masks are chosen, at random, before any is decoded.
         color_jitter: brightness, contrast and saturation are each multiplied by 1 - color_jitter to 1 + color_jitter.
+        flip: false for never.
 
     Returns:
         image float32 [3,S,S] in [0, 1], resized as at inference (bilinear, no antialiasing, no rounding), and masks
@@ -55,7 +57,7 @@ def random_crop_flip(
     else:
         masks = _any_masks(rles, size, max_masks, generator)
     pixels = _resize_image(image.crop(box), size)
-    if torch.rand((), generator=generator) < 0.5:
+    if flip and torch.rand((), generator=generator) < 0.5:
         pixels, masks = pixels.flip(-1), masks.flip(-1)
     if color_jitter:
         pixels = _jitter_color(pixels, color_jitter, generator)

@@ -1,8 +1,8 @@
-"""From samples to the batches that training consumes."""
+"""From samples to the batches that mask training consumes."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import accumulate
 
 import numpy as np
@@ -11,7 +11,11 @@ from torch.utils.data import Dataset
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .augment import random_crop_flip
-from .data.coco import CocoMasks
+from .data.coco import CocoMasks, Sample
+from .data.dataset_masks import DatasetMasks
+from .data.images import hash_key
+from .data.sa1b import Sa1bShards
+from .data.shards import Streamed, shared_number
 
 
 @dataclass
@@ -19,13 +23,14 @@ class Batch:
     """B images with Q masks each; images with fewer are padded with empty masks that are not `valid`.
 
     pixel_values float32 [B,3,S,S] (ImageNet normalised), masks uint8 [B,Q,S,S] of 0 and 1, valid bool [B,Q],
-    image_ids: B of them.
+    noise float32 [B,Q,K] (uniform, for the prompts), keys: B names of images.
     """
 
     pixel_values: torch.Tensor
     masks: torch.Tensor
     valid: torch.Tensor
-    image_ids: list[int]
+    noise: torch.Tensor
+    keys: list[str]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -38,73 +43,136 @@ class Batch:
         return Batch(**{name: function(v) if isinstance(v, torch.Tensor) else v for name, v in values.items()})
 
 
-class MaskTrainingSet(Dataset):
-    """Augmented images with their masks from one or several `CocoMasks`.
+@dataclass(frozen=True)
+class MaskOptions:
+    """The fields by which a recipe chooses what masks it trains on, and how they are shown."""
+
+    train: list[str] = field(
+        default_factory=list,
+        metadata={"help": "COCO-style json files, images beside each; one named twice weighs double"},
+    )
+    dataset: str | None = field(default=None, metadata={"help": "or a `datasets` dataset: Hub name or directory"})
+    split: str = field(default="train", metadata={"help": "of the dataset"})
+    image_column: str = field(default="image", metadata={"help": "of the dataset"})
+    mask_column: str = field(default="masks", metadata={"help": "of the dataset"})
+    shards: list[str] = field(
+        default_factory=list, metadata={"help": "or SA-1B's tars, streamed: paths or URLs, {000..099} for a range"}
+    )
+    every: int = field(default=1, metadata={"help": "take only every so many-th image of json files or a dataset"})
+    image_size: int = field(default=512, metadata={"help": "side of the model input in pixels"})
+    crop_scale: float = field(default=0.3, metadata={"help": "smallest part of an image's area that a crop keeps"})
+    flip: bool = field(default=True, metadata={"help": "half of the images are mirrored"})
+    color_jitter: float = field(default=0.2, metadata={"help": "strength of brightness, contrast, saturation changes"})
+    max_masks: int = field(default=12, metadata={"help": "masks an image and step"})
+
+
+class _Items:
+    """What both datasets share: their arguments, the epoch, and how a sample becomes an item."""
+
+    def __init__(self, options: MaskOptions, noise_size: int = 0, seed: int = 0):
+        self.options, self.noise_size, self.seed = options, noise_size, seed
+        self.epoch = shared_number()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+
+    def make(self, name: str, sample: Sample, number: int) -> dict:
+        """`pixel_values` float32 [3,S,S], `masks` uint8 [N,S,S] with 1 <= N <= max_masks, `noise` float32 [N,K] and
+        `key` of a sample; its chance depends on (seed, epoch, number)."""
+        options = self.options
+        state = np.random.SeedSequence([self.seed, self.epoch.item(), number]).generate_state(1)
+        generator = torch.Generator().manual_seed(int(state[0]))
+        image, masks = random_crop_flip(
+            sample.image, sample.rles, options.image_size, generator, (options.crop_scale, 1.0), options.max_masks,
+            options.color_jitter, options.flip,
+        )  # fmt: skip
+        mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
+        pixel_values = (image - mean[:, None, None]) / std[:, None, None]
+        noise = torch.rand(len(masks), self.noise_size, generator=generator)
+        return {"pixel_values": pixel_values, "masks": masks, "noise": noise, "key": name}
+
+
+class MaskTrainingSet(_Items, Dataset):
+    """Augmented images with their masks from one or several sources, to be batched by `collate`.
 
     An item depends on (seed, epoch, index) and on nothing else, so a resumed run sees the data that an uninterrupted
     one does, with any number of workers. Call `set_epoch` before each epoch.
 
     Args:
-        datasets: read one after the other.
-        size: side S of the images in pixels.
-        max_masks, scale, color_jitter: see `random_crop_flip`.
-        seed: of all augmentation.
+        sources: `CocoMasks`, `DatasetMasks` or what behaves like them, read one after the other.
+        options: `every`, `image_size` and what `random_crop_flip` takes.
+        noise_size: K, see `PromptOptions`.
+        seed: of all chance.
     """
 
-    def __init__(
-        self,
-        datasets: CocoMasks | Sequence[CocoMasks],
-        size: int,
-        max_masks: int = 16,
-        scale: tuple[float, float] = (0.3, 1.0),
-        color_jitter: float = 0.0,
-        seed: int = 0,
-    ):
-        self.datasets = [datasets] if isinstance(datasets, CocoMasks) else list(datasets)
-        self.ends = list(accumulate(len(dataset) for dataset in self.datasets))
+    def __init__(self, sources: Sequence, options: MaskOptions, noise_size: int = 0, seed: int = 0):
+        super().__init__(options, noise_size, seed)
+        self.sources = list(sources)
+        self.ends = list(accumulate(len(range(0, len(source), options.every)) for source in self.sources))
         if not any(self.ends):
             raise ValueError("There is no image with masks to train on; check the annotation files.")
-        self.size = size
-        self.max_masks = max_masks
-        self.scale = scale
-        self.color_jitter = color_jitter
-        self.seed = seed
-        # In shared memory, because persistent workers keep the copy of this object that they were started with.
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def __getitem__(self, index: int) -> dict:
-        """`pixel_values` float32 [3,S,S], `masks` uint8 [N,S,S] with 1 <= N <= max_masks, `image_id`."""
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} images")
         which = bisect_right(self.ends, index)
-        dataset = self.datasets[which]
-        sample = dataset[index - self.ends[which] + len(dataset)]
-        state = np.random.SeedSequence([self.seed, self.epoch.item(), index]).generate_state(1)
-        generator = torch.Generator().manual_seed(int(state[0]))
-        image, masks = random_crop_flip(
-            sample.image, sample.rles, self.size, generator, self.scale, self.max_masks, self.color_jitter
-        )
-        mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
-        pixel_values = (image - mean[:, None, None]) / std[:, None, None]
-        return {"pixel_values": pixel_values, "masks": masks, "image_id": sample.image_id}
+        start = self.ends[which - 1] if which else 0
+        sample = self.sources[which][(index - start) * self.options.every]
+        return self.make(f"{sample.source}/{sample.image_id}", sample, index)
+
+
+class StreamedMasks(Streamed, _Items):
+    """The items of `MaskTrainingSet` from `Sa1bShards`, without an end; see `Streamed` for order and splitting.
+
+    An item depends on (seed, epoch, key): an image that comes again within an epoch is the same.
+    """
+
+    def __init__(
+        self, source: Sa1bShards, options: MaskOptions, noise_size: int = 0, seed: int = 0, **streaming: int
+    ):
+        _Items.__init__(self, options, noise_size, seed)
+        Streamed.__init__(self, source, seed, **streaming)
+
+    def item(self, key: str, sample: Sample) -> dict:
+        return self.make(f"{sample.source}/{key}", sample, hash_key(key))
+
+
+def open_masks(options: MaskOptions) -> list[CocoMasks] | list[DatasetMasks] | Sa1bShards:
+    """
+    The sources that are given.
+
+    Raises:
+        ValueError: if none or more than one kind is given, or if it cannot be opened.
+    """
+    if sum(map(bool, (options.train, options.dataset, options.shards))) != 1:
+        raise ValueError("Give --train COCO-style json files, or --dataset, or --shards.")
+    if options.shards:
+        return Sa1bShards(options.shards)
+    if options.dataset:
+        return [DatasetMasks(options.dataset, options.split, options.image_column, options.mask_column)]
+    read = {path: CocoMasks(path) for path in dict.fromkeys(options.train)}
+    return [read[path] for path in options.train]
 
 
 def collate(items: list[dict]) -> Batch:
     """Items of `MaskTrainingSet` -> `Batch`, Q being the largest number of masks among them."""
     counts = torch.tensor([len(item["masks"]) for item in items])
-    size = items[0]["masks"].shape[-2:]
-    masks = torch.zeros(len(items), int(counts.max()), *size, dtype=torch.uint8)
-    for padded, item in zip(masks, items, strict=True):
-        padded[: len(item["masks"])] = item["masks"]
+
+    def padded(name: str) -> torch.Tensor:
+        first = items[0][name]
+        stacked = torch.zeros(len(items), int(counts.max()), *first.shape[1:], dtype=first.dtype)
+        for row, item in zip(stacked, items, strict=True):
+            row[: len(item[name])] = item[name]
+        return stacked
+
+    masks = padded("masks")
     return Batch(
         pixel_values=torch.stack([item["pixel_values"] for item in items]),
         masks=masks,
         valid=torch.arange(masks.shape[1]) < counts[:, None],
-        image_ids=[item["image_id"] for item in items],
+        noise=padded("noise"),
+        keys=[item["key"] for item in items],
     )

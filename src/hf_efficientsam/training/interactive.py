@@ -1,122 +1,183 @@
 """The task of promptable masks: prompt, decode, loss, correct, decode, loss - on one encoding of each image."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from hf_efficientsam.modeling_efficientsam import MISSING_BOX, PADDING, EfficientSamModel
 
+from .data.synthetic import random_ellipses
 from .losses import MaskLoss
 from .prompts import boxes_from_masks, jitter_boxes, sample_error_points, sample_points
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """The fields of a recipe that say what a mask is asked for by, and how often."""
+
+    box_probability: float = field(default=0.5, metadata={"help": "share of first prompts that are a box alone"})
+    both_probability: float = field(default=0.1, metadata={"help": "share that are a box with clicks"})
+    tight_probability: float = field(default=0.5, metadata={"help": "share of boxes without noise"})
+    box_noise: float = field(default=0.1, metadata={"help": "standard deviation, as a share of the box's side"})
+    box_noise_pixels: float = field(default=20, metadata={"help": "the noise is cut off at so many pixels"})
+    max_clicks: int = field(
+        default=4, metadata={"help": "half of the clicked first prompts have one click, the others 2 to this many"}
+    )
+    single_mask_probability: float = field(
+        default=0.25, metadata={"help": "share of steps whose first round asks for one mask, not for candidates"}
+    )
+    corrections: int = field(default=1, metadata={"help": "rounds with a click more, where the last mask was wrong"})
+    mask_only_rounds: int = field(
+        default=0, metadata={"help": "rounds without a new click: one is the last, the others anywhere between"}
+    )
+    correction_probability: float = field(default=0.5, metadata={"help": "share of steps that have these rounds"})
+    frame_scale: float = field(
+        default=1.0,
+        metadata={"help": "positions are as if the image took this share to all of a larger input's side, anywhere"},
+    )
+    loss_stride: int = field(
+        default=2, metadata={"help": "masks are compared at this fraction of the input's side: 4 is the decoder's own"}
+    )
+
+    @property
+    def noise_size(self) -> int:
+        """How many random numbers K a mask needs: kind of prompt, box, clicks, corrections, ellipse."""
+        return 3 + 4 + self.max_clicks + self.corrections + 4
 
 
 class InteractiveSegmentation(nn.Module):
     """
     A model with its training procedure; the forward returns the losses of a batch.
 
-    The first prompt of each mask is a box (tight half of the time, else jittered as SAM's), or 1 to `max_clicks`
-    clicks uniformly inside the mask, or both. A correction adds a click from the error region of the most confident
-    mask, and that mask's logits as mask prompt where the model takes them.
+    The first prompt of each mask is a box, or clicks uniformly inside the mask, or both. Each later round adds a click
+    from the error region of the most confident mask (or, without a new click, only goes on), and gives that mask's
+    logits back as mask prompt where the model takes them. Later rounds ask for one mask, as SAM does for prompts that
+    are hardly ambiguous. SAM's own numbers (arXiv 2304.02643, appendix A): box 0.5, tight 0, 1 click, 8 corrections,
+    2 rounds without a click, always.
 
     Args:
         model: trained in place.
         loss: applied to each round; the rounds' losses are averaged.
-        box_probability, both_probability: shares of prompts that are a box alone, and a box with clicks.
-        max_clicks: half of the clicked prompts have one click, the others 2 to this many.
-        single_mask_probability: share of steps whose first round asks for one mask, which trains mask token 0.
-        corrections: rounds after the first; they ask for one mask, as SAM does for prompts that are hardly ambiguous.
-        correction_probability: share of steps that have these rounds.
-        loss_stride: masks are compared at this fraction of the input's side. At full size (1) the loss takes longer
-            than encoder and decoder together on a CPU; at the decoder's own size (4) small objects lose their shape.
+        options: see [`PromptOptions`]. `loss_stride` 1, the input's size, takes longer than encoder and decoder
+            together on a CPU; at the decoder's own size (4) objects below a few pixels lose their shape.
+
+    Raises:
+        ValueError: for rounds that only give a mask back, where the model takes none.
     """
 
-    def __init__(
-        self,
-        model: EfficientSamModel,
-        loss: MaskLoss,
-        box_probability: float = 0.5,
-        both_probability: float = 0.1,
-        max_clicks: int = 4,
-        single_mask_probability: float = 0.25,
-        corrections: int = 1,
-        correction_probability: float = 0.5,
-        loss_stride: int = 2,
-    ):
+    def __init__(self, model: EfficientSamModel, loss: MaskLoss, options: PromptOptions | None = None):
         super().__init__()
-        self.model, self.loss = model, loss
-        self.box_probability, self.both_probability = box_probability, both_probability
-        self.max_clicks = max_clicks
-        self.single_mask_probability = single_mask_probability
-        self.corrections, self.correction_probability = corrections, correction_probability
-        self.loss_stride = loss_stride
+        self.model, self.loss, self.options = model, loss, options or PromptOptions()
+        if self.options.mask_only_rounds and not model.config.prompt_encoder_config.mask_prompts:
+            raise ValueError("The model takes no mask prompts; set mask_only_rounds to 0.")
 
     def forward(
         self,
         pixel_values: torch.Tensor,
         masks: torch.Tensor,
         valid: torch.Tensor,
+        noise: torch.Tensor,
         generator: torch.Generator,
         num_prompts: torch.Tensor | float | None = None,
-        train_encoder: bool = True,
+        geometry: bool = False,
     ) -> dict[str, torch.Tensor]:
         """
         Args:
             pixel_values: `[B, 3, S, S]`.
             masks: the objects, `[B, Q, S, S]` of 0 and 1.
             valid: `[B, Q]` bool, false for padding.
-            generator: CPU source of every random choice.
+            noise: uniform random numbers `[B, Q, K]`, K being the options' `noise_size`: all that is random about a
+                mask's prompts.
+            generator: CPU source of what the whole step shares; give every process one of the same seed.
             num_prompts: what the loss is normalised by; see [`MaskLoss`].
-            train_encoder: false leaves the encoder without gradients.
+            geometry: ask for random ellipses instead of the masks, and leave the encoder without gradients.
 
         Returns:
             `loss` to be differentiated, and its parts averaged over the rounds.
         """
-        with torch.set_grad_enabled(train_encoder and torch.is_grad_enabled()):
+        single_mask, correct, side, left, top = torch.rand(5, generator=generator).tolist()
+        if geometry:
+            masks = random_ellipses(noise[..., -4:], pixel_values.shape[-1])
+        with torch.set_grad_enabled(not geometry and torch.is_grad_enabled()):
             embeddings = self.model.get_image_embeddings(pixel_values)
-        targets = F.avg_pool2d(masks.float(), self.loss_stride) >= 0.5
+        targets = F.avg_pool2d(masks.float(), self.options.loss_stride) >= 0.5
         valid = valid & targets.flatten(2).any(-1)
-        prompt = self.first_prompt(masks, generator)
-        single_mask, correct = torch.rand(2, generator=generator).tolist()
-        multimask = single_mask >= self.single_mask_probability
-        rounds = 1 + (self.corrections if correct < self.correction_probability else 0)
-        parts = []
-        for number in range(rounds):
-            output = self.model(image_embeddings=embeddings, multimask_output=multimask, **prompt)
-            result = self.loss(output.pred_masks, output.iou_scores, targets, valid, num_prompts)
-            result.pop("best")
-            parts.append(result)
-            if number + 1 < rounds:
-                prompt, multimask = self.corrected(prompt, output, masks, generator), False
+        prompt, multimask = self.first_prompt(masks, noise), single_mask >= self.options.single_mask_probability
+        later = self.later_rounds(noise, generator) if correct < self.options.correction_probability else []
+        side = 1 - (1 - self.options.frame_scale) * side
+        parts, output = [], None
+        with placed(self.model.prompt_encoder.position_embedding, side, left * (1 - side), top * (1 - side)):
+            for click in [None, *later]:
+                if output is not None:
+                    prompt, multimask = self.corrected(prompt, output, masks, click), False
+                output = self.model(image_embeddings=embeddings, multimask_output=multimask, **prompt)
+                result = self.loss(output.pred_masks, output.iou_scores, targets, valid, num_prompts)
+                result.pop("best")
+                parts.append(result)
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
-    def first_prompt(self, masks: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Boxes and clicks in pixels of the masks, with padding where a prompt has none."""
-        shape, device = masks.shape[:2], masks.device
+    def later_rounds(self, noise: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor | None]:
+        """For each round after the first the random numbers `[B, Q]` of its click, or None for one without."""
+        first = 7 + self.options.max_clicks
+        rounds = list(noise[..., first : first + self.options.corrections].unbind(-1))
+        if self.options.mask_only_rounds:
+            for place in torch.rand(self.options.mask_only_rounds - 1, generator=generator).tolist():
+                rounds.insert(int(place * (len(rounds) + 1)), None)
+            rounds.append(None)
+        return rounds
+
+    def first_prompt(self, masks: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Boxes and clicks in pixels of the masks `[B, Q, S, S]`, with padding where a prompt has none."""
+        options, (kind, is_tight, more) = self.options, noise[..., :3].unbind(-1)
         tight = boxes_from_masks(masks)
-        jittered = jitter_boxes(tight, masks.shape[-1], generator)
-        kind, is_tight, more = torch.rand(3, *shape, generator=generator).to(device)
-        boxes = torch.where((is_tight < 0.5)[..., None], tight, jittered)
-        boxes = torch.where((kind < self.box_probability + self.both_probability)[..., None], boxes, MISSING_BOX)
-        count = torch.where(more < 0.5, 1, 2 + ((2 * more - 1) * (self.max_clicks - 1)).long())
-        count = torch.where(kind < self.box_probability, 0, count)
-        points = torch.stack([sample_points(masks, generator) for _ in range(self.max_clicks)], dim=2)
-        labels = torch.where(torch.arange(self.max_clicks, device=device) < count[..., None], 1, PADDING)
-        return {"input_points": points, "input_labels": labels, "input_boxes": boxes}
+        jittered = jitter_boxes(tight, masks.shape[-1], noise[..., 3:7], options.box_noise, options.box_noise_pixels)
+        boxes = torch.where((is_tight < options.tight_probability)[..., None], tight, jittered)
+        boxes = torch.where((kind < options.box_probability + options.both_probability)[..., None], boxes, MISSING_BOX)
+        count = torch.where(more < 0.5, 1, 2 + ((2 * more - 1) * (options.max_clicks - 1)).long())
+        count = torch.where(kind < options.box_probability, 0, count)
+        points = [sample_points(masks, one) for one in noise[..., 7 : 7 + options.max_clicks].unbind(-1)]
+        labels = torch.where(torch.arange(options.max_clicks, device=masks.device) < count[..., None], 1, PADDING)
+        return {"input_points": torch.stack(points, dim=2), "input_labels": labels, "input_boxes": boxes}
 
     @torch.no_grad()
-    def corrected(self, prompt: dict, output, masks: torch.Tensor, generator: torch.Generator) -> dict:
-        """The prompt with one more click, chosen where the most confident mask is wrong."""
+    def corrected(self, prompt: dict, output, masks: torch.Tensor, click: torch.Tensor | None) -> dict:
+        """The prompt with the most confident mask, and one more click where that is wrong, chosen by the uniform
+        random numbers `click` `[B, Q]`; None: without a click."""
         best = output.iou_scores.argmax(-1)[..., None, None, None]
         logits = output.pred_masks.take_along_dim(best, dim=2)[:, :, 0].float()
-        predicted = F.interpolate(logits, size=masks.shape[-2:], mode="bilinear", align_corners=False) > 0
-        point, label = sample_error_points(predicted, masks, generator)
-        if not self.model.config.prompt_encoder_config.background_points:
-            label = torch.where(label == 0, PADDING, label)
-        corrected = {
-            "input_points": torch.cat([prompt["input_points"], point[:, :, None]], dim=2),
-            "input_labels": torch.cat([prompt["input_labels"], label[..., None]], dim=2),
-            "input_boxes": prompt["input_boxes"],
-        }
+        corrected = dict(prompt)
+        if click is not None:
+            predicted = F.interpolate(logits, size=masks.shape[-2:], mode="bilinear", align_corners=False) > 0
+            point, label = sample_error_points(predicted, masks, click)
+            if not self.model.config.prompt_encoder_config.background_points:
+                label = torch.where(label == 0, PADDING, label)
+            corrected["input_points"] = torch.cat([prompt["input_points"], point[:, :, None]], dim=2)
+            corrected["input_labels"] = torch.cat([prompt["input_labels"], label[..., None]], dim=2)
         if self.model.config.prompt_encoder_config.mask_prompts:
             corrected["input_masks"] = logits.clamp(-20, 20)  # keeps an overconfident mask from drowning the click
         return corrected
+
+
+@contextmanager
+def placed(position_embedding: nn.Module, side: float, left: float, top: float) -> Iterator[None]:
+    """
+    The positions of prompts and of the image's cells become those of a part of a larger image's square: of that
+    `side`, at `left` and `top`, as shares of the larger one's.
+
+    So the decoder meets the positions that it has at `1 / side` times the resolution, at a quarter of the cost for
+    half the side, and learns no more from the place of a cell than holds everywhere.
+    """
+
+    def place(module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        (positions,) = inputs  # [..., 2], x and y as shares of the image's sides
+        return (positions * side + positions.new_tensor([left, top]),)
+
+    hook = position_embedding.register_forward_pre_hook(place)
+    try:
+        yield
+    finally:
+        hook.remove()

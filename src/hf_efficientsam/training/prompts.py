@@ -2,7 +2,7 @@
 
 Boxes are (left, top, right, bottom) in pixels of the masks, right and bottom exclusive: pixel (0, 0) alone has the box
 (0, 0, 1, 1). Points are (x, y) indices of a pixel, as floats; the model adds the half that leads to its centre.
-Random numbers are drawn on the CPU, so that a seed gives the same prompts on every device.
+Chance is an argument: uniform random numbers in [0, 1), so that nothing depends on the batch, process or device.
 """
 
 import torch
@@ -18,7 +18,7 @@ def boxes_from_masks(masks: torch.Tensor) -> torch.Tensor:
 def jitter_boxes(
     boxes: torch.Tensor,
     size: int | tuple[int, int],
-    generator: torch.Generator,
+    uniform: torch.Tensor,
     noise: float = 0.1,
     max_pixels: float = 20,
 ) -> torch.Tensor:
@@ -27,7 +27,7 @@ def jitter_boxes(
     Args:
         boxes: [...,4].
         size: of the image in pixels, one side or (height, width); the result stays inside.
-        generator: on the CPU.
+        uniform: random numbers [...,4], made normal ones by the inverse of the normal distribution.
         noise: standard deviation as a share of the box's side.
         max_pixels: the noise is cut off at so many pixels.
 
@@ -37,15 +37,16 @@ def jitter_boxes(
     height, width = (size, size) if isinstance(size, int) else size
     boxes = boxes.float()
     sides = boxes[..., 2:] - boxes[..., :2]
-    shift = torch.randn(boxes.shape, generator=generator).to(boxes.device) * noise * torch.cat([sides, sides], -1)
+    normal = torch.special.ndtri(uniform.to(boxes).clamp(1e-7, 1 - 1e-7))
+    shift = normal * noise * torch.cat([sides, sides], -1)
     limit = boxes.new_tensor([width, height, width, height])
     moved = torch.minimum((boxes + shift.clamp(-max_pixels, max_pixels)).clamp(min=0), limit)
     thin = moved[..., 2:] - moved[..., :2] < 1
     return torch.where(torch.cat([thin, thin], -1), boxes, moved)
 
 
-def sample_points(masks: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A uniformly random pixel inside each mask [...,H,W]: float32 [...,2].
+def sample_points(masks: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """A uniformly random pixel inside each mask [...,H,W], chosen by uniform [...]: float32 [...,2].
 
     An empty mask, such as padding, gives the point (0, 0), which means nothing: leave such masks out of the loss with
     `Batch.valid`.
@@ -54,8 +55,7 @@ def sample_points(masks: torch.Tensor, generator: torch.Generator) -> torch.Tens
     rows = masks.sum(-1, dtype=torch.int32).cumsum(-1)
     area = rows[..., -1:]
     # The n-th of the mask's pixels: first its row, then its place in that row.
-    random = torch.rand(area.shape, generator=generator, dtype=torch.float64).to(masks.device)
-    n = (random * area).long()
+    n = torch.minimum((uniform[..., None].to(masks.device) * area).long(), area - 1)
     y = (rows <= n).sum(-1, keepdim=True).clamp(max=masks.shape[-2] - 1)
     row = masks.gather(-2, y[..., None].expand(*y.shape[:-1], 1, masks.shape[-1])).squeeze(-2).long()
     before = rows.gather(-1, y) - row.sum(-1, keepdim=True)
@@ -64,9 +64,9 @@ def sample_points(masks: torch.Tensor, generator: torch.Generator) -> torch.Tens
 
 
 def sample_error_points(
-    predicted: torch.Tensor, target: torch.Tensor, generator: torch.Generator
+    predicted: torch.Tensor, target: torch.Tensor, uniform: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The next click: a uniformly random pixel where prediction and target [...,H,W] differ.
+    """The next click: a random pixel where prediction and target [...,H,W] differ, chosen by uniform [...].
 
     Returns:
         points float32 [...,2] and labels int64 [...]: 1 where the object was missed, 0 where the prediction is too
@@ -75,7 +75,7 @@ def sample_error_points(
     target = target.bool()
     error = predicted.bool() ^ target
     region = error | (target & ~error.amax((-2, -1), keepdim=True))
-    points = sample_points(region, generator)
+    points = sample_points(region, uniform)
     x, y = points.long().unbind(-1)
     labels = target.flatten(-2).gather(-1, (y * target.shape[-1] + x)[..., None])[..., 0].long()
     return points, labels

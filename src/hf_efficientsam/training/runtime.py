@@ -6,7 +6,9 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
@@ -18,10 +20,11 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
@@ -84,10 +87,101 @@ def last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
 
 
-def decaying_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters that weight decay is for: the weights of linear layers and convolutions, no others."""
-    layers = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, layers)}
+def accumulation_steps(global_batch_size: int, batch_size: int, num_processes: int) -> int:
+    """
+    Of how many batches on each process the gradients are summed up.
+
+    Raises:
+        ValueError: if they do not make the global batch.
+    """
+    at_a_time = batch_size * num_processes
+    if global_batch_size % at_a_time:
+        raise ValueError(
+            f"--global_batch_size {global_batch_size} must be a multiple of --batch_size {batch_size} times "
+            f"{num_processes} process(es); change one of them, or start fewer processes with `accelerate launch "
+            "--num_processes 1`."
+        )
+    return global_batch_size // at_a_time
+
+
+def epoch_loader(
+    accelerator: Accelerator, data: Any, epoch_images: int | None, global_batch_size: int, **options
+) -> tuple[DataLoader, int]:
+    """
+    Shuffled batches for this process, and optimiser steps an epoch.
+
+    Args:
+        data: a map-style dataset, or a stream that is split over the processes already.
+        epoch_images: what counts as an epoch; by default all, which a stream cannot know.
+        global_batch_size: images a step; an epoch has a whole number of steps, however many processes there are.
+        options: `DataLoader`'s.
+
+    Raises:
+        ValueError: if that is less than one step, or not given for a stream.
+    """
+    streamed = isinstance(data, IterableDataset)
+    if streamed and epoch_images is None:
+        raise ValueError("How many images there are in streamed shards is not known; give --epoch_images.")
+    images = epoch_images or len(data)
+    steps = images // global_batch_size
+    if steps == 0:
+        raise ValueError(f"{images} images are less than one step; lower --global_batch_size {global_batch_size}.")
+    options["persistent_workers"] = options["num_workers"] > 0
+    options["pin_memory"] = accelerator.device.type == "cuda"
+    if streamed:
+        return DataLoader(data, **options), steps
+    sampler = RandomSampler(data, num_samples=steps * global_batch_size)
+    return accelerator.prepare(DataLoader(data, sampler=sampler, **options)), steps
+
+
+def epoch_batches(accelerator: Accelerator, loader: DataLoader, data: Any, epoch: int, skip: int) -> Iterator[Any]:
+    """The batches of an epoch for this process, on its device, after the first `skip`."""
+    data.set_epoch(epoch)
+    if isinstance(data, IterableDataset):
+        skip = data.fast_forward(skip, loader.batch_size, loader.num_workers)
+    batches = accelerator.skip_first_batches(loader, skip) if skip else loader
+    if hasattr(batches, "set_epoch"):  # a prepared one, which also shuffles
+        batches.set_epoch(epoch)
+    for batch in batches:
+        yield send_to_device(batch, accelerator.device)
+
+
+def parameter_groups(
+    model: nn.Module, learning_rate: float, weight_decay: float, scale: Callable[[str], float] = lambda name: 1.0
+) -> list[dict]:
+    """
+    For an optimiser: the trainable parameters by learning rate, `learning_rate * scale(name)`, and by weight decay,
+    which is for the weights of linear layers and convolutions alone.
+    """
+    layers, groups = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d), {}
+    decaying = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, layers)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((scale(name), name in decaying), []).append(parameter)
+    return [
+        {"params": parameters, "lr": learning_rate * share, "weight_decay": weight_decay if decays else 0.0}
+        for (share, decays), parameters in groups.items()
+    ]
+
+
+def layer_decay(name: str, num_layers: int, decay: float) -> float:
+    """
+    Share of the learning rate for a parameter of a model with our encoder, as BEiT has it (arXiv 2106.08254): `decay`
+    for the last of the encoder's `num_layers` layers, its square for the one before, and so on to the embeddings; 1
+    for all that comes after the layers.
+    """
+    if found := re.match(r"vision_encoder\.layers\.(\d+)\.", name):
+        return decay ** (num_layers - int(found[1]))
+    return decay ** (num_layers + 1) if name.startswith("vision_encoder.embeddings.") else 1.0
+
+
+def run_script(name: str, main: Callable[[], None]) -> None:
+    """Calls a training script's `main`; what a user can mend (a full disk, a broken image) ends it with a sentence."""
+    try:
+        main()
+    except (FloatingPointError, OSError, SaveError, ValueError) as error:
+        print(f"\n{name}: {last_line(error)}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def stop_unless_finite(

@@ -1,6 +1,7 @@
 """Masks from COCO-style json, kept as run-length code (RLE) until someone asks for the pixels."""
 
 import json
+import os.path
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +27,13 @@ class Sample:
 
 
 class CocoMasks(Dataset):
-    """The images of a COCO-style json that have masks; `dataset[i]` is a `Sample`.
+    """The images of a COCO- or LVIS-style json that have masks; `dataset[i]` is a `Sample`.
 
-    Segmentations may be polygons or RLE, compressed or not.
+    Segmentations may be polygons or RLE, compressed or not. Where images have only a `coco_url`, as in LVIS, its last
+    folder and name (train2017/000000391895.jpg) are looked for, then the name alone.
+
+    All masks are read at the start, some two minutes for a million of them, and kept as compressed RLE, which takes a
+    third of the memory of their polygons.
 
     Args:
         annotations: the json file.
@@ -36,8 +41,9 @@ class CocoMasks(Dataset):
         skip_crowd: leave out annotations with `iscrowd`.
         min_area: leave out masks of fewer pixels, counted in the mask itself (the json's `area` is not read).
 
-    Raises FileNotFoundError for a json or image that is not there, and ValueError for a json that is broken or whose
-    sizes do not fit the images. The pixels of an image are first looked at when it is read.
+    Raises FileNotFoundError for a json or image that is not there, and ValueError for a json that is broken, that
+    names files outside the folder of images or whose sizes do not fit them. The pixels of an image are first looked at
+    when it is read.
     """
 
     def __init__(
@@ -58,8 +64,8 @@ class CocoMasks(Dataset):
                 continue
             try:
                 record = records[annotation["image_id"]]
-                rle = _to_rle(annotation["segmentation"], record["height"], record["width"])
-            except (KeyError, TypeError, ValueError) as error:
+                rle = to_rle(annotation["segmentation"], record["height"], record["width"])
+            except Exception as error:  # damaged masks make pycocotools raise nearly anything
                 name = f"annotation {annotation.get('id')} of {self.annotations}"
                 raise ValueError(f"{name} cannot be read ({error!r}); repair or remove it.") from error
             if rle is not None and rle_codec.area(rle) >= min_area:
@@ -69,19 +75,14 @@ class CocoMasks(Dataset):
         self.records = [record for record in content["images"] if record["id"] in rles]
         self.rles = [rles[record["id"]] for record in self.records]
         self.annotation_ids = [ids[record["id"]] for record in self.records]
-        for record in self.records:
-            if not (self.images / record["file_name"]).is_file():
-                raise FileNotFoundError(
-                    f"{self.annotations} lists {record['file_name']}, which is not in {self.images}; "
-                    "give the folder of the images with `images=`."
-                )
+        self.files = [self._find(record) for record in self.records]
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
-        path = self.images / record["file_name"]
+        path = self.files[index]
         try:
             with Image.open(path) as file:
                 image = ImageOps.exif_transpose(file).convert("RGB")
@@ -94,6 +95,16 @@ class CocoMasks(Dataset):
             )
         source = record.get("source", self.annotations.parent.name)
         return Sample(image, self.rles[index], record["id"], self.annotation_ids[index], source)
+
+    def _find(self, record: dict) -> str:
+        names = _file_names(record)
+        for path in (os.path.join(self.images, name) for name in names):
+            if os.path.isfile(path):
+                return path
+        raise FileNotFoundError(
+            f"{self.annotations} lists {' or '.join(names)}, which is not in {self.images}; "
+            "give the folder of the images with `images=`."
+        )
 
 
 def decode(rles: list[dict]) -> np.ndarray:
@@ -113,23 +124,75 @@ def _read_json(path: Path) -> dict:
     if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
         raise ValueError(f"{path} is not COCO-style: it needs the lists `images` and `annotations`.")
     for record in content["images"]:
-        missing = {"id", "file_name", "width", "height"} - record.keys()
+        missing = {"id", "width", "height"} - record.keys()
+        if not any(isinstance(record.get(key), str) for key in ("file_name", "coco_url")):
+            missing.add("file_name")
         if missing:
             raise ValueError(f"{path} has an image without {', '.join(sorted(missing))}: {record}.")
+        for name in _file_names(record):
+            if os.path.isabs(name) or ".." in Path(os.path.normpath(name)).parts:
+                raise ValueError(
+                    f"{path} names the image {name}, outside the folder of images; make it relative to that."
+                )
     return content
 
 
-def _to_rle(segmentation: list | dict, height: int, width: int) -> dict | None:
-    """Any COCO segmentation -> compressed RLE, None where nothing is drawn."""
+def _file_names(record: dict) -> list[str]:
+    """Where an image may be in the folder of images, the likeliest first."""
+    if isinstance(record.get("file_name"), str):
+        return [record["file_name"]]
+    # Some images of LVIS's val split lie in COCO's train2017.
+    parts = record["coco_url"].split("/")
+    return ["/".join(parts[-2:]), parts[-1]]
+
+
+def to_rle(segmentation: list | dict, height: int, width: int) -> dict | None:
+    """Any COCO segmentation -> compressed RLE, None where nothing is drawn.
+
+    A damaged one raises ValueError, or whatever else pycocotools thinks of it: catch Exception.
+    """
     if isinstance(segmentation, list):
         # Fewer than three corners enclose nothing, and pycocotools would take four numbers for a box.
         polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
+        # pycocotools asks for endless memory where a corner is far away or, as some exports have it, NaN.
+        limit = max(height, width)
+        if not all(-limit <= number <= 2 * limit for polygon in polygons for number in polygon):
+            raise ValueError("a corner of a polygon is far outside the image, or no number")
         return rle_codec.merge(rle_codec.frPyObjects(polygons, height, width)) if polygons else None
     if list(segmentation["size"]) != [height, width]:
         raise ValueError(f"mask size {segmentation['size']} is not the image's [height, width] {[height, width]}")
     counts = segmentation["counts"]
     if isinstance(counts, list):
-        if sum(counts) != height * width:
-            raise ValueError(f"counts add up to {sum(counts)} pixels of {height * width}")
-        return rle_codec.frPyObjects(segmentation, height, width)
-    return {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
+        counts = rle_codec.frPyObjects(segmentation, height, width)["counts"]
+    elif isinstance(counts, str):
+        counts = counts.encode()
+    # Over run lengths that do not fill the image pycocotools reads stray memory or never ends.
+    lengths = _run_lengths(counts)
+    if (lengths < 0).any() or lengths.sum() != height * width:
+        raise ValueError(f"counts add up to {lengths.sum()} pixels of {height * width}")
+    return {"size": [height, width], "counts": counts}
+
+
+_to_rle = to_rle  # sa1b.py's name for it
+
+
+def _run_lengths(counts: bytes) -> np.ndarray:
+    """The run lengths int64 of a compressed COCO RLE.
+
+    Each is written in bytes from 48 on with five bits apiece, the lowest first, and a sixth that is set where another
+    byte follows. Signed, because from the fourth on it is the difference to the length before the last.
+    """
+    codes = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    last = codes & 32 == 0
+    ends = np.flatnonzero(last) + 1
+    starts = np.append(0, ends[:-1])
+    widths = ends - starts
+    # Seven bytes hold 35 bits, and image sizes have at most 32.
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or not last[-1] or widths.max() > 7:
+        raise ValueError("its counts are damaged")
+    shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, widths))
+    lengths = np.add.reduceat((codes & 31) << shifts, starts)
+    lengths -= (codes[last] >> 4 & 1) << 5 * widths
+    lengths[1::2] = lengths[1::2].cumsum()
+    lengths[2::2] = lengths[2::2].cumsum()
+    return lengths

@@ -7,25 +7,21 @@ and resumed run sees the same crops and the same noise.
 import hashlib
 import io
 import os
-import re
-import tarfile
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from datasets import DatasetDict, IterableDataset, StreamingDownloadManager, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
-from datasets.distributed import split_dataset_by_node
 from PIL import Image, ImageOps
 from torch.utils import data
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..augment import random_resized_crop
+from .shards import Shards, Streamed, hash_lines, shared_number
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -101,11 +97,11 @@ class FolderImages:
 
     def __getitem__(self, index: int) -> tuple[str, Image.Image]:
         path = os.path.join(self.root, self.files[index])
-        return self.files[index], _read_image(path, path)
+        return self.files[index], read_image(path, path)
 
     def fingerprint(self) -> str:
         """Changes with any key and with the size in bytes of any file."""
-        return _sha256(f"{key} {os.path.getsize(os.path.join(self.root, key))}" for key in self.files)
+        return hash_lines(f"{key} {os.path.getsize(os.path.join(self.root, key))}" for key in self.files)
 
 
 class DatasetImages:
@@ -122,7 +118,7 @@ class DatasetImages:
 
     def __init__(self, name: str, split: str = "train", image_column: str = "image"):
         self.name, self.split, self.column = name, split, image_column
-        rows = self._load()
+        rows = load_split(name, split)
         if image_column not in rows.column_names:
             raise ValueError(
                 f"{name} has no column {image_column}; set the image column to one of {', '.join(rows.column_names)}."
@@ -136,66 +132,47 @@ class DatasetImages:
         if not len(self.rows):
             raise ValueError(f"The split {split} of {name} is empty; set another.")
 
-    def _load(self):
-        if not any(Path(self.name, file).is_file() for file in ("state.json", "dataset_dict.json")):
-            try:
-                return load_dataset(self.name, split=self.split)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"The split {self.split} of {self.name} cannot be loaded: {error}") from error
-        loaded = load_from_disk(self.name)
-        splits = loaded if isinstance(loaded, DatasetDict) else {str(loaded.split or self.split): loaded}
-        if self.split not in splits:
-            raise ValueError(f"{self.name} has no split {self.split}; set it to one of {', '.join(splits)}.")
-        return splits[self.split]
-
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[str, Image.Image]:
         encoded = self.rows[index][self.column] or {"bytes": b""}
         file = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
-        return str(index), _read_image(file, f"Row {index} of {self.name}, split {self.split},")
+        return str(index), read_image(file, f"Row {index} of {self.name}, split {self.split},")
 
     def fingerprint(self) -> str:
         """Changes with the size in bytes of any row, or its file's name where the bytes are not in the dataset."""
         column = self.rows.data.column(self.column)  # read without the bytes themselves
         sizes = pc.binary_length(pc.struct_field(column, "bytes")).to_pylist()
         paths = pc.struct_field(column, "path").to_pylist()
-        return _sha256(
+        return hash_lines(
             f"{row} {os.path.basename(path or '') if size is None else size}"
             for row, (size, path) in enumerate(zip(sizes, paths, strict=True))
         )
 
 
-class ShardImages:
-    """The images in webdataset tar shards, read from start to end and never unpacked to disk.
+def load_split(name: str, split: str) -> Dataset:
+    """All columns of a split of a `datasets` dataset; ValueError if it cannot be loaded. See `DatasetImages`."""
+    if not any(Path(name, file).is_file() for file in ("state.json", "dataset_dict.json")):
+        try:
+            return load_dataset(name, split=split)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"The split {split} of {name} cannot be loaded: {error}") from error
+    loaded = load_from_disk(name)
+    splits = loaded if isinstance(loaded, DatasetDict) else {str(loaded.split or split): loaded}
+    if split not in splits:
+        raise ValueError(f"{name} has no split {split}; set it to one of {', '.join(splits)}.")
+    return splits[split]
 
-    Members with the same path up to the first dot of the name are one record; that path is its key and the first
-    image in it is read, nothing else. A shard that breaks off is left there, with a warning.
 
-    Args:
-        shards: paths or URLs (whatever `datasets` opens: https, hf, s3, ...); `{000..099}` in them stands for each
-            of these numbers.
+class ShardImages(Shards):
+    """The images in webdataset tar shards: of each record the first one, and nothing else. See `Shards`."""
 
-    Raises:
-        ValueError: for a path that is not there or a pattern that stands for nothing.
-    """
+    needs = (IMAGE_SUFFIXES,)
 
-    def __init__(self, shards: Sequence[str]):
-        self.shards = [shard for pattern in shards for shard in _expand(pattern)]
-        for shard in self.shards:
-            if "://" not in shard and not os.path.isfile(shard):
-                raise ValueError(f"There is no shard {shard}; check the paths or the range in braces.")
-        # `datasets` shuffles and splits the list of shards, and buffers the records {shard, name, bytes}.
-        self.records = IterableDataset.from_generator(_read_shards, gen_kwargs={"shards": self.shards})
-
-    def read(self, shard: int) -> Iterator[tuple[str, Image.Image]]:
-        """Key and image of each record of one shard, in order; unreadable ones are left out with a warning."""
-        return _decode(_read_shards([self.shards[shard]]))
-
-    def fingerprint(self) -> str:
-        """Changes with the list of shards."""
-        return _sha256(self.shards)
+    def decode(self, record: dict) -> Image.Image:
+        ((name, encoded),) = record["members"]
+        return read_image(io.BytesIO(encoded), f"{name} in {record['shard']}")
 
 
 class _Views:
@@ -231,8 +208,7 @@ class _Views:
         self.seed = seed
         self.noise_seed = seed if noise_seed is None else noise_seed
         self.cache = cache
-        # In shared memory, because persistent workers keep the copy of this object that they were started with.
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.epoch = shared_number()
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch.fill_(epoch)
@@ -289,19 +265,15 @@ class ImageViews(_Views, data.Dataset):
         return self.item(*self.source[index])
 
 
-class StreamedViews(_Views, data.IterableDataset):
+class StreamedViews(Streamed, _Views):
     """The items of `ImageViews` from `ShardImages`, without an end: the training script says how long an epoch is.
 
-    The order depends on noise_seed, epoch, number of processes and number of workers, each of which reads records of
-    its own. When they run out they are dealt anew, in another order; a record that comes again within an epoch has
-    the same view and noise. A broken record is skipped with a warning. The split is done here, so nothing else (such
-    as accelerate's `prepare`) may split the batches again.
+    The order depends on noise_seed, epoch, number of processes and number of workers, see `Shards.stream`. An image
+    that comes again within an epoch, in another pass or in the place of a broken one, has the same view and noise.
 
     Args:
         source, ...: see `ImageViews`.
-        process_index, num_processes: which of how many processes reads. If their number does not divide the number
-            of shards, each reads all shards and takes every n-th record.
-        shuffle_buffer: how many records each worker mixes, kept encoded in memory.
+        process_index, num_processes, shuffle_buffer: see `Shards.stream`.
     """
 
     def __init__(
@@ -314,26 +286,8 @@ class StreamedViews(_Views, data.IterableDataset):
         shuffle_buffer: int = 1000,
         **kwargs,
     ):
-        super().__init__(source, size, *args, **kwargs)
-        self.process_index = process_index
-        self.num_processes = num_processes
-        self.shuffle_buffer = shuffle_buffer
-
-    def __iter__(self) -> Iterator[dict]:
-        worker = data.get_worker_info()
-        for pass_number in count():
-            seed = np.random.SeedSequence([self.noise_seed, self.epoch.item(), pass_number]).generate_state(1)[0]
-            records = self.source.records.shuffle(seed=int(seed), buffer_size=self.shuffle_buffer)
-            readable = 0
-            for key, image in _decode(split_dataset_by_node(records, self.process_index, self.num_processes)):
-                readable += 1
-                yield self.item(key, image)
-            if not readable and worker is not None and worker.id > 0:
-                return  # as a rule because there are more workers than shards
-            if not readable:
-                raise ValueError(
-                    f"No record of {self.source.shards[0]} ... could be read as an image; check the shards."
-                )
+        _Views.__init__(self, source, size, *args, **kwargs)
+        Streamed.__init__(self, source, self.noise_seed, process_index, num_processes, shuffle_buffer)
 
 
 def hash_key(key: str) -> int:
@@ -347,50 +301,7 @@ def normalize(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels / 255 - mean[:, None, None]) / std[:, None, None]
 
 
-def _read_shards(shards: list[str]) -> Iterator[dict]:
-    # Not by load_dataset("webdataset"): that decodes the other members too and stops at the first broken one, and
-    # refuses shards that mix jpg and png.
-    for shard in shards:
-        last_key = None
-        try:
-            for name, file in StreamingDownloadManager().iter_archive(shard):
-                if name.lower().endswith(IMAGE_SUFFIXES) and _record_key(name) != last_key:
-                    last_key = _record_key(name)
-                    yield {"shard": shard, "name": name, "bytes": file.read()}
-        except (tarfile.TarError, EOFError) as error:
-            warnings.warn(f"{shard} is broken ({error}); what follows in it is skipped.", stacklevel=2)
-
-
-def _decode(records: Iterable[dict]) -> Iterator[tuple[str, Image.Image]]:
-    skipped = 0
-    for record in records:
-        try:
-            image = _read_image(io.BytesIO(record["bytes"]), f"{record['name']} in {record['shard']}")
-        except ValueError as error:
-            skipped += 1
-            warnings.warn(f"{error} Skipped, as {skipped} so far.", stacklevel=2)
-            continue
-        yield _record_key(record["name"]), image
-
-
-def _record_key(name: str) -> str:
-    folder, slash, file = name.rpartition("/")
-    return folder + slash + file.partition(".")[0]
-
-
-def _expand(pattern: str) -> list[str]:
-    """`a{08..10}b` -> a08b, a09b, a10b; a pattern may have several ranges."""
-    parts = re.split(r"\{(\d+)\.\.(\d+)\}", pattern, maxsplit=1)
-    if len(parts) == 1:
-        return parts
-    before, first, last, after = parts
-    numbers = range(int(first), int(last) + 1)
-    if not numbers:
-        raise ValueError(f"{pattern} stands for no shard; the range in braces must go upwards.")
-    return [f"{before}{number:0{len(first)}}{rest}" for number in numbers for rest in _expand(after)]
-
-
-def _read_image(file: str | io.BytesIO, name: str) -> Image.Image:
+def read_image(file: str | io.BytesIO, name: str) -> Image.Image:
     """Upright and RGB; ValueError with `name` if that cannot be."""
     try:
         with Image.open(file) as opened:
@@ -410,10 +321,3 @@ def _resize(crop: Image.Image, size: int, flip: bool) -> torch.Tensor:
     if flip:
         resized = ImageOps.mirror(resized)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
-
-
-def _sha256(lines: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(f"{line}\n".encode())
-    return digest.hexdigest()

@@ -3,25 +3,22 @@
 import torch
 
 
-def random_ellipses(shape: tuple[int, ...], size: int, generator: torch.Generator) -> torch.Tensor:
+def random_ellipses(uniform: torch.Tensor, size: int) -> torch.Tensor:
     """
     Ellipses of random place, size and proportions, partly outside the image at times, never empty.
 
     Args:
-        shape: how many, e.g. `(B, Q)`.
+        uniform: random numbers in [0, 1), `[..., 4]`: the centre's x and y, then what the sides are drawn by.
         size: side of the image in pixels.
-        generator: CPU source of the random numbers.
 
     Returns:
-        uint8 `[*shape, size, size]` of 0 and 1. Sides are log-uniform from 4 % to 100 % of the image's.
+        uint8 `[..., size, size]` of 0 and 1. Sides are log-uniform from 4 % to 100 % of the image's.
     """
-    centre = torch.rand(*shape, 2, 1, 1, generator=generator) * size
-    radius = size / 2 * 25 ** -torch.rand(*shape, 2, 1, 1, generator=generator)
-    pixel = torch.arange(size) + 0.5
-    x, y = (
-        (pixel - centre[..., 0, :, :]) / radius[..., 0, :, :],
-        (pixel[:, None] - centre[..., 1, :, :]) / radius[..., 1, :, :],
-    )
-    nearest = (pixel - centre[..., 0, :, :]).abs() + (pixel[:, None] - centre[..., 1, :, :]).abs()
+    uniform = uniform.float()[..., None, None]
+    x0, y0 = (uniform[..., :2, :, :] * size).unbind(-3)
+    rx, ry = (size / 2 * 25 ** -uniform[..., 2:, :, :]).unbind(-3)
+    pixel = torch.arange(size, device=uniform.device) + 0.5
+    x, y = (pixel - x0) / rx, (pixel[:, None] - y0) / ry
+    nearest = (pixel - x0).abs() + (pixel[:, None] - y0).abs()
     is_nearest = nearest == nearest.amin((-2, -1), keepdim=True)
     return ((x**2 + y**2 <= 1) | is_nearest).byte()

@@ -1,0 +1,358 @@
+"""`training/finetune_masks.py`, run as a user does, on tiny models and a handful of images."""
+
+import io
+import json
+import runpy
+import shutil
+import signal
+import tarfile
+
+import pytest
+import torch
+from datasets import Dataset, Features, Sequence
+from datasets import Image as ImageFeature
+from PIL import Image
+from scripts import (
+    KILLED,
+    ROOT,
+    TRAINING,
+    TWO_PROCESSES,
+    assert_close,
+    assert_equal,
+    curve,
+    refuse,
+    run,
+    start,
+    steps_saved,
+    stopped_after,
+    weights,
+)
+
+from hf_efficientsam import (
+    EfficientSamForPreTraining,
+    EfficientSamModel,
+    EfficientSamProcessor,
+    EfficientSamSamiConfig,
+)
+from hf_efficientsam.training.data.coco import CocoMasks, decode
+from hf_efficientsam.training.runtime import parse_recipe
+
+SIZE = 64  # of the model input
+STEPS = 7
+# Epochs have 2 steps of 4 images: checkpoints lie within epochs and between them. Images have 1 to 3 masks, so that
+# a batch's share of the masks is not its share of the images.
+RECIPE = f"""
+image_size: {SIZE}
+max_masks: 3
+global_batch_size: 4
+steps: {STEPS}
+warmup_steps: 2
+learning_rate: 1e-3
+layer_decay: 0.9
+geometry_steps: 1
+geometry_share: 0.2
+mask_only_rounds: 1
+ema_decay: 0.5
+log_steps: 1
+save_steps: 3
+picture_steps: 5
+num_workers: 0
+"""
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def arguments(recipe, coco, tiny_model) -> list:
+    masks = coco / "masks.json"  # twice, so that there are 10 images
+    return ["--config", recipe, "--train", masks, masks, "--model", tiny_model]
+
+
+@pytest.fixture(scope="module")
+def whole(arguments, tmp_path_factory):
+    """The output folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    run("finetune_masks", *arguments, "--output_dir", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(coco, tmp_path_factory) -> str:
+    """The images in SA-1B's format, in two tars."""
+    folder, masks = tmp_path_factory.mktemp("shards"), CocoMasks(coco / "masks.json")
+    for shard in range(2):
+        with tarfile.open(folder / f"sa_{shard}.tar", "w") as tar:
+            for i in range(shard, len(masks), 2):
+                sample = masks[i]
+                width, height = sample.image.size
+                annotations = [
+                    {"id": 10 * i + n, "segmentation": {**rle, "counts": rle["counts"].decode()}}
+                    for n, rle in enumerate(sample.rles)
+                ]
+                image = {"image_id": i, "width": width, "height": height, "file_name": f"sa_{i}.jpg"}
+                record = {"image": image, "annotations": annotations}
+                for name, content in (
+                    (f"sa_{i}.jpg", (coco / "images" / f"{i}.jpg").read_bytes()),
+                    (f"sa_{i}.json", json.dumps(record).encode()),
+                ):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return f"{folder}/sa_{{0..1}}.tar"
+
+
+# -------------------------------------------------------------------------------------------- what it leaves
+
+
+def test_a_run_leaves_a_model_a_processor_a_curve_and_pictures(whole, tiny_model):
+    model, info = EfficientSamModel.from_pretrained(whole / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.dtype == torch.float32 and model.config.vision_config.image_size == SIZE
+    before = EfficientSamModel.from_pretrained(tiny_model, dtype=torch.float32).state_dict()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert "vision_encoder.layers.0.mlp.fc1.weight" in changed
+    assert "prompt_encoder.box_top_left_embed.weight" in changed
+    assert "prompt_encoder.position_embedding.frequencies" not in changed
+    name = "vision_encoder.layers.0.mlp.fc1.weight"
+    averaged, last = weights(whole)[name], weights(whole)[f"checkpoint.model.{name}"]
+    assert 0 < (averaged - last).abs().max() < 0.01
+
+    size = EfficientSamProcessor.from_pretrained(whole / "model").image_processor.size
+    assert (size.height, size.width) == (SIZE, SIZE)
+    rows = curve(whole)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert all(row["loss"] > 0 for row in rows) and rows[2]["lr"] == 1e-3 > rows[-1]["lr"]
+    assert (whole / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (whole / "pictures").iterdir()) == [f"masks_{n:08}.png" for n in (5, 7)]
+    assert Image.open(whole / "pictures" / "masks_00000007.png").size > (3 * SIZE, 4 * SIZE)
+    assert steps_saved(whole) == ["step_00000006", "step_00000007"]
+
+
+def test_a_finished_run_has_nothing_left_to_do(arguments, whole):
+    before, rows = (whole / "model" / "model.safetensors").read_bytes(), curve(whole)
+    assert "holds a finished run" in run("finetune_masks", *arguments, "--output_dir", whole)
+    assert (whole / "model" / "model.safetensors").read_bytes() == before and curve(whole) == rows
+
+
+# ------------------------------------------------------------------------------------------------- exactness
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_killed_and_resumed_run_ends_as_one_that_was_not(arguments, whole, tmp_path, num_workers):
+    (tmp_path / "killed.py").write_text(KILLED)
+    output = tmp_path / "run"
+    given = [*arguments, "--output_dir", output, "--num_workers", num_workers]
+    killed = start("finetune_masks", *given, python=[tmp_path / "killed.py"])
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert steps_saved(output) == ["step_00000003"] and [row["step"] for row in curve(output)] == [1, 2, 3, 4, 5]
+    # Half a checkpoint, as if the kill had struck while the next one was written.
+    (output / "checkpoints" / "writing").mkdir()
+    (output / "checkpoints" / "writing" / "model.safetensors").write_bytes(b"half of")
+    run("finetune_masks", *given)
+    assert_equal(output, whole)
+    assert steps_saved(output) == ["step_00000006", "step_00000007"]
+
+
+@pytest.mark.parametrize("batch_size", [2, 1])
+def test_accumulated_gradients_are_those_of_the_whole_batch(arguments, whole, tmp_path, batch_size):
+    run("finetune_masks", *arguments, "--output_dir", tmp_path / "run", "--batch_size", batch_size)
+    assert_close(tmp_path / "run", whole, curves=1e-4, values=1e-4)
+
+
+def test_two_processes_agree_with_one_even_if_one_of_them_is_killed(arguments, whole, tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    output = tmp_path / "run"
+    given = [*arguments, "--output_dir", output]
+    killed = start("finetune_masks", *given, python=[*TWO_PROCESSES, tmp_path / "killed.py"])
+    assert killed.returncode == 1 and "SIGKILL" in killed.stderr
+    assert steps_saved(output) == ["step_00000003"]
+    done = start("finetune_masks", *given, "--batch_size", 1, python=TWO_PROCESSES)
+    assert done.returncode == 0, done.stderr
+    assert_close(output, whole, curves=1e-4, values=1e-4)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_streamed_shards_resume_where_they_were(recipe, shards, tiny_model, tmp_path, num_workers):
+    given = ["--config", recipe, "--shards", shards, "--model", tiny_model, "--shuffle_buffer", 2, "--save_steps", 5]
+    given += ["--epoch_images", 12, "--num_workers", num_workers]  # 3 steps an epoch: step 5 is the second of its own
+    run("finetune_masks", *given, "--output_dir", tmp_path / "whole")
+    stopped_after(5, tmp_path / "whole", tmp_path / "resumed")
+    run("finetune_masks", *given, "--output_dir", tmp_path / "resumed")
+    assert_equal(tmp_path / "resumed", tmp_path / "whole")
+
+
+# ----------------------------------------------------------------------------------------------- what it takes
+
+
+def test_every_kind_of_data(recipe, coco, shards, tiny_model, tmp_path):
+    masks = CocoMasks(coco / "masks.json")
+    features = Features({"image": ImageFeature(), "masks": Sequence(ImageFeature())})
+    rows = [
+        {"image": masks[i].image, "masks": [Image.fromarray(255 * mask) for mask in decode(masks[i].rles)]}
+        for i in range(5)
+    ]
+    Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "dataset")
+    kinds = {
+        "dataset": ["--dataset", tmp_path / "dataset"],
+        "shards": ["--shards", shards, "--epoch_images", 4],
+        "part": ["--train", coco / "masks.json", "--every", 2, "--global_batch_size", 3],
+    }
+    for name, given in kinds.items():
+        given = ["--config", recipe, "--model", tiny_model, *given, "--steps", 1, "--output_dir", tmp_path / name]
+        run("finetune_masks", *given)
+        assert curve(tmp_path / name)[0]["loss"] > 0
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """An encoder as wide as the tiny model's, without a neck, from a configuration that knows nothing of that neck."""
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pretrain_image_size": SIZE}
+    EfficientSamForPreTraining(EfficientSamSamiConfig(vision_config=vision)).save_pretrained(tmp_path / "pretrained")
+    return tmp_path / "pretrained"
+
+
+def test_a_pretrained_encoder(arguments, pretrained, tmp_path):
+    run("finetune_masks", *arguments, "--encoder", pretrained, "--steps", 1, "--output_dir", tmp_path / "run")
+    model, info = EfficientSamModel.from_pretrained(tmp_path / "run" / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.vision_config.output_channels == 32
+
+
+def changed(folder, tiny_model) -> set[str]:
+    """Parts of the model that training has changed, the encoder's neck and layers apart."""
+    after = EfficientSamModel.from_pretrained(folder / "model").state_dict()
+    before = EfficientSamModel.from_pretrained(tiny_model, dtype=torch.float32).state_dict()
+    assert after.keys() == before.keys()
+    names = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    return {".".join(name.split(".")[: 2 if name.startswith("vision") else 1]) for name in names}
+
+
+OPTIONS = {
+    "all": ([], {"vision_encoder.embeddings", "vision_encoder.layers"}),
+    "frozen": (["--freeze", "vision_encoder"], set()),
+    "lora": (["--lora", 2], {"vision_encoder.layers"}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_is_trained(arguments, tiny_model, tmp_path, name):
+    options, expected = OPTIONS[name]
+    given = [*arguments, *options, "--steps", 3, "--geometry_steps", 0, "--geometry_share", 0]
+    run("finetune_masks", *given, "--output_dir", tmp_path / "run")
+    found = changed(tmp_path / "run", tiny_model)
+    neck = set() if name == "frozen" else {"vision_encoder.neck"}
+    assert found == expected | neck | {"prompt_encoder", "mask_decoder"}
+
+
+def test_low_rank_updates_are_merged_and_resume(arguments, tiny_model, tmp_path):
+    given = [*arguments, "--lora", 2, "--ema_decay", 0, "--learning_rate", 0.05]
+    run("finetune_masks", *given, "--output_dir", tmp_path / "whole")
+    after = EfficientSamModel.from_pretrained(tmp_path / "whole/model").state_dict()
+    before = EfficientSamModel.from_pretrained(tiny_model, dtype=torch.float32).state_dict()
+    for kind, rank in (("q", 2), ("v", 2), ("k", 0), ("o", 0)):
+        name = f"vision_encoder.layers.0.attention.{kind}_proj.weight"
+        assert torch.linalg.matrix_rank(after[name] - before[name], atol=1e-5) == rank, name
+    stopped_after(6, tmp_path / "whole", tmp_path / "resumed")
+    run("finetune_masks", *given, "--output_dir", tmp_path / "resumed")
+    assert_equal(tmp_path / "resumed", tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------------------------ what it refuses
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("stepz: 3\n", "['stepz']; the names are"),
+        ("steps: [1\n", "is not YAML"),
+        ("steps: many\n", "invalid int value: 'many'"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_bad_config_is_refused(tmp_path, text, sentence):
+    path = tmp_path / "recipe.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert sentence in refuse("finetune_masks", "--config", path, "--output_dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--global_batch_size", 64], "10 images are less than one step; lower --global_batch_size 64."),
+        (["--batch_size", 3], "--global_batch_size 4 must be a multiple of --batch_size 3"),
+        (["--image_size", 100], "--image_size 100 must be a multiple of 16."),
+        (["--loss_stride", 3], "must be a multiple of --loss_stride 3."),
+        (["--steps", 0], "--steps is 0; it must be more than 0."),
+        (["--corrections", -1], "--corrections is -1; it must not be negative."),
+        (["--schedule", "steep"], "choose cosine, linear or constant."),
+        (["--freeze", "neck"], "--freeze neck: there is no such part"),
+        (["--freeze", "vision_encoder", "prompt_encoder", "mask_decoder"], "leaves nothing to train"),
+        (["--ema_decay", 1], "--ema_decay is 1.0"),
+        (["--shards", "absent.tar"], "Give --train COCO-style json files, or --dataset, or --shards."),
+        (["--trackers", "paper"], "There is no tracker paper here"),
+    ],
+)
+def test_what_cannot_train_is_refused(arguments, tmp_path, options, sentence):
+    assert sentence in refuse("finetune_masks", *arguments, *options, "--output_dir", tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_shards_without_a_length_of_an_epoch_are_refused(recipe, shards, tmp_path):
+    said = refuse("finetune_masks", "--config", recipe, "--shards", shards, "--output_dir", tmp_path / "run")
+    assert said.endswith("give --epoch_images.")
+
+
+def test_rounds_that_only_give_a_mask_back_need_mask_prompts(recipe, coco, tmp_path):
+    given = ["--config", recipe, "--train", coco / "masks.json", "--mask_prompts", "false"]
+    assert "set mask_only_rounds to 0" in refuse("finetune_masks", *given, "--output_dir", tmp_path / "run")
+
+
+def test_an_encoder_of_another_width_is_refused(arguments, pretrained, tmp_path):
+    given = [*arguments, "--model", "bundled", "--encoder", pretrained, "--output_dir", tmp_path / "run"]
+    assert "--encoder is 16 wide and --model 192; choose two of one size." in refuse("finetune_masks", *given)
+
+
+def test_another_run_in_the_folder_is_refused(arguments, whole):
+    said = refuse("finetune_masks", *arguments, "--output_dir", whole, "--weight_decay", 0.3)
+    assert "another weight_decay; choose a new --output_dir" in said
+
+
+def test_it_asks_for_data(tmp_path):
+    said = refuse("finetune_masks", "--output_dir", tmp_path / "run")
+    assert said == "finetune_masks: Give --train COCO-style json files, or --dataset, or --shards."
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unreadable_image_ends_the_run_with_its_name(arguments, coco, tiny_model, recipe, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in (coco / "images").iterdir():
+        (images / path.name).write_bytes(b"no image" if path.name == "3.jpg" else path.read_bytes())
+    (tmp_path / "masks.json").write_text((coco / "masks.json").read_text())
+    given = ["--config", recipe, "--train", tmp_path / "masks.json", "--model", tiny_model]
+    said = run("finetune_masks", *given, "--num_workers", 1, "--output_dir", tmp_path / "run", code=1)
+    assert said.splitlines()[-1].startswith("finetune_masks: ") and "3.jpg cannot be read as an image" in said
+
+
+@pytest.mark.parametrize("path", sorted((TRAINING / "recipes").glob("*masks*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_one(path):
+    script = runpy.run_path(str(TRAINING / "finetune_masks.py"))
+    script["check"](parse_recipe(script["Recipe"], "", ["--config", str(path)]))
+
+
+def test_the_miniature_runs_without_arguments_and_learns(tmp_path):
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")  # where its recipe looks, as in the repository
+    done = start("finetune_masks", python=["-m", "accelerate.commands.launch"], cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr
+    rows = curve(tmp_path / "runs/masks_miniature")
+    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+    EfficientSamProcessor.from_pretrained(tmp_path / "runs/masks_miniature/model")
