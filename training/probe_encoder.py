@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from hf_efficientsam.training.data.images import normalize
+from hf_efficientsam.training.data.reading import read_image
 from hf_efficientsam.training.runtime import parse_recipe, replace_text
 from hf_efficientsam.training.warm_start import load_encoder
 
@@ -76,11 +77,8 @@ class ClassFolders(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        try:
-            with Image.open(self.paths[index]) as image:
-                image = image.convert("RGB").resize((self.size, self.size), Image.Resampling.BICUBIC)
-        except OSError as error:
-            raise ValueError(f"{self.paths[index]} is not an image, or a damaged one ({error}).") from None
+        path = str(self.paths[index])
+        image = read_image(path, path).resize((self.size, self.size), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

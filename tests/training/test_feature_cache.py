@@ -212,7 +212,7 @@ def test_parts_hold_the_views_that_training_takes(tmp_path, num_workers):
     assert list(seen(ViewParts(views, [1], 3, 2), 0)) == [1]
 
 
-@pytest.mark.filterwarnings("ignore:.*Skipped")
+@pytest.mark.filterwarnings("ignore:.*(Skipped|Replaced)")
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_shards_are_read_once_each_a_part(tmp_path, num_workers):
     write_shard(tmp_path / "0.tar", {"0.png": encoded(0), "0.json": b"{}", "1.png": b"broken", "2.png": encoded(2)})

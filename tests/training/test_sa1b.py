@@ -1,6 +1,9 @@
 import io
 import json
 import tarfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import datasets
 import numpy as np
@@ -85,6 +88,7 @@ def test_a_real_shard_holds_the_masks_of_the_json_it_was_made_of(shared, tmp_pat
         assert sample.image.mode == "RGB" and sample.image.tobytes() == coco[i].image.tobytes()
 
 
+@pytest.mark.filterwarnings("ignore:.* as 2 so far")
 def test_counts_may_be_compressed_or_not_and_small_masks_are_left_out(tmp_path):
     dot, nothing = np.zeros_like(SQUARE), np.zeros_like(SQUARE)
     dot[0, 0] = 1
@@ -127,7 +131,7 @@ BROKEN = {
     "null": GOOD | {"annotations": None},
     "no id": GOOD | {"image": GOOD["image"] | {"image_id": None}},
     "a mask without id": GOOD | {"annotations": [{"segmentation": compressed(SQUARE)}]},
-    "other image size": described(1, (6, 8), [compressed(SQUARE.T)]),
+    "other image size": described(1, (6, 8), [compressed(SQUARE)]),
     "no masks": described(1, (8, 6), []),
     "other mask size": described(1, (8, 6), [compressed(SQUARE), compressed(SQUARE.T)]),
     "polygon of gigabytes": described(1, (8, 6), [[[0, 0, 1e12, 1, 6, 1e12, 2, 4]]]),
@@ -167,3 +171,27 @@ def test_a_broken_image_or_member_is_named_and_left_out(tmp_path):
     assert [key for key, _ in read] == ["../sa_3"]
     said = [str(warning.message).split(" in ")[0] for warning in warned]
     assert said == ["sa_1", "sa_2", "sa_4"] and "a.tar has no .json. Skipped, as 3 so far" in str(warned[2].message)
+
+
+def test_a_shard_by_http(tmp_path, shared):
+    """From a server on this machine: real images, read while they arrive; a shard that is not there is left out."""
+    coco = shared / "data" / "coco-val-dev"
+    truth = CocoMasks(coco / "instances_val.json")
+    members = {}
+    for i in range(3):
+        sample = truth[i]
+        rles = [rle | {"counts": rle["counts"].decode()} for rle in sample.rles]
+        members[f"sa_{i}.jpg"] = (coco / "images" / truth.records[i]["file_name"]).read_bytes()
+        members[f"sa_{i}.json"] = json.dumps(described(i, sample.image.size, rles)).encode()
+    write_shard(tmp_path / "sa_000000.tar", members)
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        source = Sa1bShards([f"http://127.0.0.1:{server.server_port}/sa_00000{{0..1}}.tar"])
+        found = list(source.read(0))
+        with pytest.warns(UserWarning, match="sa_000001.tar is broken"):
+            assert not list(source.read(1))
+        server.shutdown()
+    assert [key for key, _ in found] == ["sa_0", "sa_1", "sa_2"]
+    for i, (_, sample) in enumerate(found):
+        assert np.array_equal(decode(sample.rles), decode(truth[i].rles)) and sample.source == "sa_000000"

@@ -130,9 +130,7 @@ class StreamedMasks(Streamed, _Items):
     An item depends on (seed, epoch, key): an image that comes again within an epoch is the same.
     """
 
-    def __init__(
-        self, source: Sa1bShards, options: MaskOptions, noise_size: int = 0, seed: int = 0, **streaming: int
-    ):
+    def __init__(self, source: Sa1bShards, options: MaskOptions, noise_size: int = 0, seed: int = 0, **streaming: int):
         _Items.__init__(self, options, noise_size, seed)
         Streamed.__init__(self, source, seed, **streaming)
 

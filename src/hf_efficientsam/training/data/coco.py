@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from pycocotools import mask as rle_codec
 from torch.utils.data import Dataset
+
+from .reading import read_image
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,7 @@ class CocoMasks(Dataset):
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
         path = self.files[index]
-        try:
-            with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read as an image ({error}); replace the file.") from error
+        image = read_image(path, path)
         if image.size != (record["width"], record["height"]):
             raise ValueError(
                 f"{path} is {image.width} x {image.height} pixels when upright, but {self.annotations} says "
@@ -171,9 +169,6 @@ def to_rle(segmentation: list | dict, height: int, width: int) -> dict | None:
     if (lengths < 0).any() or lengths.sum() != height * width:
         raise ValueError(f"counts add up to {lengths.sum()} pixels of {height * width}")
     return {"size": [height, width], "counts": counts}
-
-
-_to_rle = to_rle  # sa1b.py's name for it
 
 
 def _run_lengths(counts: bytes) -> np.ndarray:

@@ -21,9 +21,8 @@ from torch.utils import data
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..augment import random_resized_crop
+from .reading import IMAGE_SUFFIXES, read_image
 from .shards import Shards, Streamed, hash_lines, shared_number
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,10 @@ def load_split(name: str, split: str) -> Dataset:
             return load_dataset(name, split=split)
         except (OSError, ValueError) as error:
             raise ValueError(f"The split {split} of {name} cannot be loaded: {error}") from error
-    loaded = load_from_disk(name)
+    try:
+        loaded = load_from_disk(name)
+    except IndexError as error:
+        raise ValueError(f"{name} has a split without rows, which cannot be loaded; save it without that.") from error
     splits = loaded if isinstance(loaded, DatasetDict) else {str(loaded.split or split): loaded}
     if split not in splits:
         raise ValueError(f"{name} has no split {split}; set it to one of {', '.join(splits)}.")
@@ -299,20 +301,6 @@ def normalize(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 RGB `[B, 3, H, W]` -> float32 as our models take it: ImageNet's mean 0 and variance 1."""
     mean, std = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD]).to(pixels.device, non_blocking=True)
     return (pixels / 255 - mean[:, None, None]) / std[:, None, None]
-
-
-def read_image(file: str | io.BytesIO, name: str) -> Image.Image:
-    """Upright and RGB; ValueError with `name` if that cannot be."""
-    try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):  # 16-bit gray, which convert("RGB") would clip
-            image = Image.fromarray((np.array(image) // 256).astype(np.uint8))
-        return image.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged bytes make Pillow raise nearly anything
-        raise ValueError(f"{name} cannot be read as an image ({error!r}); replace or remove it.") from error
 
 
 def _resize(crop: Image.Image, size: int, flip: bool) -> torch.Tensor:

@@ -7,7 +7,7 @@ import os
 from pycocotools import mask as rle_codec
 
 from .coco import Sample, to_rle
-from .images import IMAGE_SUFFIXES, read_image
+from .reading import IMAGE_SUFFIXES, read_image
 from .shards import Shards
 
 
