@@ -150,7 +150,7 @@ def test_limits_are_balanced_and_repeatable(monkeypatch, colors):
         (
             lambda folder: (folder / "train" / "red" / "3.png").write_bytes(b"words"),
             ["--encoder", "pixels"],
-            "red/3.png is not an image, or a damaged one",
+            "red/3.png cannot be read as an image",
         ),
     ],
 )
