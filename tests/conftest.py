@@ -1,5 +1,7 @@
+import io
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,29 @@ def coco(tmp_path_factory) -> Path:
         images.append({"id": i, "file_name": f"{i}.jpg", "width": width, "height": height})
     (folder / "masks.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def shards(coco, tmp_path_factory) -> list[Path]:
+    """The images of `coco` as two SA-1B shards."""
+    from hf_efficientsam.training.data.coco import CocoMasks
+
+    folder, dataset = tmp_path_factory.mktemp("shards"), CocoMasks(coco / "masks.json")
+    for shard in range(2):
+        with tarfile.open(folder / f"sa_{shard}.tar", "w") as tar:
+            for index in range(shard, len(dataset), 2):
+                record, sample = dataset.records[index], dataset[index]
+                annotations = [
+                    {"id": number, "segmentation": rle | {"counts": rle["counts"].decode()}}
+                    for number, rle in zip(sample.annotation_ids, sample.rles, strict=True)
+                ]
+                image = {"image_id": record["id"], "width": record["width"], "height": record["height"]}
+                text = json.dumps({"image": image, "annotations": annotations}).encode()
+                for ending, content in (("jpg", (coco / "images" / f"{index}.jpg").read_bytes()), ("json", text)):
+                    info = tarfile.TarInfo(f"sa_{index}.{ending}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return [folder / "sa_0.tar", folder / "sa_1.tar"]
 
 
 @pytest.fixture(scope="session")

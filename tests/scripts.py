@@ -49,9 +49,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def start(script: str, *arguments, python=(), cwd=None, timeout=300) -> subprocess.CompletedProcess:
+def start(script: str, *arguments, python=(), cwd=None, timeout=300, environment=()) -> subprocess.CompletedProcess:
     """The script in a process of its own; `python` is what comes between the interpreter and the script."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRACKIO_")}
+    environment = dict(environment) | {
+        name: value for name, value in os.environ.items() if not name.startswith("TRACKIO_")
+    }
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, *python, TRAINING / f"{script}.py", *arguments]
     return subprocess.run(

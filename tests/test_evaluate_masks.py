@@ -1,8 +1,6 @@
 """`training/evaluate_masks.py`, run as a user does, on tiny models and a handful of images."""
 
-import io
 import json
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -35,27 +33,6 @@ def tiny_sam(tmp_path_factory) -> Path:
     processor = SamImageProcessor(size={"longest_edge": SIZE}, pad_size={"height": SIZE, "width": SIZE})
     SamProcessor(processor).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def shards(coco, tmp_path_factory) -> list[Path]:
-    """The images of `coco` as two SA-1B shards."""
-    folder, dataset = tmp_path_factory.mktemp("shards"), CocoMasks(coco / "masks.json")
-    for shard in range(2):
-        with tarfile.open(folder / f"sa_{shard}.tar", "w") as tar:
-            for index in range(shard, len(dataset), 2):
-                record, sample = dataset.records[index], dataset[index]
-                annotations = [
-                    {"id": number, "segmentation": rle | {"counts": rle["counts"].decode()}}
-                    for number, rle in zip(sample.annotation_ids, sample.rles, strict=True)
-                ]
-                image = {"image_id": record["id"], "width": record["width"], "height": record["height"]}
-                text = json.dumps({"image": image, "annotations": annotations}).encode()
-                for ending, content in (("jpg", (coco / "images" / f"{index}.jpg").read_bytes()), ("json", text)):
-                    info = tarfile.TarInfo(f"sa_{index}.{ending}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-    return [folder / "sa_0.tar", folder / "sa_1.tar"]
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,9 @@
 """`training/finetune_masks.py`, run as a user does, on tiny models and a handful of images."""
 
-import io
 import json
 import runpy
 import shutil
 import signal
-import tarfile
 
 import pytest
 import torch
@@ -83,31 +81,6 @@ def whole(arguments, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def shards(coco, tmp_path_factory) -> str:
-    """The images in SA-1B's format, in two tars."""
-    folder, masks = tmp_path_factory.mktemp("shards"), CocoMasks(coco / "masks.json")
-    for shard in range(2):
-        with tarfile.open(folder / f"sa_{shard}.tar", "w") as tar:
-            for i in range(shard, len(masks), 2):
-                sample = masks[i]
-                width, height = sample.image.size
-                annotations = [
-                    {"id": 10 * i + n, "segmentation": {**rle, "counts": rle["counts"].decode()}}
-                    for n, rle in enumerate(sample.rles)
-                ]
-                image = {"image_id": i, "width": width, "height": height, "file_name": f"sa_{i}.jpg"}
-                record = {"image": image, "annotations": annotations}
-                for name, content in (
-                    (f"sa_{i}.jpg", (coco / "images" / f"{i}.jpg").read_bytes()),
-                    (f"sa_{i}.json", json.dumps(record).encode()),
-                ):
-                    member = tarfile.TarInfo(name)
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    return f"{folder}/sa_{{0..1}}.tar"
-
-
 # -------------------------------------------------------------------------------------------- what it leaves
 
 
@@ -180,7 +153,7 @@ def test_two_processes_agree_with_one_even_if_one_of_them_is_killed(arguments, w
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_streamed_shards_resume_where_they_were(recipe, shards, tiny_model, tmp_path, num_workers):
-    given = ["--config", recipe, "--shards", shards, "--model", tiny_model, "--shuffle_buffer", 2, "--save_steps", 5]
+    given = ["--config", recipe, "--shards", *shards, "--model", tiny_model, "--shuffle_buffer", 2, "--save_steps", 5]
     given += ["--epoch_images", 12, "--num_workers", num_workers]  # 3 steps an epoch: step 5 is the second of its own
     run("finetune_masks", *given, "--output_dir", tmp_path / "whole")
     stopped_after(5, tmp_path / "whole", tmp_path / "resumed")
@@ -201,7 +174,7 @@ def test_every_kind_of_data(recipe, coco, shards, tiny_model, tmp_path):
     Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "dataset")
     kinds = {
         "dataset": ["--dataset", tmp_path / "dataset"],
-        "shards": ["--shards", shards, "--epoch_images", 4],
+        "shards": ["--shards", *shards, "--epoch_images", 4],
         "part": ["--train", coco / "masks.json", "--every", 2, "--global_batch_size", 3],
     }
     for name, given in kinds.items():
@@ -223,6 +196,75 @@ def test_a_pretrained_encoder(arguments, pretrained, tmp_path):
     model, info = EfficientSamModel.from_pretrained(tmp_path / "run" / "model", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.config.vision_config.output_channels == 32
+
+
+def build(**options):
+    """The model that a recipe starts from, and the script."""
+    script = runpy.run_path(str(TRAINING / "finetune_masks.py"))
+    recipe = script["Recipe"](
+        **{name: str(value) if name != "mask_prompts" else value for name, value in options.items()}
+    )
+    return script["build_model"](recipe)
+
+
+def test_a_decoder_is_handed_over_to_an_encoder_of_another_width(pretrained):
+    """As from S to Ti: all but the encoder and its neck."""
+    bundled, model = build(model="bundled"), build(model="bundled", encoder=pretrained)
+    assert model.vision_encoder.embeddings.projection.out_channels == 16
+    assert model.get_image_embeddings(torch.zeros(1, 3, SIZE, SIZE)).shape == (1, 256, 4, 4)
+    for part in ("prompt_encoder", "mask_decoder"):
+        ours, theirs = getattr(model, part).state_dict(), getattr(bundled, part).state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_kinds_of_prompts_come_and_go(tiny_model, tmp_path):
+    without = build(model=tiny_model, mask_prompts=False)
+    assert without.prompt_encoder.mask_embed is None and without.prompt_encoder.background_embed is not None
+    without.save_pretrained(tmp_path)
+    EfficientSamProcessor.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    model, before = build(model=tmp_path, mask_prompts=True), build(model=tiny_model)
+    assert model.config.prompt_encoder_config.mask_prompts
+    assert not model.prompt_encoder.no_mask_embed.weight.any()  # so that numbers without a mask stay
+    ours, theirs = model.state_dict(), before.state_dict()
+    assert {name for name in ours if not torch.equal(ours[name], theirs[name])} <= {
+        name for name in ours if "mask_embed" in name
+    }
+    assert build(model=tmp_path).prompt_encoder.mask_embed is None
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("linear", [0, 0.5, 1, 0.8, 0.6, 0.4, 0.2]), ("constant", [0, 0.5, 1, 1, 1, 1, 1])],
+)
+def test_schedules(arguments, tmp_path, schedule, expected):
+    given = [*arguments, "--schedule", schedule, "--max_masks", 1, "--output_dir", tmp_path / "run"]
+    run("finetune_masks", *given)
+    assert [row["lr"] for row in curve(tmp_path / "run")] == pytest.approx([1e-3 * share for share in expected])
+
+
+def test_the_encoder_learns_more_slowly_and_its_first_layers_most():
+    script = runpy.run_path(str(TRAINING / "finetune_masks.py"))
+    recipe = script["Recipe"](encoder_rate=0.5, layer_decay=0.8)
+    names = (
+        "vision_encoder.layers.1.norm.weight",
+        "vision_encoder.layers.0.norm.weight",
+        "vision_encoder.neck.conv1.weight",
+    )
+    shares = [script["learning_rate_share"](name, 2, recipe) for name in (*names, "mask_decoder.iou_token.weight")]
+    assert shares == pytest.approx([0.4, 0.32, 1, 1])
+
+
+def test_half_precision_keeps_the_masks(arguments, whole, tmp_path):
+    done = start(
+        "finetune_masks",
+        *arguments,
+        "--output_dir",
+        tmp_path / "run",
+        environment={"ACCELERATE_MIXED_PRECISION": "bf16"},
+    )
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(curve(tmp_path / "run"), curve(whole), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02) and ours["loss"] != theirs["loss"]
 
 
 def changed(folder, tiny_model) -> set[str]:
@@ -289,14 +331,20 @@ def test_a_bad_config_is_refused(tmp_path, text, sentence):
     [
         (["--global_batch_size", 64], "10 images are less than one step; lower --global_batch_size 64."),
         (["--batch_size", 3], "--global_batch_size 4 must be a multiple of --batch_size 3"),
-        (["--image_size", 100], "--image_size 100 must be a multiple of 16."),
-        (["--loss_stride", 3], "must be a multiple of --loss_stride 3."),
+        (["--image_size", 100], "--image_size 100 must be a multiple of 16"),
+        (["--loss_stride", 3], "must be a multiple of 3 (16, --loss_stride)."),
         (["--steps", 0], "--steps is 0; it must be more than 0."),
         (["--corrections", -1], "--corrections is -1; it must not be negative."),
         (["--schedule", "steep"], "choose cosine, linear or constant."),
         (["--freeze", "neck"], "--freeze neck: there is no such part"),
         (["--freeze", "vision_encoder", "prompt_encoder", "mask_decoder"], "leaves nothing to train"),
+        (["--freeze", "vision_encoder", "--lora", 2], "leave one of them out"),
         (["--ema_decay", 1], "--ema_decay is 1.0"),
+        (["--crop_scale", 1.5], "--crop_scale is 1.5; it must be between 0 and 1."),
+        (["--epochs", 0.1], "--epochs 0.1 is less than one step of 2 an epoch"),
+        (["--every", 5], "2 images are less than one step"),
+        (["--images", "a", "b", "c"], "Give --images one folder, or one for each of the 2 files of --train."),
+        (["--images", "elsewhere"], "give the folder of the images (`--images`)"),
         (["--shards", "absent.tar"], "Give --train COCO-style json files, or --dataset, or --shards."),
         (["--trackers", "paper"], "There is no tracker paper here"),
     ],
@@ -307,7 +355,7 @@ def test_what_cannot_train_is_refused(arguments, tmp_path, options, sentence):
 
 
 def test_shards_without_a_length_of_an_epoch_are_refused(recipe, shards, tmp_path):
-    said = refuse("finetune_masks", "--config", recipe, "--shards", shards, "--output_dir", tmp_path / "run")
+    said = refuse("finetune_masks", "--config", recipe, "--shards", *shards, "--output_dir", tmp_path / "run")
     assert said.endswith("give --epoch_images.")
 
 
@@ -316,9 +364,12 @@ def test_rounds_that_only_give_a_mask_back_need_mask_prompts(recipe, coco, tmp_p
     assert "set mask_only_rounds to 0" in refuse("finetune_masks", *given, "--output_dir", tmp_path / "run")
 
 
-def test_an_encoder_of_another_width_is_refused(arguments, pretrained, tmp_path):
+def test_an_encoder_for_other_channels_is_refused(arguments, pretrained, tmp_path):
     given = [*arguments, "--model", "bundled", "--encoder", pretrained, "--output_dir", tmp_path / "run"]
-    assert "--encoder is 16 wide and --model 192; choose two of one size." in refuse("finetune_masks", *given)
+    config = json.loads((pretrained / "config.json").read_text())
+    config["vision_config"]["output_channels"] = 64
+    (pretrained / "config.json").write_text(json.dumps(config))
+    assert "gives 64 channels and --model takes 256; choose another." in refuse("finetune_masks", *given)
 
 
 def test_another_run_in_the_folder_is_refused(arguments, whole):

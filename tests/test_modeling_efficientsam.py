@@ -564,6 +564,16 @@ def test_initialisation_leaves_nothing_out(model):
     assert [name for name, tensor in tensors.items() if not tensor.isfinite().all()] == []
 
 
+@pytest.mark.parametrize("start", ["gaussian", "axes"])
+def test_positions_keep_their_digits_under_autocast(start):
+    positions = torch.rand(50, 2, generator=torch.Generator().manual_seed(0))
+    embedding = tiny_model(prompt={"position_init": start}).prompt_encoder.position_embedding
+    expected = embedding(positions)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(embedding(positions), expected, atol=1e-6)
+        assert torch.allclose(embedding.grid(7, 5), embedding.grid(7, 5).float())
+
+
 def test_position_frequencies_start_as_the_config_says():
     gaussian = tiny_model().prompt_encoder.position_embedding.frequencies
     assert 0.5 < gaussian.std() < 1.5 and (gaussian != 0).all()

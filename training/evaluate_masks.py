@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_efficientsam.training.coco_ap import CANDIDATES, Detections, RleEncoder, segment_detections
-from hf_efficientsam.training.data.coco import CocoMasks, decode
+from hf_efficientsam.training.data.coco import CocoMasks, decode, with_folders
 from hf_efficientsam.training.data.sa1b import Sa1bShards
 from hf_efficientsam.training.evaluation import (
     PROTOCOLS,
@@ -103,8 +103,6 @@ def check(recipe: Recipe) -> None:
         raise ValueError("Give --prompts at least one of box, click1, click3, ...")
     for prompt in recipe.prompts:
         num_clicks(prompt)
-    if len(recipe.images) > 1 and len(recipe.images) != len(recipe.annotations):
-        raise ValueError(f"Give --images one folder, or one for each of the {len(recipe.annotations)} --annotations.")
     for name in ("limit", "batch_size", "prompts_at_once"):
         if getattr(recipe, name) is not None and getattr(recipe, name) < 1:
             raise ValueError(f"--{name} {getattr(recipe, name)} must be at least 1.")
@@ -121,9 +119,7 @@ def check(recipe: Recipe) -> None:
 def open_sources(recipe: Recipe) -> list[Any]:
     if recipe.shards:
         return [Sa1bShards(recipe.shards)]
-    folders = recipe.images or [None]
-    folders = folders * len(recipe.annotations) if len(folders) == 1 else folders
-    pairs = list(zip(recipe.annotations, folders, strict=True))
+    pairs = with_folders(recipe.annotations, recipe.images, "--annotations")
     if recipe.detections is not None:
         sources = [Detections(pairs[0][0], recipe.detections, pairs[0][1], recipe.limit)]
     else:

@@ -8,7 +8,7 @@
 
 A run that is started again in the same `--output_dir` goes on where it stopped. The result is `OUTPUT_DIR/model`,
 which `from_pretrained`, `efficientsam segment --model` and `training/evaluate_masks.py` take; the curve and pictures
-are beside it. Several GPUs and machines: training/accelerate/*.yaml.
+are beside it. Several GPUs and machines: training/accelerate/ddp.yaml and multi_node.yaml.
 """
 
 import copy
@@ -32,7 +32,6 @@ from accelerate.utils import (
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from PIL import Image
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import get_scheduler
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -70,6 +69,7 @@ from hf_efficientsam.training.runtime import (
     run_script,
     stop_unless_finite,
     tracker_arguments,
+    weight_average,
 )
 from hf_efficientsam.training.warm_start import load_encoder
 from hf_efficientsam.visualize import draw_masks, picture_table
@@ -90,8 +90,10 @@ class Recipe(PromptOptions, MaskOptions):
     )
     hidden_size: int = field(default=192, metadata={"help": "width of a new encoder: 192 (Ti), 384 (S), 768 (B)"})
     num_attention_heads: int = field(default=3, metadata={"help": "its heads: 3, 6, 12"})
-    background_points: bool = field(default=True, metadata={"help": "a new model takes background points (label 0)"})
-    mask_prompts: bool = field(default=True, metadata={"help": "a new model takes mask prompts"})
+    background_points: bool | None = field(
+        default=None, metadata={"help": "takes background points (label 0); by default as --model, and a new one does"}
+    )
+    mask_prompts: bool | None = field(default=None, metadata={"help": "takes mask prompts; by default likewise"})
     position_init: str = field(
         default="axes", metadata={"help": "a new model's Fourier frequencies: gaussian or axes"}
     )
@@ -125,7 +127,7 @@ class Recipe(PromptOptions, MaskOptions):
     )
     learning_rate: float = field(default=5e-4, metadata={"help": "its peak"})
     schedule: str = field(default="cosine", metadata={"help": "how it falls to zero: cosine, linear or constant"})
-    warmup_steps: int = field(default=100, metadata={"help": "linear warm-up"})
+    warmup_steps: int = field(default=100, metadata={"help": "linear warm-up; at most a third of all steps"})
     encoder_rate: float = field(default=0.5, metadata={"help": "the encoder's learning rate as a share of it"})
     layer_decay: float = field(default=1.0, metadata={"help": "and each layer's as a share of the next one's"})
     weight_decay: float = field(default=0.05, metadata={"help": "AdamW's"})
@@ -141,50 +143,71 @@ class Recipe(PromptOptions, MaskOptions):
     picture_steps: int = field(default=200, metadata={"help": "a picture every so many steps"})
 
 
+POSITIVE = ("steps", "epochs", "epoch_images", "global_batch_size", "batch_size", "image_size", "max_masks", "every")
+POSITIVE += ("max_clicks", "loss_stride", "save_steps", "log_steps", "picture_steps", "crop_scale", "frame_scale")
+NOT_NEGATIVE = ("corrections", "mask_only_rounds", "geometry_steps", "warmup_steps", "lora", "num_workers", "seed")
+SHARES = ("box_probability", "both_probability", "tight_probability", "single_mask_probability")
+SHARES += ("correction_probability", "geometry_share", "crop_scale", "frame_scale")
+
+
 def check(recipe: Recipe) -> None:
-    positive = ("steps", "epochs", "global_batch_size", "batch_size", "image_size", "max_masks", "every", "max_clicks")
-    for name in (*positive, "loss_stride", "save_steps", "log_steps", "picture_steps"):
+    for name in POSITIVE:
         if getattr(recipe, name) is not None and getattr(recipe, name) <= 0:
             raise ValueError(f"--{name} is {getattr(recipe, name)}; it must be more than 0.")
-    for name in ("corrections", "mask_only_rounds", "warmup_steps", "lora", "num_workers", "seed"):
+    for name in NOT_NEGATIVE:
         if getattr(recipe, name) < 0:
             raise ValueError(f"--{name} is {getattr(recipe, name)}; it must not be negative.")
+    for name in SHARES:
+        if not 0 <= getattr(recipe, name) <= 1:
+            raise ValueError(f"--{name} is {getattr(recipe, name)}; it must be between 0 and 1.")
     if not 0 <= recipe.ema_decay < 1:
         raise ValueError(f"--ema_decay is {recipe.ema_decay}; it must be at least 0 and less than 1.")
-    if recipe.image_size % 16:
-        raise ValueError(f"--image_size {recipe.image_size} must be a multiple of 16.")
-    if recipe.image_size % recipe.loss_stride:
-        raise ValueError(f"--image_size {recipe.image_size} must be a multiple of --loss_stride {recipe.loss_stride}.")
+    for divisor in (16, recipe.loss_stride):
+        if recipe.image_size is not None and recipe.image_size % divisor:
+            raise ValueError(f"--image_size {recipe.image_size} must be a multiple of {divisor} (16, --loss_stride).")
     if recipe.schedule not in ("cosine", "linear", "constant"):
         raise ValueError(f"--schedule {recipe.schedule} is not known; choose cosine, linear or constant.")
     if unknown := set(recipe.freeze) - set(PARTS):
         raise ValueError(f"--freeze {min(unknown)}: there is no such part; choose of {', '.join(PARTS)}.")
+    if recipe.lora and "vision_encoder" in recipe.freeze:
+        raise ValueError("--lora updates the encoder and --freeze vision_encoder forbids it; leave one of them out.")
 
 
 def build_model(recipe: Recipe) -> EfficientSamModel:
     set_seed(recipe.seed)  # the same start on every process, whatever was loaded before
+    kinds = {name: getattr(recipe, name) for name in ("background_points", "mask_prompts")}
     if recipe.model is not None:
         model, _ = load_model(find_checkpoint(None if recipe.model == "bundled" else recipe.model))
+        model = model.cpu().train()
+        config = copy.deepcopy(model.config)
+        asked = {name: wanted for name, wanted in kinds.items() if wanted is not None}
+        if any(getattr(config.prompt_encoder_config, name) != wanted for name, wanted in asked.items()):
+            for name, wanted in asked.items():
+                setattr(config.prompt_encoder_config, name, wanted)
+            weights, model = model.state_dict(), EfficientSamModel(config)
+            model.load_state_dict(weights, strict=False)  # all but the kinds of prompts that come or go
     else:
         vision = {"hidden_size": recipe.hidden_size, "num_attention_heads": recipe.num_attention_heads}
         if recipe.encoder is not None:
             vision = EfficientSamVisionConfig.from_pretrained(recipe.encoder).to_dict()
-        prompt_encoder = {
-            "background_points": recipe.background_points,
-            "mask_prompts": recipe.mask_prompts,
-            "position_init": recipe.position_init,
-        }
+        prompt_encoder = {name: wanted is not False for name, wanted in kinds.items()}
+        prompt_encoder["position_init"] = recipe.position_init
         model = EfficientSamModel(EfficientSamConfig(vision_config=vision, prompt_encoder_config=prompt_encoder))
     if recipe.encoder is not None:
-        encoder, has_neck = load_encoder(recipe.encoder)
-        if not has_neck:  # pretraining (sami.py) leaves it out: the model keeps its own
-            theirs, ours = encoder.config.hidden_size, model.config.vision_config.hidden_size
-            if theirs != ours:
-                raise ValueError(f"--encoder is {theirs} wide and --model {ours}; choose two of one size.")
-            encoder.vision_encoder.neck = model.vision_encoder.neck
-            encoder.config.output_channels = model.config.vision_config.output_channels
-        model.vision_encoder, model.config.vision_config = encoder.vision_encoder, encoder.config
+        replace_encoder(model, recipe.encoder)
     return model
+
+
+def replace_encoder(model: EfficientSamModel, name: str) -> None:
+    """The model's decoder goes on with another encoder; of another width, such as S and Ti, its neck is that one's."""
+    encoder, has_neck = load_encoder(name)
+    if not has_neck and encoder.config.hidden_size == model.config.vision_config.hidden_size:
+        encoder.vision_encoder.neck = model.vision_encoder.neck  # pretraining (sami.py) leaves it out
+        encoder.config.output_channels = model.config.vision_config.output_channels
+    theirs, ours = encoder.config.output_channels, model.config.vision_config.output_channels
+    if theirs != ours:
+        raise ValueError(f"--encoder {name} gives {theirs} channels and --model takes {ours}; choose another.")
+    model.vision_encoder, model.config.vision_config = encoder.vision_encoder, encoder.config
 
 
 def choose_trained(model: EfficientSamModel, recipe: Recipe) -> None:
@@ -237,11 +260,11 @@ def step_chance(recipe: Recipe, step: int) -> tuple[bool, torch.Generator]:
     return step < recipe.geometry_steps or chance < recipe.geometry_share, generator
 
 
-def save_model(model: EfficientSamModel, state_dict: dict | None, recipe: Recipe) -> None:
+def save_model(model: EfficientSamModel, recipe: Recipe) -> None:
     model.config.vision_config.image_size = recipe.image_size
     size = {"height": recipe.image_size, "width": recipe.image_size}
     with replaced_folder(Path(recipe.output_dir) / "model") as folder:
-        model.save_pretrained(folder, state_dict=state_dict)
+        model.save_pretrained(folder)
         EfficientSamProcessor(EfficientSamImageProcessor(size=size)).save_pretrained(folder)
 
 
@@ -279,40 +302,42 @@ def main() -> None:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
             **tracker_arguments(recipe.trackers, Path(recipe.output_dir)),
         )
-        if accelerator.distributed_type == DistributedType.FSDP and (recipe.ema_decay or recipe.lora):
-            raise ValueError("With FSDP neither --ema_decay nor --lora works; leave them out, or use DDP.")
+        if accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError("A model this small gains nothing from FSDP; launch with training/accelerate/ddp.yaml.")
         batch_size = recipe.batch_size or max(1, recipe.global_batch_size // accelerator.num_processes)
         accumulation = accumulation_steps(recipe.global_batch_size, batch_size, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = accumulation
+        model = build_model(recipe)
+        if recipe.image_size is None:
+            recipe = dataclasses.replace(recipe, image_size=model.config.vision_config.image_size)
+            check(recipe)
         data = build_data(recipe)
         loader, epoch_steps = epoch_loader(
             accelerator, data, recipe.epoch_images, recipe.global_batch_size,
             batch_size=batch_size, num_workers=recipe.num_workers, collate_fn=collate,
         )  # fmt: skip
-        model = build_model(recipe)
+        steps = recipe.steps if recipe.epochs is None else round(recipe.epochs * epoch_steps)
+        if steps == 0:
+            raise ValueError(f"--epochs {recipe.epochs} is less than one step of {epoch_steps} an epoch; give more.")
         choose_trained(model, recipe)
         weights = (recipe.focal_weight, recipe.dice_weight, recipe.iou_weight, recipe.balanced_bce_weight)
         task = InteractiveSegmentation(model, MaskLoss(*weights), recipe)
         if accelerator.is_main_process:
             # How many images fit at a time is free, but the order of streamed ones depends on the workers.
             free = FREE - {"num_workers"} if recipe.shards else FREE | {"batch_size"}
-            check_same_run(recipe, Path(recipe.output_dir), free)
+            streams = {"num_processes": accelerator.num_processes} if recipe.shards else {}
+            check_same_run(recipe, Path(recipe.output_dir), free, streams)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"finetune_masks: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    steps = recipe.steps if recipe.epochs is None else round(recipe.epochs * epoch_steps)
     share = partial(learning_rate_share, num_layers=model.config.vision_config.num_hidden_layers, recipe=recipe)
     groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay, share)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
-    schedule = get_scheduler(
-        "constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
-        optimizer,
-        recipe.warmup_steps,
-        steps,
-    )
+    kind, warmup = recipe.schedule, min(recipe.warmup_steps, steps // 3)
+    schedule = get_scheduler("constant_with_warmup" if kind == "constant" else kind, optimizer, warmup, steps)
     task, optimizer = accelerator.prepare(task, optimizer)
     accelerator.register_for_checkpointing(schedule)  # a prepared one would step once for every process
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay)) if recipe.ema_decay else None
+    average = weight_average(model, recipe.ema_decay) if recipe.ema_decay else None
     if average is not None:
         accelerator.register_for_checkpointing(average)
 
@@ -330,10 +355,11 @@ def main() -> None:
         for _ in range(min(epoch_steps - position, steps - step)):
             step_batches = list(islice(batches, accumulation))
             # A mean over the masks of all batches and processes: accelerate divides by the number of both.
-            num_prompts = accelerator.reduce(torch.stack([batch.valid.sum() for batch in step_batches]).sum())
-            num_prompts = num_prompts / (accumulation * accelerator.num_processes)
+            num_prompts = torch.stack([batch.valid.sum() for batch in step_batches]).sum().to(accelerator.device)
+            num_prompts = accelerator.reduce(num_prompts) / (accumulation * accelerator.num_processes)
             losses = []
             for batch in step_batches:
+                batch = batch.to(accelerator.device, non_blocking=True)
                 geometry, generator = step_chance(recipe, step)
                 with accelerator.accumulate(task):
                     parts = task(
@@ -349,7 +375,8 @@ def main() -> None:
             keys = [key for batch in step_batches for key in batch.keys]
             stop_unless_finite(accelerator, means["loss"], grad_norm, step + 1, keys)
             rate = max(schedule.get_last_lr())
-            schedule.step()
+            if not accelerator.optimizer_step_was_skipped:  # as in float16, see stop_unless_finite
+                schedule.step()
             if average is not None:
                 average.update_parameters(model)
             step += 1
@@ -358,14 +385,8 @@ def main() -> None:
                 log.picture(step, draw(model, batch), "masks")
             if step % recipe.save_steps == 0 or step == steps:
                 # The model before the checkpoint: a finished run has its model.
-                state_dict = {
-                    name.removeprefix("model."): value for name, value in accelerator.get_state_dict(task).items()
-                }
                 if accelerator.is_main_process:
-                    if average is not None or recipe.lora:
-                        save_model(merged(model if average is None else average.module), None, recipe)
-                    else:
-                        save_model(model, state_dict, recipe)
+                    save_model(merged(model if average is None else average.module), recipe)
                 log.plot()
                 checkpoints.save(step)
     log.close()

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, send_to_device, set_seed
 from PIL import Image
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModel, get_cosine_schedule_with_warmup
 
 from hf_efficientsam import EfficientSamForPreTraining, EfficientSamSamiConfig
@@ -39,6 +38,7 @@ from hf_efficientsam.training.runtime import (
     run_script,
     stop_unless_finite,
     tracker_arguments,
+    weight_average,
 )
 from hf_efficientsam.training.teachers import Teacher, load_teacher
 from hf_efficientsam.training.warm_start import select_weights
@@ -218,7 +218,8 @@ def main() -> None:
         if accelerator.is_main_process:
             # How many images fit at a time is free, but the order of streamed ones depends on the workers.
             free = FREE - {"num_workers"} if recipe.shards else FREE | {"batch_size"}
-            check_same_run(recipe, Path(recipe.output_dir), free)
+            streams = {"num_processes": accelerator.num_processes} if recipe.shards else {}
+            check_same_run(recipe, Path(recipe.output_dir), free, streams)
     except (OSError, ValueError) as error:
         print(f"sami: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -230,7 +231,7 @@ def main() -> None:
     model, optimizer = accelerator.prepare(model, optimizer)
     student = accelerator.unwrap_model(model)
     accelerator.register_for_checkpointing(schedule)  # a prepared one would step once for every process
-    average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay)) if recipe.ema_decay else None
+    average = weight_average(student, recipe.ema_decay) if recipe.ema_decay else None
     if average is not None:
         accelerator.register_for_checkpointing(average)
 
@@ -248,6 +249,7 @@ def main() -> None:
         for _ in range(min(epoch_steps - position, steps - step)):
             losses, keys = [], []
             for batch in islice(batches, accumulation):
+                batch = send_to_device(batch, accelerator.device)
                 target = batch.get("features")
                 if "teacher_pixels" in batch:
                     target = teacher(batch["teacher_pixels"], grid)
@@ -263,7 +265,8 @@ def main() -> None:
             loss = torch.stack(losses).mean()
             stop_unless_finite(accelerator, loss, grad_norm, step + 1, keys)
             rate = schedule.get_last_lr()[0]
-            schedule.step()
+            if not accelerator.optimizer_step_was_skipped:  # as in float16, see stop_unless_finite
+                schedule.step()
             if average is not None:
                 average.update_parameters(student)
             step += 1

@@ -160,8 +160,11 @@ def test_small_masks_are_left_out(tmp_path):
     source = DatasetMasks(name, min_area=5)
     assert source[0].annotation_ids == [2] and np.array_equal(decode(source[0].rles), MASKS[:1])
     assert len(source) == 2, "which masks are small shows when they are read"
-    with pytest.raises(ValueError, match=r"Row 1 of .*saved, split train, has no mask of at least 5 pixels; remove"):
-        source[1]
+    with pytest.warns(UserWarning, match="Row 1 of .* has no mask of 5 pixels; the next comes in its place"):
+        assert source[1].annotation_ids == [2] and source[1].image_id == 0
+    nothing = DatasetMasks(name, min_area=1000)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"No row of .* has a mask of 1000 pixels"):
+        nothing[1]
 
 
 @pytest.mark.parametrize("kind", ["map L", "images L", "polygons", "annotations", "annotation lists"])

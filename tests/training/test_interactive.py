@@ -280,14 +280,17 @@ def test_padding_does_not_count(make_task):
     assert torch.allclose(loss, task(pixel_values, masks, valid, numbers, generator())["loss"])
 
 
-def test_an_object_that_vanishes_at_the_loss_size_does_not_count(make_task):
-    task = make_task(correction_probability=0.0, loss_stride=4)
+def test_an_object_smaller_than_half_a_cell_fills_the_cell_it_is_in(make_task):
+    task, targets = make_task(correction_probability=0.0, loss_stride=4), []
+    task.loss.register_forward_pre_hook(lambda _, inputs: targets.append(inputs[2]))
     pixel_values, masks, valid, numbers = batch()
-    masks[1, 0] = 0
-    masks[1, 0, 4:6, 4:6] = 1  # a quarter of a cell of 4 x 4 pixels
-    losses = task(pixel_values, masks, valid, numbers, generator())
-    without = task(pixel_values, masks, torch.tensor([[True, True], [False, False]]), numbers, generator())
-    assert torch.equal(losses["loss"], without["loss"])
+    masks[:] = 0
+    masks[0, 0, 4:6, 4:6] = 1  # a quarter of a cell of 4 x 4 pixels
+    masks[0, 1, 40, 3] = 1
+    masks[1, 0, 8:16, 8:14] = 1  # two cells and two halves
+    assert task(pixel_values, masks, valid, numbers, generator())["loss"].isfinite()
+    found = [target.nonzero().tolist() for target in targets[0].flatten(0, 1)[:3]]
+    assert found == [[[1, 1]], [[10, 0]], [[2, 2], [2, 3], [3, 2], [3, 3]]]
 
 
 @pytest.mark.parametrize("prompt_encoder", [{}, {"background_points": True}, {"mask_prompts": True}])

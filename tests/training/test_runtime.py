@@ -18,7 +18,6 @@ from PIL import Image
 from safetensors import SafetensorError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hf_efficientsam.training.runtime import (
     TIMINGS,
@@ -37,6 +36,7 @@ from hf_efficientsam.training.runtime import (
     replaced_folder,
     stop_unless_finite,
     tracker_arguments,
+    weight_average,
 )
 
 
@@ -312,7 +312,7 @@ def test_an_averaged_model_is_part_of_a_checkpoint(tmp_path):
     def start():
         run = Run(tmp_path)
         unwrapped = run.checkpoints.accelerator.unwrap_model(run.model)
-        average = AveragedModel(unwrapped, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+        average = weight_average(unwrapped, 0.9)
         run.checkpoints.accelerator.register_for_checkpointing(average)
         return run, average
 
@@ -432,6 +432,30 @@ def test_frozen_parameters_are_in_no_group_and_rates_are_scaled():
     model[0].bias.requires_grad = False
     found = groups_by_name(model, 0.1, 0.05, lambda name: 0.5 if name.startswith("1") else 1.0)
     assert found == {"0.weight": (0.1, 0.05), "1.weight": (0.05, 0.05), "1.bias": (0.05, 0.0)}
+
+
+def test_an_average_of_the_weights_forgets_its_start():
+    model = nn.Linear(1, 1)
+    average, expected = weight_average(model, 0.9), None
+    for step in range(200):
+        nn.init.constant_(model.weight, step)
+        average.update_parameters(model)
+        share = min(0.9, (1 + step) / (10 + step))
+        expected = step if expected is None else share * expected + (1 - share) * step
+    assert average.module.weight.item() == pytest.approx(expected, rel=1e-5)
+    short = weight_average(model, 0.9999)
+    for step in range(100):
+        nn.init.constant_(model.weight, step)
+        short.update_parameters(model)
+    assert short.module.weight.item() > 80  # a mean that forgot nothing would be near 0
+
+
+def test_in_float16_an_infinite_gradient_is_left_to_the_scaler(monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(accelerator, "scaler", object())
+    stop_unless_finite(accelerator, torch.tensor(1.0), torch.tensor(float("inf")), 3, ["a.jpg"])
+    with pytest.raises(FloatingPointError, match="step 3"):
+        stop_unless_finite(accelerator, torch.tensor(float("nan")), torch.tensor(1.0), 3, ["a.jpg"])
 
 
 def test_layer_decay_counts_from_the_last_layer():

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .augment import random_crop_flip
-from .data.coco import CocoMasks, Sample
+from .data.coco import CocoMasks, Sample, with_folders
 from .data.dataset_masks import DatasetMasks
 from .data.images import hash_key
 from .data.sa1b import Sa1bShards
@@ -49,7 +49,10 @@ class MaskOptions:
 
     train: list[str] = field(
         default_factory=list,
-        metadata={"help": "COCO-style json files, images beside each; one named twice weighs double"},
+        metadata={"help": "COCO-style json files, `images` beside each; one named twice weighs double"},
+    )
+    images: list[str] = field(
+        default_factory=list, metadata={"help": "folder of the json files' images, or one for each"}
     )
     dataset: str | None = field(default=None, metadata={"help": "or a `datasets` dataset: Hub name or directory"})
     split: str = field(default="train", metadata={"help": "of the dataset"})
@@ -59,7 +62,9 @@ class MaskOptions:
         default_factory=list, metadata={"help": "or SA-1B's tars, streamed: paths or URLs, {000..099} for a range"}
     )
     every: int = field(default=1, metadata={"help": "take only every so many-th image of json files or a dataset"})
-    image_size: int = field(default=512, metadata={"help": "side of the model input in pixels"})
+    image_size: int | None = field(
+        default=None, metadata={"help": "side of the model input in pixels; by default that of the model"}
+    )
     crop_scale: float = field(default=0.3, metadata={"help": "smallest part of an image's area that a crop keeps"})
     flip: bool = field(default=True, metadata={"help": "half of the images are mirrored"})
     color_jitter: float = field(default=0.2, metadata={"help": "strength of brightness, contrast, saturation changes"})
@@ -151,8 +156,9 @@ def open_masks(options: MaskOptions) -> list[CocoMasks] | list[DatasetMasks] | S
         return Sa1bShards(options.shards)
     if options.dataset:
         return [DatasetMasks(options.dataset, options.split, options.image_column, options.mask_column)]
-    read = {path: CocoMasks(path) for path in dict.fromkeys(options.train)}
-    return [read[path] for path in options.train]
+    pairs = with_folders(options.train, options.images, "--train")
+    read = {pair: CocoMasks(*pair) for pair in dict.fromkeys(pairs)}
+    return [read[pair] for pair in pairs]
 
 
 def collate(items: list[dict]) -> Batch:

@@ -12,6 +12,7 @@ from scipy.ndimage import distance_transform_edt
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .data.coco import Sample, decode
+from .data.images import hash_key
 from .metrics import MeanIoU, filled_box, inscribed_ellipse, mask_iou
 from .predictors import ImagePredictor, PreparedImage, prepare_image
 from .prompts import boxes_from_masks, sample_points
@@ -125,9 +126,11 @@ class ImageBatches(IterableDataset):
 # ------------------------------------------------------------------------------------------ clicks
 
 
-def random_clicks(mask: torch.Tensor, count: int, seed: int, annotation_id: int) -> torch.Tensor:
+def random_clicks(mask: torch.Tensor, count: int, seed: int, annotation_id: int | str) -> torch.Tensor:
     """`count` pixels (x, y) of mask [H,W], float32 [count,2]; they depend on nothing but the arguments, and the first
     ones not on `count`."""
+    if not isinstance(annotation_id, int) or annotation_id < 0:
+        annotation_id = hash_key(str(annotation_id))
     state = np.random.SeedSequence([seed, annotation_id]).generate_state(1)
     generator = torch.Generator().manual_seed(int(state[0]))
     uniform = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for _ in range(count)])

@@ -104,8 +104,9 @@ class InteractiveSegmentation(nn.Module):
             masks = random_ellipses(noise[..., -4:], pixel_values.shape[-1])
         with torch.set_grad_enabled(not geometry and torch.is_grad_enabled()):
             embeddings = self.model.get_image_embeddings(pixel_values)
-        targets = F.avg_pool2d(masks.float(), self.options.loss_stride) >= 0.5
-        valid = valid & targets.flatten(2).any(-1)
+        # Of an object too small to fill half a cell, the cells that it fills most: none is lost.
+        filled = F.avg_pool2d(masks.float(), self.options.loss_stride)
+        targets = filled >= filled.amax((-2, -1), keepdim=True).clamp(max=0.5)
         prompt, multimask = self.first_prompt(masks, noise), single_mask >= self.options.single_mask_probability
         later = self.later_rounds(noise, generator) if correct < self.options.correction_probability else []
         side = 1 - (1 - self.options.frame_scale) * side

@@ -20,10 +20,11 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import gather_object
 from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
@@ -131,19 +132,20 @@ def epoch_loader(
     if streamed:
         return DataLoader(data, **options), steps
     sampler = RandomSampler(data, num_samples=steps * global_batch_size)
-    return accelerator.prepare(DataLoader(data, sampler=sampler, **options)), steps
+    loader = DataLoader(data, sampler=sampler, **options)
+    return accelerator.prepare_data_loader(loader, device_placement=False), steps
 
 
 def epoch_batches(accelerator: Accelerator, loader: DataLoader, data: Any, epoch: int, skip: int) -> Iterator[Any]:
-    """The batches of an epoch for this process, on its device, after the first `skip`."""
+    """The batches of an epoch for this process, after the first `skip`. They are not on its device yet: gathered for
+    one step of many, they need not fit there together."""
     data.set_epoch(epoch)
     if isinstance(data, IterableDataset):
         skip = data.fast_forward(skip, loader.batch_size, loader.num_workers)
     batches = accelerator.skip_first_batches(loader, skip) if skip else loader
     if hasattr(batches, "set_epoch"):  # a prepared one, which also shuffles
         batches.set_epoch(epoch)
-    for batch in batches:
-        yield send_to_device(batch, accelerator.device)
+    yield from batches
 
 
 def parameter_groups(
@@ -189,8 +191,10 @@ def stop_unless_finite(
 ) -> None:
     """
     Raises FloatingPointError on all processes if the loss or the gradient of one of them is not finite, naming its
-    images. Called on every process before the step is saved, with its own loss `[]` and images.
+    images. Called on every process before the step is saved, with its own loss `[]` and images. In float16 a gradient
+    may be infinite: the step is then left out and the next one scaled less.
     """
+    grad_norm = 0.0 if accelerator.scaler is not None else grad_norm
     if accelerator.reduce(loss.detach().float() + float(grad_norm), "mean").isfinite():
         return
     names = ", ".join(map(str, images))
@@ -200,6 +204,17 @@ def stop_unless_finite(
         f"The loss of step {step} is {'; '.join(filter(None, problems))}. It is not saved; look at these "
         "images or lower the learning rate, and start again from the last checkpoint."
     )
+
+
+def weight_average(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the weights, as timm and others have it: of a young run, only of its last
+    tenth, so that the start is not remembered longer than it deserves."""
+
+    def update(averages: list[torch.Tensor], weights: list[torch.Tensor], updates: torch.Tensor) -> None:
+        share = 1 - min(decay, (1 + int(updates)) / (10 + int(updates)))
+        torch._foreach_lerp_(averages, weights, share)
+
+    return AveragedModel(model, multi_avg_fn=update)
 
 
 class SaveError(RuntimeError):
@@ -248,14 +263,15 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 FREE = frozenset({"num_workers", "save_steps", "log_steps", "picture_steps", "trackers", "output_dir"})
 
 
-def check_same_run(recipe: Any, folder: Path, free: Set[str] = FREE) -> None:
+def check_same_run(recipe: Any, folder: Path, free: Set[str] = FREE, also: dict[str, Any] | None = None) -> None:
     """
-    Notes the recipe in `folder`, and once there is a checkpoint compares all but its `free` fields at each start.
+    Notes the recipe, and what else the run `also` depends on, in `folder`, and once there is a checkpoint compares all
+    but its `free` fields at each start.
 
     Raises:
         ValueError: if a run with another recipe is there, which resuming would mix with this one.
     """
-    path, now = Path(folder) / "recipe.json", dataclasses.asdict(recipe)
+    path, now = Path(folder) / "recipe.json", dataclasses.asdict(recipe) | (also or {})
     if not path.is_file() or not any((path.parent / "checkpoints").glob("step_*")):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(now, indent=1) + "\n")

@@ -61,7 +61,7 @@ class CocoMasks(Dataset):
         records = {record["id"]: record for record in content["images"]}
 
         rles, ids = defaultdict(list), defaultdict(list)
-        for annotation in content["annotations"]:
+        for number, annotation in enumerate(content["annotations"]):
             if skip_crowd and annotation.get("iscrowd", 0):
                 continue
             try:
@@ -72,7 +72,7 @@ class CocoMasks(Dataset):
                 raise ValueError(f"{name} cannot be read ({error!r}); repair or remove it.") from error
             if rle is not None and rle_codec.area(rle) >= min_area:
                 rles[record["id"]].append(rle)
-                ids[record["id"]].append(annotation["id"])
+                ids[record["id"]].append(annotation.get("id", number))
 
         self.records = [record for record in content["images"] if record["id"] in rles]
         self.rles = [rles[record["id"]] for record in self.records]
@@ -101,8 +101,16 @@ class CocoMasks(Dataset):
                 return path
         raise FileNotFoundError(
             f"{self.annotations} lists {' or '.join(names)}, which is not in {self.images}; "
-            "give the folder of the images with `images=`."
+            "give the folder of the images (`--images`)."
         )
+
+
+def with_folders(annotations: list[str], images: list[str], option: str) -> list[tuple[str, str | None]]:
+    """Each json with its folder of images: one for all, one for each, or None for `images` beside it."""
+    if len(images) > 1 and len(images) != len(annotations):
+        raise ValueError(f"Give --images one folder, or one for each of the {len(annotations)} files of {option}.")
+    folders = images or [None]
+    return list(zip(annotations, folders * len(annotations) if len(folders) == 1 else folders, strict=True))
 
 
 def decode(rles: list[dict]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Masks from a `datasets` dataset, in whichever of the usual ways its rows hold them."""
 
+import warnings
 from collections.abc import Callable
 
 import datasets
@@ -41,10 +42,12 @@ class DatasetMasks(Dataset):
         min_area: leave out masks of fewer pixels.
 
     Rows whose list of masks is empty, or whose map is missing, are left out at the start, without a look at any mask.
+    In the place of a row of which no mask has `min_area`, such as an empty map, comes the next one that has, with a
+    warning.
 
     Raises:
         ValueError: if it cannot be loaded or has no such split or column, or none with masks, and on access for a row
-            that cannot be read, whose masks do not fit its image or that has no mask of `min_area`.
+            that cannot be read or whose masks do not fit its image.
     """
 
     def __init__(
@@ -77,7 +80,19 @@ class DatasetMasks(Dataset):
         return len(self.row_numbers)
 
     def __getitem__(self, index: int) -> Sample:
-        row = int(self.row_numbers[index])
+        if not -len(self) <= index < len(self):  # also what ends a loop over the dataset
+            raise IndexError(f"index {index} is out of range for {len(self)} rows")
+        for number in range(len(self)):
+            row = int(self.row_numbers[(index + number) % len(self)])
+            if (sample := self._read_row(row)) is not None:
+                return sample
+            warnings.warn(
+                f"Row {row} of {self.name} has no mask of {self.min_area} pixels; the next comes in its place.",
+                stacklevel=2,
+            )
+        raise ValueError(f"No row of {self.name} has a mask of {self.min_area} pixels; set another mask column.")
+
+    def _read_row(self, row: int) -> Sample | None:
         _, image = self.images[row]
         place = f"Row {row} of {self.name}, split {self.split},"
         try:
@@ -88,9 +103,7 @@ class DatasetMasks(Dataset):
             raise ValueError(f"{place} has masks that cannot be used ({error!r}); repair or remove them.") from error
         kept = [i for i, rle in enumerate(rles) if rle is not None and rle_codec.area(rle) >= self.min_area]
         if not kept:
-            raise ValueError(
-                f"{place} has no mask of at least {self.min_area} pixels; remove such rows with `Dataset.filter`."
-            )
+            return None
         annotation_ids = [row * MASKS_PER_ROW + i for i in kept]
         return Sample(image, [rles[i] for i in kept], row, annotation_ids, self.name)
 
