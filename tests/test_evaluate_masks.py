@@ -197,7 +197,7 @@ def test_ap_of_a_detectors_boxes(coco, boxes, tiny_model, tiny_sam, tmp_path):
         (["--annotations", "COCO", "--limit", "0"], "--limit 0 must be at least 1"),
         (["--annotations", "COCO", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
         (["--annotations", "COCO", "--images", "elsewhere"], "which is not in elsewhere"),
-        (["--annotations", "COCO", "--images", "a", "b"], "one for each of the 1 --annotations"),
+        (["--annotations", "COCO", "--images", "a", "b"], "one for each of the 1 files of --annotations"),
         (["--annotations", "COCO", "--model", "absent/runs/model"], "absent/runs/model: no such directory"),
         (["--annotations", "COCO", "--model", "VISION"], "holds a model of type 'efficientsam_vision_model'"),
         (["--annotations", "COCO", "--model", "SAM2"], "its processor needs torchvision, which is not installed"),

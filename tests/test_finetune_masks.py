@@ -400,6 +400,21 @@ def test_every_recipe_is_one(path):
     script["check"](parse_recipe(script["Recipe"], "", ["--config", str(path)]))
 
 
+@pytest.mark.parametrize(("size", "width"), [("ti", 192), ("s", 384)])
+def test_the_papers_recipes_are_the_papers(size, width):
+    """arXiv 2312.00863 for the schedule, arXiv 2304.02643 for prompts, rounds and loss."""
+    script = runpy.run_path(str(TRAINING / "finetune_masks.py"))
+    path = TRAINING / "recipes" / f"masks_{size}_sa1b.yaml"
+    recipe = parse_recipe(script["Recipe"], "", ["--config", str(path)])
+    assert (recipe.hidden_size, recipe.image_size, recipe.epochs, recipe.global_batch_size) == (width, 1024, 5, 128)
+    assert (recipe.learning_rate, recipe.schedule, recipe.weight_decay) == (4e-4, "linear", 0.1)
+    assert (recipe.crop_scale, recipe.flip, recipe.color_jitter, recipe.freeze) == (1, False, 0, [])
+    assert (recipe.focal_weight, recipe.dice_weight, recipe.iou_weight, recipe.balanced_bce_weight) == (20, 1, 1, 0)
+    assert (recipe.corrections, recipe.mask_only_rounds, recipe.correction_probability) == (8, 2, 1)
+    assert (recipe.box_probability, recipe.both_probability, recipe.max_clicks, recipe.max_masks) == (0.5, 0, 1, 64)
+    assert (recipe.tight_probability, recipe.box_noise, recipe.box_noise_pixels) == (0, 0.1, 20)
+
+
 def test_the_miniature_runs_without_arguments_and_learns(tmp_path):
     shutil.copytree(ROOT / "examples", tmp_path / "examples")  # where its recipe looks, as in the repository
     done = start("finetune_masks", python=["-m", "accelerate.commands.launch"], cwd=tmp_path, timeout=600)

@@ -235,7 +235,8 @@ def test_selected_weights_are_kept_by_finetuning(recipe, images, teacher, tmp_pa
     run(
         "finetune_masks",
         "--train", tmp_path / "coco/masks.json", "--encoder", tmp_path / "encoder/model", "--image_size", 64,
-        "--batch_size", 2, "--steps", 1, "--num_workers", 0, "--geometry_steps", 1, "--output_dir", tmp_path / "masks",
+        "--global_batch_size", 2, "--steps", 1, "--num_workers", 0, "--geometry_steps", 1,
+        "--output_dir", tmp_path / "masks",
     )  # fmt: skip
     finetuned = EfficientSamModel.from_pretrained(tmp_path / "masks/model")
     assert finetuned.config.prompt_encoder_config.background_points
@@ -471,7 +472,7 @@ RECIPES = [path for path in sorted((TRAINING / "recipes").glob("sami_*.yaml")) i
 @pytest.mark.parametrize("path", [*RECIPES, TRAINING / "recipes/bundled_0_encoder.yaml"], ids=lambda path: path.stem)
 def test_every_recipe_builds_its_model(sami, path):
     recipe = parse_recipe(sami["Recipe"], "", ["--config", str(path)])
-    assert sami["accumulation_steps"](recipe, 1) >= 1
+    assert recipe.global_batch_size % recipe.batch_size == 0
     with torch.device("meta"):
         model = sami["build_model"](dataclasses.replace(recipe, select_weights=False), 256)
     if not path.stem.endswith("_imagenet"):
@@ -513,8 +514,9 @@ def test_gradients_are_clipped(sami, recipe, images, tmp_path):
 def test_weight_decay_is_for_matrices_alone(sami):
     with torch.device("meta"):
         model = EfficientSamForPreTraining(sami["EfficientSamSamiConfig"]())
-    decayed, spared = ({id(p) for p in group["params"]} for group in sami["parameter_groups"](model, 0.05))
-    assert [group["weight_decay"] for group in sami["parameter_groups"](model, 0.05)] == [0.05, 0.0]
+    groups = sorted(sami["parameter_groups"](model, 0.1, 0.05), key=lambda group: group["weight_decay"])
+    spared, decayed = ({id(p) for p in group["params"]} for group in groups)
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.1, 0.0), (0.1, 0.05)]
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim > 1 and "token" not in name and "position" not in name
         assert (id(parameter) in decayed) == is_matrix and (id(parameter) in spared) != is_matrix, name
