@@ -3,12 +3,12 @@ import io
 import json
 import os
 import pickle
-import tarfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tars import write_shard
 from torch.utils.data import DataLoader
 
 from hf_efficientsam.training.data.images import FolderImages, ImageViews, ShardImages, StreamedViews
@@ -172,15 +172,6 @@ def encoded(seed: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 30, 3), np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def write_shard(path, members: dict[str, bytes]) -> str:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return str(path)
 
 
 def seen(parts: ViewParts, num_workers: int) -> dict:

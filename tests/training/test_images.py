@@ -1,5 +1,4 @@
 import io
-import tarfile
 from itertools import islice, pairwise
 
 import datasets
@@ -9,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import skip_first_batches
 from PIL import Image
+from tars import write_shard
 from torch.utils.data import DataLoader
 
 from hf_efficientsam.training.augment import random_resized_crop
@@ -41,15 +41,6 @@ def write_folder(folder, names):
         file_format = {"jpg": "JPEG", "jpeg": "JPEG"}.get(name.lower().split(".")[-1], name.split(".")[-1])
         (folder / name).write_bytes(encoded(seed, file_format=file_format))
     return folder
-
-
-def write_shard(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return str(path)
 
 
 def write_shards(folder, shards, records):

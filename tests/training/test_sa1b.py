@@ -1,6 +1,5 @@
 import io
 import json
-import tarfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as rle_codec
+from tars import write_shard
 
 from hf_efficientsam.training.data.coco import CocoMasks, decode
 from hf_efficientsam.training.data.sa1b import Sa1bShards
@@ -21,15 +21,6 @@ SQUARE[1:4, 2:6] = 1
 @pytest.fixture(autouse=True)
 def datasets_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def write_shard(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return str(path)
 
 
 def compressed(mask):

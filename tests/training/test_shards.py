@@ -1,4 +1,3 @@
-import io
 import pickle
 import tarfile
 import warnings
@@ -8,6 +7,7 @@ from pathlib import Path
 import datasets
 import fsspec
 import pytest
+from tars import write_shard
 from torch.utils.data import DataLoader
 
 from hf_efficientsam.training.data import shards as shards_module
@@ -22,15 +22,6 @@ def datasets_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def one_pass(monkeypatch):
     monkeypatch.setattr(shards_module, "count", lambda: [0])
-
-
-def write_shard(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return str(path)
 
 
 class Numbers(Shards):
