@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput
-from transformers.utils.generic import TransformersKwargs
+from transformers.utils.generic import TransformersKwargs, maybe_autocast
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_efficientsam import (
@@ -334,10 +334,10 @@ class EfficientSamPositionEmbedding(nn.Module):
         self.register_buffer("frequencies", torch.zeros(2, config.hidden_size // 2, dtype=torch.float32))
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
-        # float32 throughout, result included: a phase of many cycles has no digits left in half precision. Written
-        # out, because autocast would make a matrix product of it in half precision all the same.
-        (along_x, along_y), centred = self.frequencies.float(), 2 * positions.float() - 1
-        phases = 2 * math.pi * (centred[..., :1] * along_x + centred[..., 1:] * along_y)
+        # float32 throughout, result included: a phase of many cycles has no digits left in half precision. Autocast
+        # would take the product to half precision all the same.
+        with maybe_autocast(device_type=positions.device.type, enabled=False):
+            phases = 2 * math.pi * ((2 * positions.float() - 1) @ self.frequencies.float())
         return torch.cat([phases.sin(), phases.cos()], dim=-1)
 
     def grid(self, height: int, width: int) -> torch.Tensor:
