@@ -89,8 +89,8 @@ def test_converted_folder_reproduces_the_official_numbers(converted, golden, cas
     }
     assert ours.keys() == expected.keys() - {"images_uint8", "points_xy", "labels"}
     for name, value in ours.items():
-        # Rounding differs by processor: for masks 1e-4 holds on Intel; on an AMD EPYC the same
-        # code is off by 1.3e-4 in 3 of 18432 logits of one case.
+        # Processors round differently: where most agree to 1e-4, one (an AMD EPYC) was off by 1.3e-4 in 3 of the 18432
+        # mask logits of one case, with the same code.
         atol = 2e-4 if "masks" in name else 1e-4
         torch.testing.assert_close(value, expected[name], atol=atol, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
 
