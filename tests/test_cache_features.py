@@ -1,10 +1,7 @@
 """`training/cache_features.py`, run as a user does, with a tiny teacher and a handful of images."""
 
-import contextlib
-import io
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -18,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scripts import TRAINING, TWO_PROCESSES, refuse, run, start
 from torch.utils.data import default_collate
 from transformers import Dinov2Config, Dinov2Model
 
@@ -25,44 +23,10 @@ from hf_efficientsam.training.data.images import DatasetImages, FolderImages, Im
 from hf_efficientsam.training.feature_cache import FeatureCache
 from hf_efficientsam.training.teachers import load_teacher
 
-SCRIPT = Path(__file__).resolve().parents[1] / "training" / "cache_features.py"
 IMAGES, VIEWS = 11, 2
 OPTIONS = ["--size", 32, "--views", VIEWS, "--crop_scale", 0.5, "--view_seed", 5, "--part_size", 2, "--batch_size", 2]
 
 pytestmark = pytest.mark.slow  # every run of the script begins with importing torch and transformers
-
-
-def environment() -> dict:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-
-
-def run(*arguments, launch=()) -> str:
-    """What the script prints to stderr."""
-    command = [sys.executable, *launch, SCRIPT, *arguments]
-    done = subprocess.run([*map(str, command)], env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-def run_here(*arguments) -> str:
-    """What the script prints to stderr, in this process, which saves the imports."""
-    output = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(output):
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(sys, "argv", [*map(str, [SCRIPT, *arguments])])
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as exit:
-            assert exit.code == 2
-            output.write("refused")
-    return output.getvalue()
-
-
-def refuse(*arguments) -> str:
-    """What the script says before it ends with code 2: its last line."""
-    said, refused = run_here(*arguments).splitlines()[-2:]
-    assert refused == "refused"
-    return said
 
 
 def save_teacher(folder, seed: int = 0) -> Path:
@@ -93,7 +57,8 @@ def images(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def cached(images, teacher, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cached")
-    run("--images", images, "--teacher", teacher, *OPTIONS, "--output_dir", folder)
+    done = start("cache_features", "--images", images, "--teacher", teacher, *OPTIONS, "--output_dir", folder)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -127,7 +92,8 @@ def test_killed_and_resumed_it_ends_as_if_it_had_not_been(images, cached, teache
     arguments = ["--images", images, "--teacher", teacher, *OPTIONS, "--output_dir", tmp_path]
     first = tmp_path / "view_0000" / "part_000000.safetensors"
     process = subprocess.Popen(
-        [sys.executable, *map(str, [SCRIPT, *arguments])], env=environment(), stderr=subprocess.PIPE, text=True,
+        [sys.executable, *map(str, [TRAINING / "cache_features.py", *arguments])], stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"},
         start_new_session=True,
     )  # fmt: skip
     try:
@@ -145,7 +111,7 @@ def test_killed_and_resumed_it_ends_as_if_it_had_not_been(images, cached, teache
     assert 0 < len(done) < VIEWS * 6
     (tmp_path / "view_0000" / "part_000005.writing").write_bytes(b"half of")
 
-    run(*arguments)
+    run("cache_features", *arguments)
     assert contents(tmp_path) == contents(cached)
     assert all((path.stat().st_ino, path.stat().st_mtime_ns) == stat for path, stat in done.items())
 
@@ -158,16 +124,17 @@ def test_a_deleted_part_is_made_again_and_nothing_else(images, cached, teacher, 
     # Neither the batches nor the workers matter; nor does where the teacher is.
     moved = shutil.copytree(teacher, tmp_path / "moved")
     options = [*OPTIONS, "--batch_size", 1, "--num_workers", 0]
-    assert "2/2" in run_here("--images", images, "--teacher", moved, *options, "--output_dir", folder)
+    assert "2/2" in run("cache_features", "--images", images, "--teacher", moved, *options, "--output_dir", folder)
     assert all(path.stat().st_mtime_ns == time for path, time in before.items()) and gone.is_file()
     check_online_equals_cached(FolderImages([images]), folder, teacher)
 
 
 def test_two_processes_make_the_same_cache(images, cached, teacher, tmp_path):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    said = run("--images", images, "--teacher", teacher, *OPTIONS, "--output_dir", tmp_path, launch=launch)
+    given = ["--images", images, "--teacher", teacher, *OPTIONS, "--output_dir", tmp_path]
+    done = start("cache_features", *given, python=TWO_PROCESSES)
+    assert done.returncode == 0, done.stderr
     assert contents(tmp_path) == contents(cached)
-    assert "12/12" in said  # the main process's half: 3 of 6 parts of 2 images, in 2 views
+    assert "12/12" in done.stderr  # the main process's half: 3 of 6 parts of 2 images, in 2 views
 
 
 def test_shards_and_datasets(images, teacher, tmp_path):
@@ -176,7 +143,7 @@ def test_shards_and_datasets(images, teacher, tmp_path):
             for path in sorted(images.iterdir())[shard::3]:
                 tar.add(path, path.name)
     pattern = f"{tmp_path}/{{0..2}}.tar"
-    run_here("--shards", pattern, "--teacher", teacher, *OPTIONS, "--output_dir", tmp_path / "streamed")
+    run("cache_features", "--shards", pattern, "--teacher", teacher, *OPTIONS, "--output_dir", tmp_path / "streamed")
     cache = FeatureCache(tmp_path / "streamed", {"data": ShardImages([pattern]).fingerprint(), "view_seed": 5})
     assert len(cache) == IMAGES and len(list((tmp_path / "streamed").glob("view_*/part_*"))) == VIEWS * 3
     assert cache.read("07", 1).shape == (4, 16)
@@ -185,7 +152,7 @@ def test_shards_and_datasets(images, teacher, tmp_path):
     rows = datasets.Dataset.from_dict({"photo": encoded}).cast_column("photo", datasets.Image())
     rows.save_to_disk(str(tmp_path / "rows"))
     given = ["--dataset", tmp_path / "rows", "--image_column", "photo", "--teacher", teacher]
-    run_here(*given, *OPTIONS, "--output_dir", tmp_path / "cache")
+    run("cache_features", *given, *OPTIONS, "--output_dir", tmp_path / "cache")
     check_online_equals_cached(DatasetImages(str(tmp_path / "rows"), "train", "photo"), tmp_path / "cache", teacher)
 
 
@@ -203,7 +170,8 @@ def test_it_refuses_to_mix_caches(images, cached, teacher, tmp_path):
         (["--part_size", 3], "part_size is 2, not 3"),
         (["--images", fewer], "data is "),
     ]:
-        said = refuse("--images", images, "--teacher", teacher, *OPTIONS, "--output_dir", cached, *other)
+        given = ["--images", images, "--teacher", teacher, *OPTIONS, "--output_dir", cached]
+        said = refuse("cache_features", *given, *other)
         assert f"made with other options; use those or another folder: {sentence}" in said
         assert said.count(", not ") == 1  # nothing but that
     assert contents(cached) == before
@@ -224,7 +192,7 @@ def test_it_refuses_to_mix_caches(images, cached, teacher, tmp_path):
 )
 def test_it_refuses_bad_input_in_one_sentence(images, teacher, tmp_path, arguments, sentence):
     given = ["--teacher", teacher, "--output_dir", tmp_path / "cache"]
-    said = refuse(*given, *(images if argument == "IMAGES" else argument for argument in arguments))
+    said = refuse("cache_features", *given, *(images if argument == "IMAGES" else argument for argument in arguments))
     assert said.startswith("cache_features: ") and sentence in said
     assert not (tmp_path / "cache").exists()
 
@@ -234,7 +202,7 @@ def test_a_broken_image_is_named(images, teacher, tmp_path, num_workers):
     folder = shutil.copytree(images, tmp_path / "images")
     (folder / "04.png").write_bytes(b"no image")
     options = [*OPTIONS, "--num_workers", num_workers, "--output_dir", tmp_path / "cache"]
-    said = refuse("--images", folder, "--teacher", teacher, *options)
+    said = refuse("cache_features", "--images", folder, "--teacher", teacher, *options)
     assert said.startswith(f"cache_features: {folder / '04.png'} cannot be read as an image")
 
 
@@ -244,5 +212,5 @@ def test_a_full_disk_is_said(images, teacher, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     options = [*OPTIONS, "--num_workers", 0, "--output_dir", tmp_path / "cache"]
-    said = refuse("--images", images, "--teacher", teacher, *options)
+    said = refuse("cache_features", "--images", images, "--teacher", teacher, *options)
     assert "part_000000.safetensors cannot be written (No space left on device)" in said

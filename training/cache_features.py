@@ -10,7 +10,6 @@ options does what is missing. Several processes share the work, on several machi
 Features are in memory until their file is complete: `num_workers` files at a time, in each process.
 """
 
-import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -25,7 +24,7 @@ from tqdm.auto import tqdm
 
 from hf_efficientsam.training.data.images import ImageOptions, ImageViews, StreamedViews, open_images
 from hf_efficientsam.training.feature_cache import ViewParts, open_manifest, part_path, write_index, write_part
-from hf_efficientsam.training.runtime import last_line, parse_recipe
+from hf_efficientsam.training.runtime import parse_recipe, run_script
 from hf_efficientsam.training.teachers import Teacher, load_teacher
 
 
@@ -113,13 +112,9 @@ def main() -> None:
     recipe = parse_recipe(Recipe, __doc__)
     # Processes that are done wait for the others, for longer than the usual limit.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
-    try:
-        cache_features(recipe, accelerator)
-    except (OSError, ValueError) as error:
-        print(f"cache_features: {last_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
+    cache_features(recipe, accelerator)
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main()
+    run_script("cache_features", main, code=2)

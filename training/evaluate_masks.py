@@ -256,16 +256,8 @@ def write_report(recipe: Recipe, predictors: list[Predictor], numbers: dict[str,
     named = zip(recipe.model, predictors, strict=True)
     by_model = {"input_size": {name: predictor.input_size() for name, predictor in named}, **by_model}
     asked = {"annotations": recipe.annotations, "shards": recipe.shards}
-    libraries = (
-        "hf-efficientsam",
-        "torch",
-        "transformers",
-        "faster-coco-eval",
-        "numpy",
-        "pillow",
-        "pycocotools",
-        "scipy",
-    )
+    libraries = ("hf-efficientsam", "torch", "transformers", "faster-coco-eval", "numpy", "pillow")
+    libraries += ("pycocotools", "scipy")
     report = {
         "model": recipe.model,
         **{name: files[0] if len(files) == 1 else files for name, files in asked.items() if files},

@@ -21,14 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    set_seed,
-)
+from accelerate import DistributedType, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from PIL import Image
@@ -51,14 +45,12 @@ from hf_efficientsam.training.batch import (
     collate,
     open_masks,
 )
-from hf_efficientsam.training.interactive import InteractiveSegmentation, PromptOptions
+from hf_efficientsam.training.interactive import InteractiveSegmentation, PromptOptions, most_confident
 from hf_efficientsam.training.losses import MaskLoss
 from hf_efficientsam.training.prompts import boxes_from_masks
 from hf_efficientsam.training.runtime import (
-    FREE,
     Checkpoints,
     Log,
-    accumulation_steps,
     check_same_run,
     epoch_batches,
     epoch_loader,
@@ -67,8 +59,8 @@ from hf_efficientsam.training.runtime import (
     parse_recipe,
     replaced_folder,
     run_script,
+    start_accelerator,
     stop_unless_finite,
-    tracker_arguments,
     weight_average,
 )
 from hf_efficientsam.training.warm_start import load_encoder
@@ -210,14 +202,18 @@ def replace_encoder(model: EfficientSamModel, name: str) -> None:
     model.vision_encoder, model.config.vision_config = encoder.vision_encoder, encoder.config
 
 
+def in_encoder(name: str) -> bool:
+    """Whether a parameter is of the encoder proper: its neck is trained as the decoder is."""
+    return name.startswith("vision_encoder.") and ".neck." not in name
+
+
 def choose_trained(model: EfficientSamModel, recipe: Recipe) -> None:
     """Freezes what is not to be trained, and inserts the low-rank updates if they are asked for."""
     if recipe.lora:
         layers = r"vision_encoder\.layers\.\d+\.attention\.(q|v)_proj"
         inject_adapter_in_model(LoraConfig(r=recipe.lora, lora_alpha=2 * recipe.lora, target_modules=layers), model)
         for name, parameter in model.named_parameters():
-            in_encoder = name.startswith("vision_encoder.") and ".neck." not in name
-            parameter.requires_grad = "lora_" in name or not in_encoder
+            parameter.requires_grad = "lora_" in name or not in_encoder(name)
     for part in recipe.freeze:
         getattr(model, part).requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -248,8 +244,7 @@ def build_data(recipe: Recipe) -> MaskTrainingSet | StreamedMasks:
 def learning_rate_share(name: str, num_layers: int, recipe: Recipe) -> float:
     """Of a parameter: less than 1 in the encoder, if the recipe says so."""
     share = layer_decay(name, num_layers, recipe.layer_decay)
-    in_encoder = name.startswith("vision_encoder.") and ".neck." not in name
-    return share * recipe.encoder_rate if in_encoder else share
+    return share * recipe.encoder_rate if in_encoder(name) else share
 
 
 def step_chance(recipe: Recipe, step: int) -> tuple[bool, torch.Generator]:
@@ -261,6 +256,7 @@ def step_chance(recipe: Recipe, step: int) -> tuple[bool, torch.Generator]:
 
 
 def save_model(model: EfficientSamModel, recipe: Recipe) -> None:
+    model = merged(model) if recipe.lora else model
     model.config.vision_config.image_size = recipe.image_size
     size = {"height": recipe.image_size, "width": recipe.image_size}
     with replaced_folder(Path(recipe.output_dir) / "model") as folder:
@@ -275,9 +271,7 @@ def draw(model: EfficientSamModel, batch: Batch) -> Image.Image:
     boxes = boxes_from_masks(batch.masks[:4])
     output = model(batch.pixel_values[:4], input_boxes=boxes)
     model.train()
-    best = output.iou_scores.argmax(-1)[..., None, None, None]
-    logits = output.pred_masks.take_along_dim(best, dim=2)[:, :, 0].float()
-    predicted = F.interpolate(logits, size=batch.masks.shape[-2:], mode="bilinear", align_corners=False) > 0
+    _, predicted = most_confident(output, batch.masks.shape[-2:])
     mean, std = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[..., None, None]
     columns = {"images": [], "their masks": [], "by their boxes": []}
     for pixels, *rows in zip(
@@ -295,27 +289,18 @@ def main() -> None:
     recipe = parse_recipe(Recipe, __doc__, None if sys.argv[1:] else ["--config", str(MINIATURE)])
     try:
         check(recipe)
-        accelerator = Accelerator(
-            gradient_accumulation_plugin=GradientAccumulationPlugin(1, sync_with_dataloader=False),
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
-            # Which parts a step uses (mask token 0 or the other three, the mask prompts) is drawn by chance.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-            **tracker_arguments(recipe.trackers, Path(recipe.output_dir)),
-        )
+        # Which parts a step uses (mask token 0 or the other three, the mask prompts) is drawn by chance.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        accelerator = start_accelerator(recipe, kwargs_handlers=[unused])
+        accumulation = accelerator.gradient_accumulation_steps
         if accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError("A model this small gains nothing from FSDP; launch with training/accelerate/ddp.yaml.")
-        batch_size = recipe.batch_size or max(1, recipe.global_batch_size // accelerator.num_processes)
-        accumulation = accumulation_steps(recipe.global_batch_size, batch_size, accelerator.num_processes)
-        accelerator.gradient_accumulation_steps = accumulation
         model = build_model(recipe)
         if recipe.image_size is None:
             recipe = dataclasses.replace(recipe, image_size=model.config.vision_config.image_size)
             check(recipe)
         data = build_data(recipe)
-        loader, epoch_steps = epoch_loader(
-            accelerator, data, recipe.epoch_images, recipe.global_batch_size,
-            batch_size=batch_size, num_workers=recipe.num_workers, collate_fn=collate,
-        )  # fmt: skip
+        loader, epoch_steps = epoch_loader(accelerator, data, recipe, collate_fn=collate)
         steps = recipe.steps if recipe.epochs is None else round(recipe.epochs * epoch_steps)
         if steps == 0:
             raise ValueError(f"--epochs {recipe.epochs} is less than one step of {epoch_steps} an epoch; give more.")
@@ -323,10 +308,7 @@ def main() -> None:
         weights = (recipe.focal_weight, recipe.dice_weight, recipe.iou_weight, recipe.balanced_bce_weight)
         task = InteractiveSegmentation(model, MaskLoss(*weights), recipe)
         if accelerator.is_main_process:
-            # How many images fit at a time is free, but the order of streamed ones depends on the workers.
-            free = FREE - {"num_workers"} if recipe.shards else FREE | {"batch_size"}
-            streams = {"num_processes": accelerator.num_processes} if recipe.shards else {}
-            check_same_run(recipe, Path(recipe.output_dir), free, streams)
+            check_same_run(recipe, accelerator.num_processes)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"finetune_masks: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -386,7 +368,7 @@ def main() -> None:
             if step % recipe.save_steps == 0 or step == steps:
                 # The model before the checkpoint: a finished run has its model.
                 if accelerator.is_main_process:
-                    save_model(merged(model if average is None else average.module), recipe)
+                    save_model(model if average is None else average.module, recipe)
                 log.plot()
                 checkpoints.save(step)
     log.close()

@@ -16,8 +16,8 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, send_to_device, set_seed
+from accelerate import DistributedType, PartialState
+from accelerate.utils import send_to_device, set_seed
 from PIL import Image
 from transformers import AutoModel, get_cosine_schedule_with_warmup
 
@@ -25,10 +25,8 @@ from hf_efficientsam import EfficientSamForPreTraining, EfficientSamSamiConfig
 from hf_efficientsam.training.data.images import ImageOptions, ImageViews, StreamedViews, normalize, open_images
 from hf_efficientsam.training.feature_cache import FeatureCache
 from hf_efficientsam.training.runtime import (
-    FREE,
     Checkpoints,
     Log,
-    accumulation_steps,
     check_same_run,
     epoch_batches,
     epoch_loader,
@@ -36,8 +34,8 @@ from hf_efficientsam.training.runtime import (
     parse_recipe,
     replaced_folder,
     run_script,
+    start_accelerator,
     stop_unless_finite,
-    tracker_arguments,
     weight_average,
 )
 from hf_efficientsam.training.teachers import Teacher, load_teacher
@@ -198,28 +196,17 @@ def main() -> None:
     recipe = parse_recipe(Recipe, __doc__, None if sys.argv[1:] else ["--config", str(MINIATURE)])
     try:
         check(recipe)
-        accelerator = Accelerator(
-            gradient_accumulation_plugin=GradientAccumulationPlugin(1, sync_with_dataloader=False),
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
-            **tracker_arguments(recipe.trackers, Path(recipe.output_dir)),
-        )
-        accumulation = accumulation_steps(recipe.global_batch_size, recipe.batch_size, accelerator.num_processes)
-        accelerator.gradient_accumulation_steps = accumulation
+        accelerator = start_accelerator(recipe)
+        accumulation = accelerator.gradient_accumulation_steps
         if recipe.ema_decay and accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError("An average of the weights cannot be kept with FSDP; leave --ema_decay out, or use DDP.")
         teacher = build_teacher(recipe, accelerator.device)
         data = build_data(recipe, teacher)
-        loader, epoch_steps = epoch_loader(
-            accelerator, data, recipe.epoch_images, recipe.global_batch_size,
-            batch_size=recipe.batch_size, num_workers=recipe.num_workers,
-        )  # fmt: skip
+        loader, epoch_steps = epoch_loader(accelerator, data, recipe)
         features = data.cache or teacher
         model = build_model(recipe, None if features is None else features.width)
         if accelerator.is_main_process:
-            # How many images fit at a time is free, but the order of streamed ones depends on the workers.
-            free = FREE - {"num_workers"} if recipe.shards else FREE | {"batch_size"}
-            streams = {"num_processes": accelerator.num_processes} if recipe.shards else {}
-            check_same_run(recipe, Path(recipe.output_dir), free, streams)
+            check_same_run(recipe, accelerator.num_processes)
     except (OSError, ValueError) as error:
         print(f"sami: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -25,7 +25,6 @@ from hf_efficientsam.training.runtime import (
     Curve,
     Log,
     SaveError,
-    accumulation_steps,
     check_same_run,
     epoch_batches,
     epoch_loader,
@@ -34,6 +33,7 @@ from hf_efficientsam.training.runtime import (
     parameter_groups,
     parse_recipe,
     replaced_folder,
+    start_accelerator,
     stop_unless_finite,
     tracker_arguments,
     weight_average,
@@ -401,16 +401,24 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path):
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
     @dataclass(frozen=True)
     class Recipe:
+        output_dir: str = str(tmp_path)
+        shards: list[str] = field(default_factory=list)
         steps: int = 3
         save_steps: int = 1
+        batch_size: int = 4
+        num_workers: int = 0
 
-    check_same_run(Recipe(steps=9), tmp_path)
-    check_same_run(Recipe(), tmp_path)  # nothing of the first one was kept
+    check_same_run(Recipe(steps=9), 1)
+    check_same_run(Recipe(), 1)  # nothing of the first one was kept
     (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
-    check_same_run(Recipe(save_steps=2), tmp_path)
+    check_same_run(Recipe(save_steps=2, batch_size=2, num_workers=1), 2)
     with pytest.raises(ValueError, match="another steps; choose a new --output_dir"):
-        check_same_run(Recipe(steps=4), tmp_path)
-    check_same_run(Recipe(steps=4), tmp_path, free={"steps"})
+        check_same_run(Recipe(steps=4), 1)
+    (tmp_path / "recipe.json").unlink()
+    check_same_run(Recipe(shards=["a.tar"]), 1)
+    check_same_run(Recipe(shards=["a.tar"], save_steps=2), 1)
+    with pytest.raises(ValueError, match="another batch_size, num_workers, num_processes; choose"):
+        check_same_run(Recipe(shards=["a.tar"], batch_size=2, num_workers=1), 2)
 
 
 def groups_by_name(model, *arguments):
@@ -469,10 +477,16 @@ def test_layer_decay_counts_from_the_last_layer():
     assert {name: layer_decay(name, 12, 0.8) for name in rates} == pytest.approx(rates)
 
 
-def test_gradients_are_accumulated_to_the_global_batch():
-    assert [accumulation_steps(8, 2, n) for n in (1, 2, 4)] == [4, 2, 1]
-    with pytest.raises(ValueError, match="--global_batch_size 8 must be a multiple of --batch_size 3 times 2"):
-        accumulation_steps(8, 3, 2)
+def test_gradients_are_accumulated_to_the_global_batch(monkeypatch, tmp_path):
+    def steps(batch_size, processes):
+        monkeypatch.setattr(Accelerator, "num_processes", processes)
+        recipe = SimpleNamespace(global_batch_size=8, batch_size=batch_size, seed=0, trackers=[], output_dir=tmp_path)
+        return start_accelerator(recipe, cpu=True).gradient_accumulation_steps
+
+    assert [steps(2, n) for n in (1, 2, 4)] == [4, 2, 1] and [steps(None, n) for n in (1, 2, 8)] == [1, 1, 1]
+    for batch_size, processes in ((3, 2), (1, 16)):
+        with pytest.raises(ValueError, match=f"8 must be a multiple of --batch_size {batch_size} times {processes}"):
+            steps(batch_size, processes)
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -489,9 +503,10 @@ class Numbers(torch.utils.data.Dataset):
 
 
 def test_an_epoch_has_whole_steps_and_can_be_entered_anywhere():
-    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
-    data = Numbers()
-    loader, steps = epoch_loader(accelerator, data, None, 4, batch_size=2, num_workers=0)
+    configuration = DataLoaderConfiguration(use_seedable_sampler=True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, dataloader_config=configuration)
+    data, recipe = Numbers(), SimpleNamespace(epoch_images=None, global_batch_size=4, num_workers=0)
+    loader, steps = epoch_loader(accelerator, data, recipe)
     assert steps == 2
     epochs = [[batch.tolist() for batch in epoch_batches(accelerator, loader, data, e, 0)] for e in (0, 1, 0)]
     assert [len(epoch) for epoch in epochs] == [4, 4, 4] and epochs[0] == epochs[2]
@@ -499,7 +514,7 @@ def test_an_epoch_has_whole_steps_and_can_be_entered_anywhere():
     later = [batch.tolist() for batch in epoch_batches(accelerator, loader, data, 1, 3)]
     assert later == epochs[1][3:]
     with pytest.raises(ValueError, match="3 images are less than one step; lower --global_batch_size 4"):
-        epoch_loader(accelerator, data, 3, 4, batch_size=2, num_workers=0)
+        epoch_loader(accelerator, data, SimpleNamespace(epoch_images=3, global_batch_size=4, num_workers=0))
 
 
 @pytest.mark.parametrize(("loss", "grad_norm"), [(float("nan"), 1.0), (1.0, float("inf"))])

@@ -8,12 +8,11 @@ from itertools import accumulate
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .augment import random_crop_flip
 from .data.coco import CocoMasks, Sample, with_folders
 from .data.dataset_masks import DatasetMasks
-from .data.images import hash_key
+from .data.images import hash_key, normalize
 from .data.sa1b import Sa1bShards
 from .data.shards import Streamed, shared_number
 
@@ -91,10 +90,8 @@ class _Items:
             sample.image, sample.rles, options.image_size, generator, (options.crop_scale, 1.0), options.max_masks,
             options.color_jitter, options.flip,
         )  # fmt: skip
-        mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
-        pixel_values = (image - mean[:, None, None]) / std[:, None, None]
         noise = torch.rand(len(masks), self.noise_size, generator=generator)
-        return {"pixel_values": pixel_values, "masks": masks, "noise": noise, "key": name}
+        return {"pixel_values": normalize(image), "masks": masks, "noise": noise, "key": name}
 
 
 class MaskTrainingSet(_Items, Dataset):

@@ -14,7 +14,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from PIL import Image
 from pycocotools import mask as rle_codec
 
-from .data.coco import CocoMasks, _read_json, to_rle
+from .data.coco import CocoMasks, read_json, to_rle
 from .evaluation import masks_at_once
 from .metrics import filled_box, mask_iou
 from .predictors import ImagePredictor
@@ -60,7 +60,7 @@ class Detections(CocoMasks):
     def __init__(self, annotations: str, path: str, images: str | None = None, limit: int | None = None):
         self.annotations = Path(annotations)
         self.images = Path(images) if images is not None else self.annotations.parent / "images"
-        self.truth = _read_json(self.annotations)
+        self.truth = read_json(self.annotations)
         self.is_lvis = any("neg_category_ids" in record for record in self.truth["images"])
         _complete(self.truth, self.annotations, self.is_lvis)
         self.evaluated = self.truth["images"][:limit]

@@ -44,9 +44,14 @@ class PromptOptions:
     )
 
     @property
+    def noise_columns(self) -> list[int]:
+        """How many random numbers decide about a mask's kind of prompt, box, clicks, corrections and ellipse."""
+        return [3, 4, self.max_clicks, self.corrections, 4]
+
+    @property
     def noise_size(self) -> int:
-        """How many random numbers K a mask needs: kind of prompt, box, clicks, corrections, ellipse."""
-        return 3 + 4 + self.max_clicks + self.corrections + 4
+        """How many random numbers K a mask needs."""
+        return sum(self.noise_columns)
 
 
 class InteractiveSegmentation(nn.Module):
@@ -100,15 +105,17 @@ class InteractiveSegmentation(nn.Module):
             `loss` to be differentiated, and its parts averaged over the rounds.
         """
         single_mask, correct, side, left, top = torch.rand(5, generator=generator).tolist()
+        kind, box, clicks, corrections, ellipse = noise.split(self.options.noise_columns, dim=-1)
         if geometry:
-            masks = random_ellipses(noise[..., -4:], pixel_values.shape[-1])
+            masks = random_ellipses(ellipse, pixel_values.shape[-1])
         with torch.set_grad_enabled(not geometry and torch.is_grad_enabled()):
             embeddings = self.model.get_image_embeddings(pixel_values)
         # Of an object too small to fill half a cell, the cells that it fills most: none is lost.
         filled = F.avg_pool2d(masks.float(), self.options.loss_stride)
         targets = filled >= filled.amax((-2, -1), keepdim=True).clamp(max=0.5)
-        prompt, multimask = self.first_prompt(masks, noise), single_mask >= self.options.single_mask_probability
-        later = self.later_rounds(noise, generator) if correct < self.options.correction_probability else []
+        prompt = self.first_prompt(masks, kind, box, clicks)
+        multimask = single_mask >= self.options.single_mask_probability
+        later = self.later_rounds(corrections, generator) if correct < self.options.correction_probability else []
         side = 1 - (1 - self.options.frame_scale) * side
         parts, output = [], None
         with placed(self.model.prompt_encoder.position_embedding, side, left * (1 - side), top * (1 - side)):
@@ -121,26 +128,28 @@ class InteractiveSegmentation(nn.Module):
                 parts.append(result)
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
-    def later_rounds(self, noise: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor | None]:
+    def later_rounds(self, clicks: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor | None]:
         """For each round after the first the random numbers `[B, Q]` of its click, or None for one without."""
-        first = 7 + self.options.max_clicks
-        rounds = list(noise[..., first : first + self.options.corrections].unbind(-1))
+        rounds = list(clicks.unbind(-1))
         if self.options.mask_only_rounds:
             for place in torch.rand(self.options.mask_only_rounds - 1, generator=generator).tolist():
                 rounds.insert(int(place * (len(rounds) + 1)), None)
             rounds.append(None)
         return rounds
 
-    def first_prompt(self, masks: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Boxes and clicks in pixels of the masks `[B, Q, S, S]`, with padding where a prompt has none."""
-        options, (kind, is_tight, more) = self.options, noise[..., :3].unbind(-1)
+    def first_prompt(
+        self, masks: torch.Tensor, kind: torch.Tensor, box: torch.Tensor, clicks: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Boxes and clicks in pixels of the masks `[B, Q, S, S]`, with padding where a prompt has none. The others
+        are uniform random numbers `[B, Q, ...]`, see `PromptOptions.noise_columns`."""
+        options, (kind, is_tight, more) = self.options, kind.unbind(-1)
         tight = boxes_from_masks(masks)
-        jittered = jitter_boxes(tight, masks.shape[-1], noise[..., 3:7], options.box_noise, options.box_noise_pixels)
+        jittered = jitter_boxes(tight, masks.shape[-1], box, options.box_noise, options.box_noise_pixels)
         boxes = torch.where((is_tight < options.tight_probability)[..., None], tight, jittered)
         boxes = torch.where((kind < options.box_probability + options.both_probability)[..., None], boxes, MISSING_BOX)
         count = torch.where(more < 0.5, 1, 2 + ((2 * more - 1) * (options.max_clicks - 1)).long())
         count = torch.where(kind < options.box_probability, 0, count)
-        points = [sample_points(masks, one) for one in noise[..., 7 : 7 + options.max_clicks].unbind(-1)]
+        points = [sample_points(masks, one) for one in clicks.unbind(-1)]
         labels = torch.where(torch.arange(options.max_clicks, device=masks.device) < count[..., None], 1, PADDING)
         return {"input_points": torch.stack(points, dim=2), "input_labels": labels, "input_boxes": boxes}
 
@@ -148,11 +157,9 @@ class InteractiveSegmentation(nn.Module):
     def corrected(self, prompt: dict, output, masks: torch.Tensor, click: torch.Tensor | None) -> dict:
         """The prompt with the most confident mask, and one more click where that is wrong, chosen by the uniform
         random numbers `click` `[B, Q]`; None: without a click."""
-        best = output.iou_scores.argmax(-1)[..., None, None, None]
-        logits = output.pred_masks.take_along_dim(best, dim=2)[:, :, 0].float()
+        logits, predicted = most_confident(output, masks.shape[-2:])
         corrected = dict(prompt)
         if click is not None:
-            predicted = F.interpolate(logits, size=masks.shape[-2:], mode="bilinear", align_corners=False) > 0
             point, label = sample_error_points(predicted, masks, click)
             if not self.model.config.prompt_encoder_config.background_points:
                 label = torch.where(label == 0, PADDING, label)
@@ -161,6 +168,14 @@ class InteractiveSegmentation(nn.Module):
         if self.model.config.prompt_encoder_config.mask_prompts:
             corrected["input_masks"] = logits.clamp(-20, 20)  # keeps an overconfident mask from drowning the click
         return corrected
+
+
+def most_confident(output, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each prompt's candidates the one with the highest predicted IoU: logits float32 `[B, Q, h, w]`, and the mask
+    bool `[B, Q, *size]`."""
+    best = output.iou_scores.argmax(-1)[..., None, None, None]
+    logits = output.pred_masks.take_along_dim(best, dim=2)[:, :, 0].float()
+    return logits, F.interpolate(logits, size=size, mode="bilinear", align_corners=False) > 0
 
 
 @contextmanager

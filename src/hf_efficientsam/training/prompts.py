@@ -17,7 +17,7 @@ def boxes_from_masks(masks: torch.Tensor) -> torch.Tensor:
 
 def jitter_boxes(
     boxes: torch.Tensor,
-    size: int | tuple[int, int],
+    size: int,
     uniform: torch.Tensor,
     noise: float = 0.1,
     max_pixels: float = 20,
@@ -26,7 +26,7 @@ def jitter_boxes(
 
     Args:
         boxes: [...,4].
-        size: of the image in pixels, one side or (height, width); the result stays inside.
+        size: side of the image in pixels; the result stays inside.
         uniform: random numbers [...,4], made normal ones by the inverse of the normal distribution.
         noise: standard deviation as a share of the box's side.
         max_pixels: the noise is cut off at so many pixels.
@@ -34,13 +34,11 @@ def jitter_boxes(
     Returns:
         float32 [...,4]; a box that would become thinner than one pixel keeps its coordinates along that axis.
     """
-    height, width = (size, size) if isinstance(size, int) else size
     boxes = boxes.float()
     sides = boxes[..., 2:] - boxes[..., :2]
     normal = torch.special.ndtri(uniform.to(boxes).clamp(1e-7, 1 - 1e-7))
     shift = normal * noise * torch.cat([sides, sides], -1)
-    limit = boxes.new_tensor([width, height, width, height])
-    moved = torch.minimum((boxes + shift.clamp(-max_pixels, max_pixels)).clamp(min=0), limit)
+    moved = (boxes + shift.clamp(-max_pixels, max_pixels)).clamp(0, size)
     thin = moved[..., 2:] - moved[..., :2] < 1
     return torch.where(torch.cat([thin, thin], -1), boxes, moved)
 

@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, gather_object
 from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
@@ -88,50 +88,58 @@ def last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
 
 
-def accumulation_steps(global_batch_size: int, batch_size: int, num_processes: int) -> int:
+def start_accelerator(recipe: Any, **options) -> Accelerator:
     """
-    Of how many batches on each process the gradients are summed up.
+    With the recipe's trackers, and accumulating gradients to its `global_batch_size`; `options` are `Accelerator`'s.
 
     Raises:
-        ValueError: if they do not make the global batch.
+        ValueError: for an unknown tracker, and if batches of `batch_size` (None: all images of a process) do not make
+            the global batch.
     """
-    at_a_time = batch_size * num_processes
-    if global_batch_size % at_a_time:
+    accelerator = Accelerator(
+        gradient_accumulation_plugin=GradientAccumulationPlugin(1, sync_with_dataloader=False),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
+        **tracker_arguments(recipe.trackers, Path(recipe.output_dir)),
+        **options,
+    )
+    images, processes = recipe.global_batch_size, accelerator.num_processes
+    batch_size = recipe.batch_size or max(1, images // processes)
+    accelerator.gradient_accumulation_steps, left = divmod(images, batch_size * processes)
+    if left:
         raise ValueError(
-            f"--global_batch_size {global_batch_size} must be a multiple of --batch_size {batch_size} times "
-            f"{num_processes} process(es); change one of them, or start fewer processes with `accelerate launch "
-            "--num_processes 1`."
+            f"--global_batch_size {images} must be a multiple of --batch_size {batch_size} times {processes} "
+            "process(es); change one of them, or start fewer processes with `accelerate launch --num_processes 1`."
         )
-    return global_batch_size // at_a_time
+    return accelerator
 
 
-def epoch_loader(
-    accelerator: Accelerator, data: Any, epoch_images: int | None, global_batch_size: int, **options
-) -> tuple[DataLoader, int]:
+def epoch_loader(accelerator: Accelerator, data: Any, recipe: Any, **options) -> tuple[DataLoader, int]:
     """
     Shuffled batches for this process, and optimiser steps an epoch.
 
     Args:
+        accelerator: of `start_accelerator`.
         data: a map-style dataset, or a stream that is split over the processes already.
-        epoch_images: what counts as an epoch; by default all, which a stream cannot know.
-        global_batch_size: images a step; an epoch has a whole number of steps, however many processes there are.
+        recipe: `epoch_images` count as an epoch; by default all, which a stream cannot know. An epoch has a whole
+            number of steps of `global_batch_size` images, however many processes there are.
         options: `DataLoader`'s.
 
     Raises:
-        ValueError: if that is less than one step, or not given for a stream.
+        ValueError: if an epoch is less than one step, or not known.
     """
     streamed = isinstance(data, IterableDataset)
-    if streamed and epoch_images is None:
+    if streamed and recipe.epoch_images is None:
         raise ValueError("How many images there are in streamed shards is not known; give --epoch_images.")
-    images = epoch_images or len(data)
-    steps = images // global_batch_size
+    images, images_a_step = recipe.epoch_images or len(data), recipe.global_batch_size
+    steps = images // images_a_step
     if steps == 0:
-        raise ValueError(f"{images} images are less than one step; lower --global_batch_size {global_batch_size}.")
-    options["persistent_workers"] = options["num_workers"] > 0
-    options["pin_memory"] = accelerator.device.type == "cuda"
+        raise ValueError(f"{images} images are less than one step; lower --global_batch_size {images_a_step}.")
+    batches_a_step = accelerator.gradient_accumulation_steps * accelerator.num_processes
+    options |= {"batch_size": images_a_step // batches_a_step, "num_workers": recipe.num_workers}
+    options |= {"persistent_workers": recipe.num_workers > 0, "pin_memory": accelerator.device.type == "cuda"}
     if streamed:
         return DataLoader(data, **options), steps
-    sampler = RandomSampler(data, num_samples=steps * global_batch_size)
+    sampler = RandomSampler(data, num_samples=steps * images_a_step)
     loader = DataLoader(data, sampler=sampler, **options)
     return accelerator.prepare_data_loader(loader, device_placement=False), steps
 
@@ -177,13 +185,14 @@ def layer_decay(name: str, num_layers: int, decay: float) -> float:
     return decay ** (num_layers + 1) if name.startswith("vision_encoder.embeddings.") else 1.0
 
 
-def run_script(name: str, main: Callable[[], None]) -> None:
-    """Calls a training script's `main`; what a user can mend (a full disk, a broken image) ends it with a sentence."""
+def run_script(name: str, main: Callable[[], None], code: int = 1) -> None:
+    """Calls a training script's `main`; what a user can mend (a full disk, a broken image) ends it with a sentence and
+    this exit code."""
     try:
         main()
     except (FloatingPointError, OSError, SaveError, ValueError) as error:
         print(f"\n{name}: {last_line(error)}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(code) from None
 
 
 def stop_unless_finite(
@@ -259,21 +268,23 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-# Fields of a recipe that change nothing of what is learnt.
-FREE = frozenset({"num_workers", "save_steps", "log_steps", "picture_steps", "trackers", "output_dir"})
-
-
-def check_same_run(recipe: Any, folder: Path, free: Set[str] = FREE, also: dict[str, Any] | None = None) -> None:
+def check_same_run(recipe: Any, num_processes: int) -> None:
     """
-    Notes the recipe, and what else the run `also` depends on, in `folder`, and once there is a checkpoint compares all
-    but its `free` fields at each start.
+    Notes the recipe in its `output_dir`, and once there is a checkpoint compares at each start what decides about what
+    is learnt.
 
     Raises:
         ValueError: if a run with another recipe is there, which resuming would mix with this one.
     """
-    path, now = Path(folder) / "recipe.json", dataclasses.asdict(recipe) | (also or {})
-    if not path.is_file() or not any((path.parent / "checkpoints").glob("step_*")):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    folder, now = Path(recipe.output_dir), dataclasses.asdict(recipe)
+    free = {"save_steps", "log_steps", "picture_steps", "trackers", "output_dir"}
+    if recipe.shards:  # who reads how many images at a time decides about the order of streamed ones
+        now["num_processes"] = num_processes
+    else:
+        free |= {"num_workers", "batch_size"}
+    path = folder / "recipe.json"
+    if not path.is_file() or not any((folder / "checkpoints").glob("step_*")):
+        folder.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(now, indent=1) + "\n")
         return
     before = json.loads(path.read_text(encoding="utf-8"))

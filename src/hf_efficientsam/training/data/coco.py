@@ -57,7 +57,7 @@ class CocoMasks(Dataset):
     ):
         self.annotations = Path(annotations)
         self.images = Path(images) if images is not None else self.annotations.parent / "images"
-        content = _read_json(self.annotations)
+        content = read_json(self.annotations)
         records = {record["id"]: record for record in content["images"]}
 
         rles, ids = defaultdict(list), defaultdict(list)
@@ -120,7 +120,8 @@ def decode(rles: list[dict]) -> np.ndarray:
     return rle_codec.decode(rles).transpose(2, 0, 1)
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """What a COCO-style json holds, once its images have what is needed of them; see `CocoMasks` for errors."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no annotation file {path}.")
     try:

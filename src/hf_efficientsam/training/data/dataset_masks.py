@@ -59,8 +59,8 @@ class DatasetMasks(Dataset):
         min_area: int = 1,
     ):
         self.name, self.split, self.mask_column, self.min_area = name, split, mask_column, min_area
-        self.images = DatasetImages(name, split, image_column)
         rows = load_split(name, split)
+        self.images = DatasetImages(name, split, image_column, rows)
         if mask_column not in rows.column_names:
             raise ValueError(
                 f"{name} has no column {mask_column}; set the mask column to one of {', '.join(rows.column_names)}."

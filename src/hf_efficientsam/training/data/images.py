@@ -110,14 +110,15 @@ class DatasetImages:
         name: of a dataset on the Hub, or a directory: written by `save_to_disk`, or with images or parquet files.
         split: its name, or a slice such as "train[:10%]" except with `save_to_disk`.
         image_column: of images, or of their encoded bytes.
+        rows: what `load_split` gives for them, if that is known already.
 
     Raises:
         ValueError: if it cannot be loaded or has no such split or column, and on access for an unreadable row.
     """
 
-    def __init__(self, name: str, split: str = "train", image_column: str = "image"):
+    def __init__(self, name: str, split: str = "train", image_column: str = "image", rows: Dataset | None = None):
         self.name, self.split, self.column = name, split, image_column
-        rows = load_split(name, split)
+        rows = load_split(name, split) if rows is None else rows
         if image_column not in rows.column_names:
             raise ValueError(
                 f"{name} has no column {image_column}; set the image column to one of {', '.join(rows.column_names)}."
@@ -298,9 +299,10 @@ def hash_key(key: str) -> int:
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 RGB `[B, 3, H, W]` -> float32 as our models take it: ImageNet's mean 0 and variance 1."""
+    """RGB `[..., 3, H, W]`, uint8 or in [0, 1] -> float32 as our models take it: ImageNet's mean 0 and variance 1."""
     mean, std = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD]).to(pixels.device, non_blocking=True)
-    return (pixels / 255 - mean[:, None, None]) / std[:, None, None]
+    pixels = pixels / 255 if pixels.dtype == torch.uint8 else pixels
+    return (pixels - mean[:, None, None]) / std[:, None, None]
 
 
 def _resize(crop: Image.Image, size: int, flip: bool) -> torch.Tensor:
