@@ -12,10 +12,10 @@ from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPi
 from hf_efficientsam.configuration_efficientsam import EfficientSamConfig
 from hf_efficientsam.image_processing_efficientsam import (
     EfficientSamImageProcessor,
-    _mask_to_box,
-    _mask_to_rle,
-    _non_maximum_suppression,
-    _rle_to_mask,
+    mask_to_box,
+    masks_to_rles,
+    non_maximum_suppression,
+    rle_to_mask,
 )
 from hf_efficientsam.modeling_efficientsam import EfficientSamModel
 
@@ -377,6 +377,7 @@ def test_crops_points_and_filter_equal_those_of_sam():
         for thresholds in ((0.3, 0.9, 0, 1), (0.0, 0.7, 1.5, 2), (0.5, 0.0, 0, 1)):
             expected = sam.filter_masks(masks, scores, (151, 97), boxes[crop], *thresholds)
             kept, kept_scores, kept_boxes = processor.filter_masks(masks, scores, (151, 97), boxes[crop], *thresholds)
+            assert [rle.pop("crop_box") for rle in kept] == len(kept) * [boxes[crop].int().tolist()]
             assert kept == expected[0]
             assert torch.equal(kept_scores, expected[1])
             assert torch.equal(kept_boxes, expected[2])
@@ -440,7 +441,7 @@ def test_filter_drops_empty_unstable_and_cut_off_masks():
     rles, kept_scores, boxes = processor.filter_masks(masks, scores, (150, 200), [0, 0, 100, 100])
     assert boxes.tolist() == [[30, 40, 69, 59], [0, 0, 69, 59]]
     torch.testing.assert_close(kept_scores, torch.tensor([0.9, 0.95]))
-    full = _rle_to_mask(rles[0])
+    full = rle_to_mask(rles[0])
     assert full.shape == (150, 200)
     assert full[40:60, 30:70].all()
     assert full.sum() == 20 * 40
@@ -454,18 +455,18 @@ def test_filter_drops_empty_unstable_and_cut_off_masks():
 
 def test_rle_by_hand_and_back():
     mask = torch.tensor([[0, 1, 1], [1, 1, 0]], dtype=torch.bool)
-    assert _mask_to_rle(mask[None]) == [{"size": [2, 3], "counts": [1, 4, 1]}]  # down the columns: 0 1 1 1 1 0
+    assert masks_to_rles(mask[None]) == [{"size": [2, 3], "counts": [1, 4, 1]}]  # down the columns: 0 1 1 1 1 0
     masks = torch.stack([torch.zeros(3, 4), torch.ones(3, 4), torch.eye(3, 4)]).bool()
-    rles = _mask_to_rle(masks)
+    rles = masks_to_rles(masks)
     assert [rle["counts"] for rle in rles[:2]] == [[12], [0, 12]]
-    assert all(np.array_equal(_rle_to_mask(rle), mask) for rle, mask in zip(rles, masks.numpy(), strict=True))
+    assert all(np.array_equal(rle_to_mask(rle), mask) for rle, mask in zip(rles, masks.numpy(), strict=True))
 
 
 def test_boxes_of_masks():
     masks = smooth_logits(20, 30, 50) > 3
     masks = masks[masks.flatten(1).any(dim=1)]
     expected = [[c.min(), r.min(), c.max(), r.max()] for r, c in (mask.nonzero(as_tuple=True) for mask in masks)]
-    assert _mask_to_box(masks).tolist() == [[int(v) for v in box] for box in expected]
+    assert mask_to_box(masks).tolist() == [[int(v) for v in box] for box in expected]
 
 
 def test_non_maximum_suppression_equals_the_plain_loop():
@@ -485,14 +486,14 @@ def test_non_maximum_suppression_equals_the_plain_loop():
         if all(iou(boxes[i].tolist(), boxes[j].tolist()) <= 0.4 for j in expected):
             expected.append(i)
     assert 5 < len(expected) < 150
-    assert _non_maximum_suppression(boxes, scores, 0.4).tolist() == expected
+    assert non_maximum_suppression(boxes, scores, 0.4).tolist() == expected
 
 
 def test_post_process_for_mask_generation():
     processor = EfficientSamImageProcessor()
     masks = torch.zeros(3, 30, 40, dtype=torch.bool)
     masks[0, 5:15, 5:15] = masks[1, 5:15, 5:16] = masks[2, 20:28, 20:35] = True
-    rles, boxes, scores = _mask_to_rle(masks), _mask_to_box(masks), torch.tensor([0.8, 0.9, 0.7])
+    rles, boxes, scores = masks_to_rles(masks), mask_to_box(masks), torch.tensor([0.8, 0.9, 0.7])
     kept, kept_scores, kept_rles, kept_boxes = processor.post_process_for_mask_generation(rles, scores, boxes, 0.7)
     assert [np.array_equal(mask, masks[i]) for mask, i in zip(kept, (1, 2), strict=True)] == [True, True]
     assert torch.equal(kept_scores, scores[[1, 2]])

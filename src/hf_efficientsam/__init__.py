@@ -18,6 +18,7 @@ from .configuration_efficientsam import (
 )
 from .hub import bundled_checkpoint
 from .image_processing_efficientsam import EfficientSamImageProcessor
+from .mask_generation import EfficientSamMaskGenerator
 from .modeling_efficientsam import EfficientSamModel, EfficientSamPreTrainedModel, EfficientSamVisionModel
 from .modeling_sami import EfficientSamForPreTraining
 from .processing_efficientsam import EfficientSamProcessor
@@ -29,6 +30,7 @@ __all__ = [
     "EfficientSamForPreTraining",
     "EfficientSamImageProcessor",
     "EfficientSamMaskDecoderConfig",
+    "EfficientSamMaskGenerator",
     "EfficientSamModel",
     "EfficientSamPreTrainedModel",
     "EfficientSamProcessor",

@@ -124,9 +124,9 @@ class EfficientSamMaskDecoderConfig(PreTrainedConfig):
         iou_head_depth (`int`, defaults to 3): Linear layers in the IoU head.
         iou_head_hidden_dim (`int`, defaults to 256): Width inside the IoU head.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of every normalisation.
-        prompts_per_chunk (`int`, defaults to 8):
-            Prompts of an image that are decoded at a time where no gradients are needed. Bounds the memory of many
-            prompts; does not change the numbers.
+        prompts_per_chunk (`int`, defaults to 32):
+            Prompts of an image that are decoded at a time where no gradients are needed, on a CPU at most 2. Bounds
+            the memory of many prompts; does not change the numbers.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
     """
 
@@ -144,7 +144,7 @@ class EfficientSamMaskDecoderConfig(PreTrainedConfig):
     iou_head_depth: int = 3
     iou_head_hidden_dim: int = 256
     layer_norm_eps: float = 1e-5
-    prompts_per_chunk: int = 8
+    prompts_per_chunk: int = 32
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):

@@ -246,10 +246,10 @@ class EfficientSamImageProcessor(PilBackend):
             if image_masks.ndim != 4:
                 raise ValueError(f"Masks of an image must be [Q, M, h, w], got shape {tuple(image_masks.shape)}.")
             if binarize:  # a few prompts at a time, as floats take four times the memory of the answer
-                parts = [_resize_masks(m, size, input_size) > mask_threshold for m in image_masks.split(8)]
+                parts = [resize_masks(m, size, input_size) > mask_threshold for m in image_masks.split(8)]
                 output_masks.append(torch.cat(parts))
             else:
-                output_masks.append(_resize_masks(image_masks, size, input_size))
+                output_masks.append(resize_masks(image_masks, size, input_size))
         return output_masks
 
     # ------------------------------------------------------------------------ for pipeline("mask-generation")
@@ -294,12 +294,12 @@ class EfficientSamImageProcessor(PilBackend):
             raise ValueError(f"Crops are made of one image at a time, got {len(images)}.")
         pixels = self.process_image(images[0], self.do_convert_rgb, self.do_rescale, self.max_image_pixels)
 
-        crop_boxes, layers = _crop_boxes(*pixels.shape[-2:], crop_n_layers, overlap_ratio)
+        crop_boxes, layers = lay_crops(*pixels.shape[-2:], crop_n_layers, overlap_ratio)
         crops = [pixels[:, top:bottom, left:right] for left, top, right, bottom in crop_boxes]
         num_points = points_per_crop**2
         points = []
         for crop, layer in zip(crops, layers, strict=True):
-            grid = _point_grid(max(1, int(points_per_crop / crop_n_points_downscale_factor**layer)))
+            grid = point_grid(max(1, int(points_per_crop / crop_n_points_downscale_factor**layer)))
             height, width = self.get_reshaped_input_size(crop.shape[-2:])
             points.append(np.resize(grid * (width, height), (num_points, 2)))  # np.resize repeats
 
@@ -332,8 +332,8 @@ class EfficientSamImageProcessor(PilBackend):
                 that `mask_threshold` plus and minus `stability_score_offset` give.
 
         Returns:
-            The N masks that are left, as uncompressed COCO RLE of the whole picture; `iou_scores` [N];
-            `boxes` [N, 4] int64, first and last column and row (x1, y1, x2, y2) in the picture.
+            The N masks that are left, as uncompressed COCO RLE of the whole picture, each with its `crop_box`;
+            `iou_scores` [N]; `boxes` [N, 4] int64, first and last column and row (x1, y1, x2, y2) in the picture.
         """
         masks, scores = masks.flatten(0, 1), iou_scores.flatten(0, 1).to(masks.device)
         if len(masks) != len(scores):
@@ -342,16 +342,17 @@ class EfficientSamImageProcessor(PilBackend):
         if pred_iou_thresh > 0:
             keep &= scores > pred_iou_thresh
         if stability_score_thresh > 0:
-            keep &= _stability_score(masks, mask_threshold, stability_score_offset) > stability_score_thresh
+            keep &= stability_score(masks, mask_threshold, stability_score_offset) > stability_score_thresh
         masks, scores = masks[keep] > mask_threshold, scores[keep]
 
         crop_box = [int(x) for x in cropped_box_image]
         height, width = (int(x) for x in original_size)
         left, top, right, bottom = crop_box
-        boxes = _mask_to_box(masks) + torch.tensor([left, top, left, top], device=masks.device)
-        keep = ~_touches_crop_border(boxes, crop_box, (height, width))
+        boxes = mask_to_box(masks) + torch.tensor([left, top, left, top], device=masks.device)
+        keep = ~touches_crop_border(boxes, crop_box, (height, width))
         masks = F.pad(masks[keep], (left, width - right, top, height - bottom))
-        return _mask_to_rle(masks), scores[keep], boxes[keep]
+        rles = [rle | {"crop_box": crop_box} for rle in masks_to_rles(masks)]
+        return rles, scores[keep], boxes[keep]
 
     def post_process_for_mask_generation(
         self,
@@ -361,7 +362,8 @@ class EfficientSamImageProcessor(PilBackend):
         crops_nms_thresh: float = 0.7,
     ) -> tuple[list[np.ndarray], torch.Tensor, list[dict], torch.Tensor]:
         """
-        Drops the masks whose box overlaps that of a better one by an IoU of more than `crops_nms_thresh`.
+        Drops the masks whose box overlaps that of a better one by an IoU of more than `crops_nms_thresh`: among the
+        masks of each crop the more confident is better, between crops that of the smaller crop.
 
         Args:
             all_masks, all_scores, all_boxes: what `filter_masks` returned, concatenated over crops and points.
@@ -369,11 +371,11 @@ class EfficientSamImageProcessor(PilBackend):
         Returns:
             N bool arrays [height, width], best first; their `iou_scores` [N]; their RLEs; their boxes [N, 4].
         """
-        keep = _non_maximum_suppression(all_boxes, all_scores, crops_nms_thresh)
-        rle_masks = [all_masks[i] for i in keep.tolist()]
-        masks = [_rle_to_mask(rle) for rle in rle_masks]
-        keep = keep.to(all_scores.device)
-        return masks, all_scores[keep], rle_masks, all_boxes[keep]
+        crop_boxes = [rle.get("crop_box", (0, 0, *rle["size"][::-1])) for rle in all_masks]
+        crop_boxes = torch.tensor(crop_boxes, device=all_boxes.device).reshape(-1, 4)
+        keep = suppress_duplicates(all_boxes, all_scores, crop_boxes, crops_nms_thresh, crops_nms_thresh)
+        rles = [{key: all_masks[i][key] for key in ("size", "counts")} for i in keep.tolist()]
+        return [rle_to_mask(rle) for rle in rles], all_scores[keep.to(all_scores.device)], rles, all_boxes[keep]
 
 
 # ------------------------------------------------------------------------------------------------ reading pictures
@@ -490,7 +492,7 @@ def _to_list(sizes) -> list:
     return sizes.tolist() if isinstance(sizes, (torch.Tensor, np.ndarray)) else list(sizes)
 
 
-def _resize_masks(masks: torch.Tensor, size: tuple[int, int], input_size: tuple[int, int] | None) -> torch.Tensor:
+def resize_masks(masks: torch.Tensor, size: tuple[int, int], input_size: tuple[int, int] | None) -> torch.Tensor:
     """
     [Q, M, h, w] logits of the padded model input -> [Q, M, *size], float32.
 
@@ -511,14 +513,14 @@ def _resize_masks(masks: torch.Tensor, size: tuple[int, int], input_size: tuple[
     return torch.ops.aten.upsample_bicubic2d(masks, list(size), False, *scales)
 
 
-def _stability_score(masks: torch.Tensor, threshold: float, offset: float) -> torch.Tensor:
+def stability_score(masks: torch.Tensor, threshold: float, offset: float) -> torch.Tensor:
     """[N, h, w] logits -> [N]: IoU of the masks at a higher and a lower threshold; the one lies within the other."""
     inner = torch.count_nonzero(masks > threshold + offset, dim=(-2, -1))
     outer = torch.count_nonzero(masks > threshold - offset, dim=(-2, -1))
     return inner / outer.clamp(min=1)
 
 
-def _mask_to_box(masks: torch.Tensor) -> torch.Tensor:
+def mask_to_box(masks: torch.Tensor) -> torch.Tensor:
     """[N, h, w] bool, none of them empty -> [N, 4] int64: first and last column and row that hold a pixel."""
     rows, columns = masks.any(dim=2).byte(), masks.any(dim=1).byte()
     x1, y1 = columns.argmax(dim=1), rows.argmax(dim=1)
@@ -527,7 +529,7 @@ def _mask_to_box(masks: torch.Tensor) -> torch.Tensor:
     return torch.stack([x1, y1, x2, y2], dim=1)
 
 
-def _touches_crop_border(boxes: torch.Tensor, crop_box: list[int], image_size: tuple[int, int], reach: int = 20):
+def touches_crop_border(boxes: torch.Tensor, crop_box: list[int], image_size: tuple[int, int], reach: int = 20):
     """[N, 4] boxes in the picture -> [N]: do they come near the crop's border where it is not the picture's own?"""
     crop_border = torch.tensor(crop_box, device=boxes.device)
     image_border = torch.tensor([0, 0, image_size[1], image_size[0]], device=boxes.device)
@@ -535,7 +537,7 @@ def _touches_crop_border(boxes: torch.Tensor, crop_box: list[int], image_size: t
     return (near_crop & ~near_image).any(dim=1)
 
 
-def _mask_to_rle(masks: torch.Tensor) -> list[dict]:
+def masks_to_rles(masks: torch.Tensor) -> list[dict]:
     """[N, h, w] bool -> N uncompressed COCO RLEs: lengths of runs down the columns, the first of them background."""
     height, width = masks.shape[-2:]
     rles = []
@@ -546,29 +548,81 @@ def _mask_to_rle(masks: torch.Tensor) -> list[dict]:
     return rles
 
 
-def _rle_to_mask(rle: dict) -> np.ndarray:
+def rle_to_mask(rle: dict) -> np.ndarray:
     height, width = rle["size"]
     inside = np.arange(len(rle["counts"])) % 2 == 1
     return np.repeat(inside, rle["counts"]).reshape(width, height).T
 
 
-def _non_maximum_suppression(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
-    """[N, 4] boxes and [N] scores -> indices of the boxes kept, best first, on the CPU. Memory grows with N only."""
-    boxes = boxes.detach().cpu().double()
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    rest = scores.detach().cpu().argsort(descending=True, stable=True)
-    keep = []
-    while len(rest):
-        best, rest = rest[0], rest[1:]
-        keep.append(best)
-        overlap = torch.minimum(boxes[best, 2:], boxes[rest, 2:]) - torch.maximum(boxes[best, :2], boxes[rest, :2])
-        intersection = overlap.clamp(min=0).prod(dim=1)
-        union = areas[best] + areas[rest] - intersection
-        rest = rest[intersection <= iou_threshold * union]
-    return torch.stack(keep) if keep else torch.empty(0, dtype=torch.int64)
+def non_maximum_suppression(
+    boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float, at_once: int = 1024
+) -> torch.Tensor:
+    """
+    Indices of the boxes that overlap no better box which is kept by an IoU of more than `iou_threshold`, best first.
+
+    Args:
+        boxes: [N, 4], (x1, y1, x2, y2).
+        scores: [N]; of equal ones the first is the better.
+        at_once: boxes that are compared with all those kept before them; memory grows with `at_once` * N.
+    """
+    order = scores.argsort(descending=True, stable=True).to(boxes.device)
+    sorted_boxes = boxes[order].double()
+    keep = sorted_boxes.new_zeros(len(boxes), dtype=torch.bool)
+    for start in range(0, len(boxes), at_once):
+        part = sorted_boxes[start : start + at_once]
+        free = ~_overlap(part, sorted_boxes[:start][keep[:start]], iou_threshold).any(dim=1)
+        beats = _overlap(part, part, iou_threshold).triu(diagonal=1)  # [better, worse]
+        # What is not overlapped by anything stays, what that overlaps falls, and so on: once nothing changes, the
+        # answer is that of taking the boxes one by one. Each round settles at least the best that is still open.
+        stays = free
+        while True:
+            fallen = (beats & stays[:, None]).any(dim=0)
+            settled = free & ~fallen
+            if torch.equal(settled, stays):
+                break
+            stays = settled
+        keep[start : start + at_once] = stays
+    return order[keep]
 
 
-def _crop_boxes(height: int, width: int, n_layers: int, overlap_ratio: float) -> tuple[list[list[int]], list[int]]:
+def _overlap(boxes: torch.Tensor, others: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+    """[N, 4] and [K, 4] -> [N, K]: is the IoU above the threshold?"""
+    areas, other_areas = ((b[:, 2:] - b[:, :2]).prod(dim=1) for b in (boxes, others))
+    overlap = torch.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    overlap -= torch.maximum(boxes[:, None, :2], others[None, :, :2])
+    intersection = overlap.clamp_(min=0).prod(dim=2)
+    return intersection > iou_threshold * (areas[:, None] + other_areas - intersection)
+
+
+def suppress_duplicates(
+    boxes: torch.Tensor,
+    scores: torch.Tensor,
+    crop_boxes: torch.Tensor,
+    box_nms_thresh: float,
+    crop_nms_thresh: float,
+) -> torch.Tensor:
+    """
+    Indices of the masks that are left after non-maximum suppression among those of each crop, by score, and then
+    among all, where those of smaller crops, which see more detail, win. In that order: smaller crops, better scores.
+
+    Args:
+        boxes: [N, 4] of the masks, (x1, y1, x2, y2) in the picture.
+        scores: [N].
+        crop_boxes: [N, 4], the crop that each mask is from, likewise.
+    """
+    crops, crop_of_mask = crop_boxes.unique(dim=0, return_inverse=True)
+    kept = []
+    for crop in range(len(crops)):
+        own = (crop_of_mask == crop).nonzero()[:, 0]
+        kept.append(own[non_maximum_suppression(boxes[own], scores[own], box_nms_thresh)])
+    if len(kept) == 1:
+        return kept[0]
+    kept = torch.cat(kept) if kept else crop_of_mask
+    smallness = -(crop_boxes[kept, 2:] - crop_boxes[kept, :2]).double().prod(dim=1)
+    return kept[non_maximum_suppression(boxes[kept], smallness, crop_nms_thresh)]
+
+
+def lay_crops(height: int, width: int, n_layers: int, overlap_ratio: float) -> tuple[list[list[int]], list[int]]:
     """Boxes (x1, y1, x2, y2) of the whole picture (layer 0) and of the 4**i crops of each layer i; their layers."""
     crop_boxes, layers = [[0, 0, width, height]], [0]
     for layer in range(1, n_layers + 1):
@@ -583,7 +637,7 @@ def _crop_boxes(height: int, width: int, n_layers: int, overlap_ratio: float) ->
     return crop_boxes, layers
 
 
-def _point_grid(n: int) -> np.ndarray:
+def point_grid(n: int) -> np.ndarray:
     """[n * n, 2]: centres (x, y) of the cells of an n x n grid over the unit square, row by row."""
     centres = (np.arange(n) + 0.5) / n
     x, y = np.meshgrid(centres, centres)

@@ -10,10 +10,11 @@ Paper: EfficientSAM, arXiv 2312.00863; the decoder is that of Segment Anything, 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -407,24 +408,24 @@ class EfficientSamPromptEncoder(nn.Module):
         batch_size: int,
         grid_size: tuple[int, int],
         input_size: tuple[int, int],
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """
         Args:
             points, labels, boxes, masks: as in [`EfficientSamModel.forward`], each may be `None`.
             batch_size, grid_size, input_size: B, `(h, w)` of the image embedding and `(H, W)` of the model input.
 
         Returns:
-            tokens `[B, Q, T, C]`; which of them take part, `[B, Q, T]` bool, or `None` for all;
+            tokens `[B, Q, T, C]`; how many times each counts, `[B, Q, T]` integers, 0 for not at all;
             the dense prompt `[B, Q or 1, N, C]`, or `None` for nothing to add.
         """
         positions, kinds = self.tokens_of(points, labels, boxes, masks, batch_size)
-        positions, kinds, taking_part = self.fill_slots(positions, kinds)
+        positions, kinds, counts = self.fill_slots(positions, kinds)
         height, width = input_size
         scale = positions.new_tensor([width, height])
         # The official model moves every coordinate to the pixel's centre, padding included.
         tokens = F.embedding(kinds + 1, self.kind_table(kinds.device))
         tokens = tokens + self.position_embedding((positions + 0.5) / scale).to(tokens.dtype)
-        return tokens, taking_part, self.dense_prompt(masks, grid_size, kinds.device)
+        return tokens, counts, self.dense_prompt(masks, grid_size, kinds.device)
 
     def tokens_of(self, points, labels, boxes, masks, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All point and box-corner tokens: positions `[B, Q, T, 2]` in pixels and kinds `[B, Q, T]`."""
@@ -459,15 +460,14 @@ class EfficientSamPromptEncoder(nn.Module):
             )
 
     def fill_slots(self, positions: torch.Tensor, kinds: torch.Tensor):
-        """Pads each prompt to the slots it would have alone, and says which tokens are more than that."""
-        slots = self.config.num_prompt_slots
-        missing = slots - kinds.shape[2]
-        if missing >= 0:
-            positions = F.pad(positions, (0, 0, 0, missing), value=-1.0)
-            return positions, F.pad(kinds, (0, missing), value=PADDING), None
-        is_padding = kinds == PADDING
-        wanted = slots - (~is_padding).sum(dim=-1, keepdim=True)  # padding tokens that this prompt has when alone
-        return positions, kinds, ~is_padding | (is_padding.cumsum(dim=-1) <= wanted)
+        """
+        Fills each prompt up to the slots it would have alone. The filling is equal tokens, which stay equal from layer
+        to layer, so one more token stands for all of a prompt's, and counts as many times.
+        """
+        is_real = kinds != PADDING
+        fillers = self.config.num_prompt_slots - is_real.sum(dim=-1, keepdim=True)
+        counts = torch.cat([is_real.to(kinds), fillers.clamp(min=0)], dim=-1)
+        return F.pad(positions, (0, 0, 0, 1), value=-1.0), F.pad(kinds, (0, 1), value=PADDING), counts
 
     def kind_table(self, device: torch.device) -> torch.Tensor:
         """One row for each kind of token, `[5, C]`."""
@@ -563,6 +563,68 @@ class EfficientSamAttention(nn.Module):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         return attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
 
+    # The same with less work, for inference in float32. P prompts with an image each of N cells, and few tokens T.
+    # The image's cells x are not projected, the tokens are, by the transposed matrices: (K x) . q = x . (K' q), and
+    # the sum of a V x is V times the sum of a x. A bias that all cells share leaves a softmax over cells as it is.
+
+    def by_head(self, linear: nn.Linear) -> torch.Tensor:
+        """Weights of a projection to the heads, `[heads, head_dim, C]`."""
+        return linear.weight.unflatten(0, (-1, self.head_dim))
+
+    def read_image(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Tokens `[P, T, C]` attend to their image's keys and values `[P, N, C]` -> `[P, T, C]`."""
+        query = self.scaling * self.q_proj(query).unflatten(-1, (-1, self.head_dim))
+        query = torch.einsum("pthd,hdc->phtc", query, self.by_head(self.k_proj))
+        weights = torch.bmm(query.flatten(1, 2), key.transpose(1, 2)).softmax(dim=-1)
+        read = torch.bmm(weights, value).unflatten(1, query.shape[1:3])
+        read = torch.einsum("phtc,hdc->pthd", read, self.by_head(self.v_proj)).flatten(2)
+        return self.o_proj(read + self.v_proj.bias)
+
+    def read_shared_image(self, query: torch.Tensor, shared: "SharedImage") -> torch.Tensor:
+        """Tokens `[P, T, C]` attend to the one image of all prompts, whose projections are there -> `[P, T, C]`."""
+        num_images = len(shared.key)
+        read, _ = self.attend(
+            self.split_heads(self.q_proj(query).unflatten(0, (num_images, -1)).flatten(1, 2).unsqueeze(1)),
+            shared.key,
+            shared.value,
+            None,
+        )
+        return self.o_proj(read.reshape(*query.shape[:2], -1))
+
+    def write_image(
+        self,
+        image: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        log_counts: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        The image `[P, N, C]` plus what its queries gather from the tokens `[P, T, C]`, of which each counts
+        exp(log_counts `[P, T]`) times. The queries are `[P, N, C]`, or projected and by head, `[P, heads, D, N]`.
+        """
+        key = self.scaling * self.k_proj(key).unflatten(-1, (-1, self.head_dim))
+        if query.ndim == 4:
+            logits = key.transpose(1, 2) @ query + log_counts[:, None, :, None]  # [P, heads, T, N]
+        else:
+            bias = torch.einsum("pthd,hd->pht", key, self.q_proj.bias.unflatten(0, (-1, self.head_dim)))
+            bias = (bias + log_counts[:, None]).flatten(1, 2).unsqueeze(-1)
+            key = torch.einsum("pthd,hdc->phtc", key, self.by_head(self.q_proj))
+            logits = torch.baddbmm(bias, key.flatten(1, 2), query.transpose(1, 2)).unflatten(1, key.shape[1:3])
+        weights = logits.softmax(dim=2).flatten(1, 2)
+        value = self.v_proj(value).unflatten(-1, (-1, self.head_dim))
+        value = torch.einsum("pthd,chd->phtc", value, self.o_proj.weight.unflatten(1, (-1, self.head_dim)))
+        value = value + self.o_proj.bias / value.shape[1]  # the weights of each head add up to one
+        return torch.baddbmm(image, weights.transpose(1, 2), value.flatten(1, 2))
+
+
+class SharedImage(NamedTuple):
+    """Projections of the image that all prompts share, for the first layer: `[B, heads, N, D]` each."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    query: torch.Tensor
+
 
 class EfficientSamTwoWayLayer(GradientCheckpointingLayer):
     """Tokens attend to each other and to the image, then the image to the tokens."""
@@ -605,6 +667,48 @@ class EfficientSamTwoWayLayer(GradientCheckpointingLayer):
         image = self.layernorm4(image + update)  # from the first layer on each prompt has an image of its own
         return tokens, image, weights
 
+    def share(self, image: torch.Tensor, image_positions: torch.Tensor) -> SharedImage:
+        """The image side of this layer, once for all prompts of each `image` `[B, 1, N, C]`."""
+        read, write, placed = self.token_to_image_attention, self.image_to_token_attention, image + image_positions
+        key, value, query = read.k_proj(placed), read.v_proj(image), write.q_proj(placed)
+        return SharedImage(*map(read.split_heads, (key, value, query)))
+
+    def infer(
+        self,
+        tokens: torch.Tensor,
+        image: torch.Tensor,
+        token_positions: torch.Tensor,
+        image_positions: torch.Tensor,
+        log_counts: torch.Tensor,
+        shared: SharedImage | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The numbers of `forward` with less work, see [`EfficientSamAttention`].
+
+        Args:
+            tokens, token_positions: `[P, T, C]`, P = B * Q.
+            image: `[P, N, C]`.
+            image_positions: `[N, C]`.
+            log_counts: `[P, T]`.
+            shared: the projections, where the prompts of an image still share it.
+        """
+        tokens = tokens if self.first else tokens + token_positions
+        update, _ = self.self_attention(*3 * [tokens.unsqueeze(1)], log_counts[:, None, None])
+        tokens = self.layernorm1(tokens + update.squeeze(1))
+        placed = None if shared else image + image_positions
+        if shared:
+            update = self.token_to_image_attention.read_shared_image(tokens + token_positions, shared)
+        else:
+            update = self.token_to_image_attention.read_image(tokens + token_positions, placed, image)
+        tokens = self.layernorm2(tokens + update)
+        tokens = self.layernorm3(tokens + self.mlp(tokens))
+
+        query = placed
+        if shared:
+            query = shared.query.transpose(2, 3).repeat_interleave(len(tokens) // len(shared.query), dim=0)
+        image = self.image_to_token_attention.write_image(image, query, tokens + token_positions, tokens, log_counts)
+        return tokens, self.layernorm4(image)
+
 
 class EfficientSamFeedForward(nn.Module):
     """`depth` linear layers with an activation between: the hypernetworks and the IoU head."""
@@ -622,20 +726,60 @@ class EfficientSamFeedForward(nn.Module):
 
 
 class EfficientSamMaskUpscaling(nn.Module):
-    """Doubles the grid once for each entry of `upscaling_channels`: `[B, C, h, w] -> [B, C_last, 4h, 4w]`."""
+    """
+    Doubles the grid once for each of `upscaling_channels`, then each mask is a product of the cells with a filter:
+    image `[P, N, C]` and filters `[P, M, C_last]` -> mask logits `[P, M, 4h, 4w]`.
+
+    A transposed convolution that doubles is a product for each cell, and to the norm, the activation and the products
+    after them the order of cells means nothing. So only masks are laid out as a picture, last of all.
+    """
 
     def __init__(self, config: EfficientSamMaskDecoderConfig):
         super().__init__()
         channels = [config.hidden_size, *config.upscaling_channels]
         self.convs = nn.ModuleList([nn.ConvTranspose2d(*pair, kernel_size=2, stride=2) for pair in pairwise(channels)])
-        # One group: mean and variance over channels and positions together. None after the last convolution.
+        # One group: mean and variance over channels and cells together. None after the last convolution.
         self.norms = nn.ModuleList([nn.GroupNorm(1, c, eps=config.layer_norm_eps) for c in channels[1:-1]])
         self.activation = ACT2FN[config.hidden_act]
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
+    def forward(self, image: torch.Tensor, filters: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         for conv, norm in zip(self.convs[:-1], self.norms, strict=True):
-            image = self.activation(norm(conv(image)))
-        return self.activation(self.convs[-1](image))
+            image = self.activation(self.normalize(norm, self.double(conv, image)))
+        # The last doubling is the largest by far and without a norm: where no value is wanted later, in pieces that
+        # stay in the cache of a CPU.
+        step = image.shape[1] if torch.is_grad_enabled() else max(1, 2**19 // image[:, 0].numel())
+        masks = [
+            filters @ self.activation(self.double(self.convs[-1], part)).transpose(1, 2)
+            for part in image.split(step, dim=1)
+        ]
+        return self.unshuffle(torch.cat(masks, dim=2), grid_size)
+
+    # Offloaded weights are "meta": accelerate puts them in place only while the forward of their module runs.
+
+    def normalize(self, norm: nn.GroupNorm, image: torch.Tensor) -> torch.Tensor:
+        """`[P, N, C]`, mean 0 and variance 1 over both N and C, then scaled and shifted by channel."""
+        if norm.weight.is_meta:
+            return norm(image.transpose(1, 2)).transpose(1, 2)
+        return torch.addcmul(norm.bias, F.layer_norm(image, image.shape[1:], eps=norm.eps), norm.weight)
+
+    def double(self, conv: nn.ConvTranspose2d, image: torch.Tensor) -> torch.Tensor:
+        """`[P, N, C] -> [P, 4 N, C_next]`; the four cells that a cell becomes follow each other."""
+        if conv.weight.is_meta:
+            image = conv(image.transpose(1, 2).unsqueeze(3)).unflatten(2, (-1, 2))  # [P, C_next, N, 2, 2]
+            return image.flatten(2).transpose(1, 2)
+        image = F.linear(image, conv.weight.permute(2, 3, 1, 0).flatten(0, 2), conv.bias.repeat(4))
+        return image.unflatten(-1, (4, -1)).flatten(1, 2)
+
+    def unshuffle(self, masks: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        """`[P, M, N * 4 ** doublings] -> [P, M, 4h, 4w]`"""
+        doublings = len(self.convs)
+        masks = masks.unflatten(2, (*grid_size, *doublings * [2, 2]))  # P, M, h, w, then y and x of each doubling
+        rows, columns = range(4, 4 + 2 * doublings, 2), range(5, 5 + 2 * doublings, 2)
+        masks = masks.permute(0, 1, 2, *rows, 3, *columns)
+        return masks.reshape(*masks.shape[:2], *self.enlarged(grid_size))
+
+    def enlarged(self, grid_size: tuple[int, int]) -> tuple[int, int]:
+        return grid_size[0] * 2 ** len(self.convs), grid_size[1] * 2 ** len(self.convs)
 
 
 class EfficientSamMaskDecoder(nn.Module):
@@ -669,7 +813,7 @@ class EfficientSamMaskDecoder(nn.Module):
         image: torch.Tensor,
         image_positions: torch.Tensor,
         prompt_tokens: torch.Tensor,
-        taking_part: torch.Tensor | None,
+        counts: torch.Tensor,
         grid_size: tuple[int, int],
         multimask_output: bool,
         **kwargs: Unpack[TransformersKwargs],
@@ -679,60 +823,113 @@ class EfficientSamMaskDecoder(nn.Module):
             image: `[B, 1 or Q, N, C]`, one grid for all prompts or one for each.
             image_positions: `[N, C]`.
             prompt_tokens: `[B, Q, T, C]`.
-            taking_part: `[B, Q, T]` bool, or `None` where all tokens do.
+            counts: `[B, Q, T]`, how many times each of them counts.
             grid_size: `(h, w)` with h * w = N.
 
         Returns:
             mask logits `[B, Q, M, 4h, 4w]` and IoU scores `[B, Q, M]`.
         """
-        num_prompts = prompt_tokens.shape[1]
-        every_value = torch.is_grad_enabled() or kwargs.get("output_attentions")  # wanted later, so no use to chunk
-        step = num_prompts if every_value else self.config.prompts_per_chunk
         masks, scores = [], []
-        for start in range(0, num_prompts, step):
-            part = slice(start, start + step)
-            chunk_masks, chunk_scores = self.decode(
-                image if image.shape[1] == 1 else image[:, part],
-                image_positions,
-                prompt_tokens[:, part],
-                None if taking_part is None else taking_part[:, part],
-                grid_size,
-                multimask_output,
-                **kwargs,
-            )
-            masks.append(chunk_masks)
-            scores.append(chunk_scores)
+        for tokens, images in self.attend(image, image_positions, prompt_tokens, counts, multimask_output, **kwargs):
+            scores.append(self.predict_iou(tokens, multimask_output))
+            masks.append(self.predict_masks(tokens, images, grid_size, multimask_output))
         if len(masks) == 1:
             return masks[0], scores[0]
         return torch.cat(masks, dim=1), torch.cat(scores, dim=1)
 
-    def decode(self, image, image_positions, prompt_tokens, taking_part, grid_size, multimask_output, **kwargs):
-        output_tokens = torch.cat([read_rows(x, image.device) for x in (self.iou_token, self.mask_tokens)])
-        output_tokens = output_tokens.expand(*prompt_tokens.shape[:2], -1, -1)
-        token_positions = torch.cat([output_tokens, prompt_tokens], dim=2)
-        attention_mask = None
-        if taking_part is not None:
-            allowed = F.pad(taking_part, (output_tokens.shape[2], 0), value=True).unsqueeze(2)  # [B, Q, 1, T]
-            attention_mask = torch.zeros_like(allowed, dtype=image.dtype)
-            attention_mask = attention_mask.masked_fill(~allowed, torch.finfo(image.dtype).min)
+    def attend(
+        self, image, image_positions, prompt_tokens, counts, multimask_output: bool, **kwargs
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """
+        The two-way transformer, for some prompts at a time where no value is wanted again later.
 
-        tokens = token_positions
+        Yields:
+            of the next q prompts, the tokens of the IoU and of the wanted masks `[B, q, 1 + M, C]`, and the image as
+            they see it `[B, q, N, C]`.
+        """
+        output_tokens = torch.cat([read_rows(x, image.device) for x in (self.iou_token, self.mask_tokens)])
+        tokens = torch.cat([output_tokens.expand(*prompt_tokens.shape[:2], -1, -1), prompt_tokens], dim=2)
+        log_counts = F.pad(counts, (len(output_tokens), 0), value=1).to(image.dtype).log()
+        wanted = [0, *self.mask_indices(multimask_output, first=1)]
+        num_prompts = tokens.shape[1]
+        every_value = torch.is_grad_enabled() or kwargs.get("output_attentions")
+        step = self.config.prompts_per_chunk
+        if every_value:
+            step = num_prompts
+        elif image.device.type == "cpu":
+            step = min(step, 2)  # measured: more prompts at once fall out of the cache
+        # Half precision stays with the attention functions, which sum in float32; offloaded weights are out of reach.
+        fold = not every_value and image.dtype == torch.float32 and not torch.is_autocast_enabled(image.device.type)
+        fold = fold and not any(parameter.is_meta for parameter in self.layers.parameters())
+        shared = self.layers[0].share(image, image_positions) if fold and image.shape[1] < num_prompts else None
+        for start in range(0, num_prompts, step):
+            part = slice(start, start + step)
+            inputs = (
+                image if image.shape[1] == 1 else image[:, part],
+                image_positions,
+                tokens[:, part],
+                log_counts[:, part],
+                wanted,
+            )
+            yield self.attend_folded(*inputs, shared) if fold else self.attend_plain(*inputs, **kwargs)
+
+    def attend_plain(self, image, image_positions, tokens, log_counts, wanted, **kwargs):
+        token_positions, attention_mask = tokens, log_counts.unsqueeze(2)
         for layer in self.layers:
             tokens, image, _ = layer(tokens, image, token_positions, image_positions, attention_mask, **kwargs)
-        update, _ = self.final_token_to_image_attention(
-            tokens + token_positions, image + image_positions, image, **kwargs
-        )
-        tokens = self.final_layernorm(tokens + update)
+        query = (tokens + token_positions)[:, :, wanted]
+        update, _ = self.final_token_to_image_attention(query, image + image_positions, image, **kwargs)
+        return self.final_layernorm(tokens[:, :, wanted] + update), image
 
-        wanted = slice(1, None) if multimask_output else slice(0, 1)
-        scores = self.iou_head(tokens[:, :, 0])[:, :, wanted]
-        mask_tokens = tokens[:, :, 1 : 1 + len(self.hypernetworks)]
-        filters = [net(mask_tokens[:, :, i]) for i, net in list(enumerate(self.hypernetworks))[wanted]]
-        filters = torch.stack(filters, dim=2)  # [B, Q, M, C_last]
-        grid = image.flatten(0, 1).transpose(1, 2).unflatten(2, grid_size)
-        grid = self.upscaling(grid).unflatten(0, image.shape[:2])  # [B, Q, C_last, 4h, 4w]
-        masks = filters @ grid.flatten(3)
-        return masks.unflatten(3, grid.shape[-2:]), scores
+    def attend_folded(self, image, image_positions, tokens, log_counts, wanted, shared):
+        prompts = tokens.shape[:2]
+        image = image.expand(-1, prompts[1], -1, -1).flatten(0, 1)
+        token_positions = tokens = tokens.flatten(0, 1)
+        for layer in self.layers:
+            tokens, image = layer.infer(
+                tokens, image, token_positions, image_positions, log_counts.flatten(0, 1), shared
+            )
+            shared = None  # from the first layer on each prompt has an image of its own
+        query = (tokens + token_positions)[:, wanted]
+        update = self.final_token_to_image_attention.read_image(query, image + image_positions, image)
+        tokens = self.final_layernorm(tokens[:, wanted] + update)
+        return tokens.unflatten(0, prompts), image.unflatten(0, prompts)
+
+    def mask_indices(self, multimask_output: bool, first: int = 0) -> range:
+        """Which masks are wanted, counted from `first`: the candidates, or the single one."""
+        return range(first + 1, first + len(self.hypernetworks)) if multimask_output else range(first, first + 1)
+
+    def predict_iou(self, tokens: torch.Tensor, multimask_output: bool) -> torch.Tensor:
+        """`[B, q, 1 + M, C] -> [B, q, M]`"""
+        return self.iou_head(tokens[:, :, 0])[:, :, self.mask_indices(multimask_output)]
+
+    def predict_masks(
+        self,
+        tokens: torch.Tensor,
+        image: torch.Tensor,
+        grid_size: tuple[int, int],
+        multimask_output: bool,
+        keep: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            tokens, image: what `attend` yields.
+            keep: `[B, q, M]` bool; nothing is computed for prompts and masks that are not kept.
+
+        Returns:
+            mask logits `[B, q, M, 4h, 4w]`, or `[K, 4h, 4w]` of those kept, in order.
+        """
+        nets = [self.hypernetworks[i] for i in self.mask_indices(multimask_output)]
+        filters = torch.stack([net(tokens[:, :, 1 + i]) for i, net in enumerate(nets)], dim=2)  # [B, q, M, C_last]
+        prompts, image, filters = image.shape[:2], image.flatten(0, 1), filters.flatten(0, 1)
+        if keep is None:
+            return self.upscaling(image, filters, grid_size).unflatten(0, prompts)
+        masks = [
+            self.upscaling(image[i : i + 1], filters[i : i + 1, wanted], grid_size)[0]
+            for i, wanted in enumerate(keep.flatten(0, 1))
+            if wanted.any()
+        ]
+        return torch.cat(masks) if masks else image.new_empty(0, *self.upscaling.enlarged(grid_size))
 
 
 # --------------------------------------------------------------------------------------------------- the whole
@@ -864,8 +1061,51 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         if pixel_values is not None:
             vision_output = self.vision_encoder(pixel_values, **kwargs)
         image = vision_output.last_hidden_state
-        batch_size, grid_size = image.shape[0], tuple(image.shape[-2:])
+        inputs = self.prompt(image, input_points, input_labels, input_boxes, input_masks)
+        pred_masks, iou_scores = self.mask_decoder(*inputs, tuple(image.shape[-2:]), multimask_output, **kwargs)
+        return EfficientSamImageSegmentationOutput(
+            iou_scores=iou_scores,
+            pred_masks=pred_masks,
+            vision_hidden_states=vision_output.hidden_states,
+            vision_attentions=vision_output.attentions,
+        )
 
+    @torch.no_grad()
+    def predict_confident(
+        self,
+        image_embeddings: torch.Tensor,
+        input_points: torch.Tensor,
+        pred_iou_thresh: float,
+        input_labels: torch.Tensor | None = None,
+        multimask_output: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        The masks of `forward` whose predicted IoU is above a threshold. Nothing of the others is computed: the scores
+        come first, then for each prompt with a mask to keep the upscaling, then the product for each such mask.
+
+        Args:
+            image_embeddings (`torch.FloatTensor` of shape `(1, 256, H / 16, W / 16)`): Of one image.
+            input_points (`torch.FloatTensor` of shape `(1, Q, P, 2)`): As in `forward`.
+            pred_iou_thresh (`float`): Exclusive.
+            input_labels (`torch.LongTensor` of shape `(1, Q, P)`, *optional*): As in `forward`.
+            multimask_output (`bool`, defaults to `True`): As in `forward`.
+
+        Returns:
+            which mask of which prompt is kept, bool `(Q, M)`; the K scores; the K masks' logits `(K, H / 4, W / 4)`.
+        """
+        grid_size = tuple(image_embeddings.shape[-2:])
+        inputs = self.prompt(image_embeddings, input_points, input_labels, None, None)
+        kept, scores, masks = [], [], []
+        for tokens, image in self.mask_decoder.attend(*inputs, multimask_output):
+            iou = self.mask_decoder.predict_iou(tokens, multimask_output)
+            kept.append(iou > pred_iou_thresh)
+            scores.append(iou[kept[-1]])
+            masks.append(self.mask_decoder.predict_masks(tokens, image, grid_size, multimask_output, kept[-1]))
+        return torch.cat(kept, dim=1)[0], torch.cat(scores), torch.cat(masks)
+
+    def prompt(self, image_embeddings, input_points, input_labels, input_boxes, input_masks) -> tuple:
+        """Arguments of `forward` -> the mask decoder's image, image_positions, prompt_tokens and counts."""
+        batch_size, grid_size = image_embeddings.shape[0], tuple(image_embeddings.shape[-2:])
         if input_points is not None and input_labels is None:
             input_labels = torch.ones_like(input_points[..., 0], dtype=torch.long)
         if input_masks is not None and input_masks.ndim == 3:
@@ -873,7 +1113,7 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         check_prompts(batch_size, input_points, input_labels, input_boxes, input_masks)
 
         patch_size = self.config.vision_config.patch_size
-        prompt_tokens, taking_part, dense_prompt = self.prompt_encoder(
+        prompt_tokens, counts, dense_prompt = self.prompt_encoder(
             input_points,
             input_labels,
             input_boxes,
@@ -882,24 +1122,11 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
             grid_size,
             input_size=(patch_size * grid_size[0], patch_size * grid_size[1]),
         )
-        image = image.flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, N, C]
+        image = image_embeddings.flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, N, C]
         if dense_prompt is not None:
             image = image + dense_prompt.to(image.device)
-        pred_masks, iou_scores = self.mask_decoder(
-            image,
-            self.prompt_encoder.position_embedding.grid(*grid_size).to(image),
-            prompt_tokens,
-            taking_part,
-            grid_size,
-            multimask_output,
-            **kwargs,
-        )
-        return EfficientSamImageSegmentationOutput(
-            iou_scores=iou_scores,
-            pred_masks=pred_masks,
-            vision_hidden_states=vision_output.hidden_states,
-            vision_attentions=vision_output.attentions,
-        )
+        image_positions = self.prompt_encoder.position_embedding.grid(*grid_size).to(image)
+        return image, image_positions, prompt_tokens, counts
 
 
 def check_prompts(batch_size: int, points, labels, boxes, masks) -> None:
