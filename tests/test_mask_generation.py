@@ -331,7 +331,7 @@ def test_several_pictures(model, layers):
 
 
 def test_nothing_found(model):
-    generator = EfficientSamMaskGenerator(model, EfficientSamImageProcessor(size=64), 2, pred_iou_thresh=1e9)
+    generator = EfficientSamMaskGenerator(model, EfficientSamImageProcessor(size=64), 2, stability_score_thresh=1)
     assert generator.generate(picture()) == []
 
 
@@ -415,6 +415,9 @@ def test_out_of_memory(model):
         ({"crop_n_layers": -1}, "crop_n_layers must be at least 0"),
         ({"crop_n_points_downscale_factor": 0}, "crop_n_points_downscale_factor must be at least 1"),
         ({"min_mask_region_area": -1}, "min_mask_region_area"),
+        ({"pred_iou_thresh": 88}, "pred_iou_thresh is compared with an IoU, so it must be at most 1"),
+        ({"stability_score_thresh": float("nan")}, "stability_score_thresh"),
+        ({"box_nms_thresh": 1.1}, "box_nms_thresh"),
         ({"output_mode": "png"}, "binary_mask, uncompressed_rle, coco_rle"),
         ({"point_layout": "hexagons"}, "cell_centers, official"),
         ({"point_grids": [np.zeros((3, 2))], "crop_n_layers": 1}, "must hold 2 grids"),

@@ -12,6 +12,7 @@ from hf_efficientsam.visualize import (
     REMOVED_COLOR,
     draw_masks,
     feature_picture,
+    lay_masks,
     line_width,
     pca_colors,
 )
@@ -122,6 +123,16 @@ def test_tags():
     assert not tag_of_first.any()
     solid = (np.abs(two[:20, 200:] - np.array(PALETTE[0])).max(axis=-1) <= 1).sum()
     assert solid > (np.abs(plain[:20, 200:] - np.array(PALETTE[0])).max(axis=-1) <= 1).sum() + 30
+
+
+def test_many_masks_without_tags_one_at_a_time():
+    masks = [square(), square(box=(150, 100, 260, 190))]
+    laid = np.asarray(lay_masks(Image.new("RGB", (280, 200), GRAY), (mask for mask in masks)))
+    drawn = draw(masks)
+    assert near(laid[120, 230], blend(PALETTE[1])) and not np.array_equal(laid, drawn)
+    rows = np.abs(laid - drawn).max(axis=(1, 2)).nonzero()[0]
+    assert rows.max() < 110  # the tags stand on the masks' first rows, 40 and 100
+    assert np.array_equal(lay_masks(Image.new("RGB", (280, 200), GRAY), masks[:1]), draw(masks[:1]))
 
 
 def test_lines_grow_with_the_picture():

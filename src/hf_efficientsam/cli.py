@@ -1,8 +1,9 @@
-"""The command `efficientsam`: segment pictures, describe a checkpoint, convert an official one.
+"""The command `efficientsam`: segment pictures, by prompts or whole; describe a checkpoint, convert an official one.
 
 Every wrong input ends in one sentence on stderr and exit code 2. Files appear whole or not at all.
 """
 
+import inspect
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,13 +16,16 @@ from transformers import logging as transformers_logging
 
 from . import __version__
 from .convert import convert as convert_checkpoint
+from .everything_files import Annotator, plan_everything, write_dataset
 from .hub import find_checkpoint, load_model
 from .image_processing_efficientsam import EfficientSamImageProcessor
+from .mask_generation import EfficientSamMaskGenerator
 from .model_card_efficientsam import read_metrics
 from .segment_files import (
     Segmenter,
     are_numbers,
     check_images_listed,
+    check_results_folder,
     group_prompts,
     plan_jobs,
     read_image,
@@ -180,8 +184,7 @@ def segment(
             )
         results = [folder for folder in (output, overlay) if folder is not None]
         for folder in results:
-            if folder.is_file() or image.resolve().is_relative_to(folder.resolve()):
-                raise ValueError(f"{folder} must be a folder for results that does not hold the images.")
+            check_results_folder(folder, image)
         entries = read_prompts_file(prompts, separate_points)
         check_images_listed(image, entries, prompts, only_listed, results)
     else:
@@ -203,17 +206,113 @@ def segment(
         records, failures = run_jobs(
             jobs, segmenter, lambda record: None if as_json else tqdm.write(describe_record(record))
         )
-        if as_json:
-            typer.echo(json.dumps({"images": records, "failed": failures}))
-        else:
-            typer.echo(f"{len(records)} of {len(jobs)} images are done")
-        for failure in failures:
-            typer.echo(f"efficientsam: {failure['error']}", err=True)
-        if failures:
-            raise typer.Exit(2)
+        finish(records, failures, as_json)
     else:
         record = segment_file(segmenter, image, objects, output, overlay)
         typer.echo(json.dumps(record) if as_json else describe_record(record))
+
+
+def finish(records: list[dict], failures: list[dict], as_json: bool) -> None:
+    """Says at the end which images are done and which could not be read."""
+    if as_json:
+        typer.echo(json.dumps({"images": records, "failed": failures}))
+    else:
+        typer.echo(f"{len(records)} of {len(records) + len(failures)} images are done")
+    for failure in failures:
+        typer.echo(f"efficientsam: {failure['error']}", err=True)
+    if failures:
+        raise typer.Exit(2)
+
+
+# ------------------------------------------------------------------------------------------------ everything
+
+GENERATOR_DEFAULTS = {
+    name: parameter.default for name, parameter in inspect.signature(EfficientSamMaskGenerator).parameters.items()
+}
+
+
+@app.command(no_args_is_help=True)
+def everything(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE_OR_DIR", help="An image, or a folder of images.")],
+    output: Annotated[Path, typer.Option(help="Folder for the results.")],
+    points_per_side: Annotated[
+        int, typer.Option(help="Points along each side of the grid that is laid over the image.")
+    ] = GENERATOR_DEFAULTS["points_per_side"],
+    points_per_batch: Annotated[
+        int, typer.Option(help="Points that go through the model at a time; fewer need less memory.")
+    ] = GENERATOR_DEFAULTS["points_per_batch"],
+    pred_iou_thresh: Annotated[
+        float, typer.Option(help="Keep masks whose quality the model puts above this; 0 keeps all.")
+    ] = GENERATOR_DEFAULTS["pred_iou_thresh"],
+    stability_score_thresh: Annotated[
+        float, typer.Option(help="Keep masks whose edge is clear, from 0 (all) to 1.")
+    ] = GENERATOR_DEFAULTS["stability_score_thresh"],
+    box_nms_thresh: Annotated[
+        float, typer.Option(help="Of masks whose boxes overlap by a larger IoU keep the best only.")
+    ] = GENERATOR_DEFAULTS["box_nms_thresh"],
+    crop_n_layers: Annotated[
+        int, typer.Option(help="For small objects: layer i also looks at 4**i crops of the image.")
+    ] = GENERATOR_DEFAULTS["crop_n_layers"],
+    min_mask_region_area: Annotated[
+        int, typer.Option(help="Fill holes and remove islands of fewer pixels in masks (needs scipy).")
+    ] = GENERATOR_DEFAULTS["min_mask_region_area"],
+    overlay: Annotated[bool, typer.Option("--overlay/--no-overlay", help="Draw the masks over each image.")] = True,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR_OR_HUB_ID", help="Checkpoint to use instead of the bundled one.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")
+    ] = False,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Refuse images of more pixels than this.")] = (
+        EfficientSamImageProcessor.max_image_pixels
+    ),
+) -> None:
+    """
+    Find all objects, without prompts: an image or a folder of images becomes a COCO dataset.
+
+    OUTPUT/instances.json has the images (file_name relative to the folder) and their masks as compressed RLE, all of
+    one category, with the scores and the point that led to each. OUTPUT/labels/NAME.png has at each pixel the number
+    of its mask, counted from 1 in the order of the image's annotations: where masks overlap, of the smallest, and 0
+    where there is none. OUTPUT/overlays/NAME.jpg shows the masks. Pixels are those of the upright image.
+
+    Run again, it does only what is missing, as OUTPUT/records tells: images that are new or changed, or all if the
+    model or an option is another. instances.json has the images of the last call. Images that cannot be read are
+    listed at the end, with exit code 2, when all others are done.
+    """
+    jobs = plan_everything(image, output, overlay)
+    if not image.is_dir():
+        read_image(image, max_pixels, upright_size)  # before the model is loaded
+    options = {
+        "points_per_side": points_per_side,
+        "pred_iou_thresh": pred_iou_thresh,
+        "stability_score_thresh": stability_score_thresh,
+        "box_nms_thresh": box_nms_thresh,
+        "crop_n_layers": crop_n_layers,
+        "min_mask_region_area": min_mask_region_area,
+    }
+    crop_progress = len(jobs) == 1 and crop_n_layers > 0
+    annotator = Annotator.load(find_checkpoint(model), options, points_per_batch, max_pixels, crop_progress)
+    records, failures = run_jobs(
+        jobs, annotator, lambda record: None if as_json else tqdm.write(describe_annotations(record))
+    )
+    if records:
+        write_dataset(records, output)
+    if empty := [record["image"] for record in records if not record["annotations"]]:
+        where = empty[0] if len(empty) == 1 else f"{len(empty)} of {len(records)} images, such as {empty[0]}"
+        typer.echo(
+            f"efficientsam: no mask was found in {where}; try a lower --pred-iou-thresh (now {pred_iou_thresh:g}) or "
+            f"--stability-score-thresh (now {stability_score_thresh:g}).",
+            err=True,
+        )
+    for record in records:  # the masks are in the files; here they would drown everything else
+        for annotation in record["annotations"]:
+            del annotation["segmentation"]
+    finish(records, failures, as_json)
+
+
+def describe_annotations(record: dict) -> str:
+    count = len(record["annotations"])
+    return f"{record['image']}: {record['width']} x {record['height']} pixels, {count} mask{'s' * (count != 1)}"
 
 
 # ------------------------------------------------------------------------------------------------ info and convert

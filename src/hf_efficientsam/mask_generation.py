@@ -7,7 +7,9 @@ transformers' `pipeline("mask-generation")` finds with this package's image proc
 - whether a mask is stable, and the box around it, follow from its low-resolution logits (`measure_masks`);
 - only masks that are left at the end are brought to the size of the picture, one by one.
 
-Peak memory grows with the picture and with the number of masks that are left, not with the number of points.
+Peak memory grows with the picture and with the number of masks that are left, not with the number of points. Pictures
+may have as many pixels as the image processor's `max_image_pixels`; where that is raised, about 10 bytes of memory a
+pixel are needed beside the masks, which are best asked for as RLE. Crops find the small objects of large pictures.
 """
 
 import math
@@ -317,6 +319,14 @@ class EfficientSamMaskGenerator:
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}.")
+        for name, value in (
+            ("pred_iou_thresh", pred_iou_thresh),
+            ("stability_score_thresh", stability_score_thresh),
+            ("box_nms_thresh", box_nms_thresh),
+            ("crop_nms_thresh", crop_nms_thresh),
+        ):
+            if not value <= 1:
+                raise ValueError(f"{name} is compared with an IoU, so it must be at most 1, got {value}.")
         for name, value, choices in (
             ("output_mode", output_mode, OUTPUT_MODES),
             ("point_layout", point_layout, GRIDS),

@@ -19,6 +19,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
+from .image_processing_efficientsam import EfficientSamImageProcessor
 from .modeling_efficientsam import EfficientSamModel
 from .processing_efficientsam import EfficientSamProcessor
 from .visualize import draw_masks
@@ -149,6 +150,32 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return image.size[::-1] if sideways else image.size
 
 
+def as_model_sees(image: Image.Image, image_processor: EfficientSamImageProcessor) -> Image.Image:
+    """The picture in RGB, upright, as the model sees it: PIL's own conversion turns 16-bit pictures white."""
+    pixels = image_processor.process_image(image)
+    pixels = pixels if pixels.dtype == np.uint8 else (255 * pixels + 0.5).astype(np.uint8)
+    return Image.fromarray(pixels.transpose(1, 2, 0))
+
+
+def find_images(folder: Path, results: list[Path]) -> list[Path]:
+    """The images in a folder and its subfolders, relative to it and sorted, less those in the folders of `results`."""
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    folder, results = folder.resolve(), [result.resolve() for result in results]
+    found = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in endings and path.is_file())
+    return [path.relative_to(folder) for path in found if not any(path.is_relative_to(result) for result in results)]
+
+
+def check_results_folder(results: Path, images: Path) -> None:
+    if results.is_file() or images.resolve().is_relative_to(results.resolve()):
+        raise ValueError(f"{results} must be a folder for results that does not hold the images.")
+
+
+def is_newer(record_file: Path, image: Path, model: str) -> bool:
+    """Whether a record was written after its image and, where the model is a directory, after the weights."""
+    sources = [image, *Path(model).glob("*.safetensors")]
+    return record_file.stat().st_mtime >= max(path.stat().st_mtime for path in sources)
+
+
 def encode_image(image: Image.Image, path: Path) -> bytes:
     """The bytes of an image file of the kind that the ending of `path` asks for."""
     buffer = io.BytesIO()
@@ -253,12 +280,9 @@ class Segmenter:
         return record, files, self.draw(image, objects, masks, scores) if with_overlay else None
 
     def draw(self, image: Image.Image, objects: list[dict], masks: torch.Tensor, scores: torch.Tensor) -> Image.Image:
-        # As the model sees it: PIL's own conversion turns 16-bit pictures white.
-        pixels = self.processor.image_processor.process_image(image)
-        pixels = pixels if pixels.dtype == np.uint8 else (255 * pixels + 0.5).astype(np.uint8)
         with pil_limit_lifted():
             return draw_masks(
-                Image.fromarray(pixels.transpose(1, 2, 0)),
+                as_model_sees(image, self.processor.image_processor),
                 masks[:, 0].numpy(),
                 points=[one["points"] for one in objects],
                 labels=[one["labels"] for one in objects],
@@ -316,15 +340,11 @@ def check_images_listed(
     for image, (place, _) in entries.items():
         if not (folder / image).is_file():
             raise ValueError(f"{place}: there is no image {image} in {folder}.")
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    folder, results = folder.resolve(), [result.resolve() for result in results]
-    found = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in endings)
-    found = (path for path in found if not any(path.is_relative_to(result) for result in results))
-    left_out = [path for path in found if path.relative_to(folder) not in entries]
+    left_out = [name for name in find_images(folder, results) if name not in entries]
     if left_out and not only_listed:
         raise ValueError(
             f"{prompts_file} has prompts for {len(entries)} images, but {folder} holds {len(left_out)} more, such as "
-            f"{left_out[0]}; add lines for them, or pass --only-listed to leave them out."
+            f"{folder / left_out[0]}; add lines for them, or pass --only-listed to leave them out."
         )
 
 
@@ -349,8 +369,7 @@ class Job:
             asked = [{key: one[key] for key in ("points", "labels", "box")} for one in record["objects"]]
             written = [mask["file"] for one in record["objects"] for mask in one["masks"]]
             same = record["model"] == segmenter.name and asked == self.objects
-            sources = [self.image, *Path(segmenter.name).glob("*.safetensors")]  # newer ones give other masks
-            same = same and self.record_file.stat().st_mtime >= max(path.stat().st_mtime for path in sources)
+            same = same and is_newer(self.record_file, self.image, segmenter.name)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         same = same and written == [file.name for file in files]
@@ -390,16 +409,20 @@ def plan_jobs(segmenter: Segmenter, folder: Path, entries: dict, output: Path, o
     return jobs
 
 
-def run_jobs(jobs: list[Job], segmenter: Segmenter, report: Callable[[dict], None]) -> tuple[list[dict], list[dict]]:
+def run_jobs(jobs: list, segmenter, report: Callable[[dict], None]) -> tuple[list[dict], list[dict]]:
     """
     Segments the images that are not finished yet, with a progress bar on stderr; each new record goes to `report`.
+
+    Args:
+        jobs: each has an `image`, `finished(segmenter)` and `run(segmenter)`, as [`Job`] has.
 
     Returns:
         the records of all images in the order of `jobs`, but for those that cannot be read; these, with their errors.
     """
     records = [job.finished(segmenter) for job in jobs]
     failures = []
-    with tqdm(total=len(jobs), initial=len(jobs) - records.count(None), unit="image") as progress:
+    done = len(jobs) - records.count(None)
+    with tqdm(total=len(jobs), initial=done, unit="image", disable=len(jobs) == 1) as progress:
         for i, job in enumerate(jobs):
             if records[i] is not None:
                 continue

@@ -1,6 +1,6 @@
 """Pictures of masks with the prompts that led to them, and of features. Needs only PIL and numpy."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -63,9 +63,7 @@ def draw_masks(
             raise ValueError(f"There are {len(masks)} masks but {name} for {len(values)} objects; give one for each.")
 
     width = line_width(image.size)
-    image = image.convert("RGB")
-    for i, mask in enumerate(masks):
-        _draw_mask(image, mask, color_of(i), width)
+    image = lay_masks(image, masks)
     draw = ImageDraw.Draw(image)
     for i, box in enumerate(boxes or []):
         if box is not None and len(box):
@@ -80,6 +78,18 @@ def draw_masks(
             label = 1 if labels is None else int(labels[i][k])
             if label >= 0:
                 _draw_point(image, point, label, radius=3 * width + 1)
+    return image
+
+
+def lay_masks(image: Image.Image, masks: Iterable[np.ndarray]) -> Image.Image:
+    """
+    `draw_masks` without prompts and tags, for many masks: arrays `[height, width]`, bool, that a generator may make
+    one at a time.
+    """
+    width = line_width(image.size)
+    image = image.convert("RGB")
+    for i, mask in enumerate(masks):
+        _draw_mask(image, mask, color_of(i), width)
     return image
 
 
@@ -280,4 +290,4 @@ def _patch_pictures(
     return [Image.fromarray(one).resize(size, Image.Resampling.NEAREST) for one in colors]
 
 
-__all__ = ["draw_masks", "feature_picture", "pca_colors", "picture_table"]
+__all__ = ["draw_masks", "feature_picture", "lay_masks", "pca_colors", "picture_table"]
