@@ -1,0 +1,156 @@
+"""How many objects segment-everything finds: average recall of its masks, for grids of one or several sizes.
+
+    python training/evaluate_everything.py --annotations ../shared/data/coco-val-dev/instances_val.json \
+        --points_per_side 8 16 32 --output everything.json --masks runs/everything
+
+The masks are class-agnostic, and ranked by their predicted IoU. Nothing is rejected by default, for recall loses by
+any threshold. A large grid takes a while: with `--masks` what was found on an image is kept, and not searched again.
+"""
+
+import json
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from hf_efficientsam import EfficientSamModel, EfficientSamProcessor
+from hf_efficientsam.hub import find_checkpoint, load_model
+from hf_efficientsam.mask_generation import EfficientSamMaskGenerator
+from hf_efficientsam.training.coco_ar import NAMES, PROTOCOL, average_recall
+from hf_efficientsam.training.data.coco import CocoMasks
+from hf_efficientsam.training.runtime import last_line, parse_recipe, replace_text
+
+
+@dataclass(frozen=True)
+class Recipe:
+    model: str = field(default="bundled", metadata={"help": "path or Hub name of an EfficientSAM, or: bundled"})
+    annotations: str | None = field(default=None, metadata={"help": "COCO-style json file with the true masks"})
+    images: str | None = field(default=None, metadata={"help": "folder of its images; by default `images` beside it"})
+    limit: int | None = field(default=None, metadata={"help": "only the first so many images that have masks"})
+    points_per_side: list[int] = field(default_factory=lambda: [32], metadata={"help": "one or several"})
+    pred_iou_thresh: float = field(default=0.0, metadata={"help": "least predicted IoU, exclusive; 0 keeps all"})
+    stability_score_thresh: float = field(default=0.0, metadata={"help": "least stability, likewise"})
+    output: str | None = field(default=None, metadata={"help": "json file for the numbers"})
+    masks: str | None = field(default=None, metadata={"help": "folder that keeps what was found, to go on from"})
+    device: str | None = field(default=None, metadata={"help": "by default a GPU if there is one"})
+
+
+def check(recipe: Recipe) -> None:
+    if recipe.annotations is None:
+        raise ValueError("Give --annotations a COCO-style json file.")
+    if recipe.limit is not None and recipe.limit < 1:
+        raise ValueError(f"--limit {recipe.limit} must be at least 1.")
+    if not recipe.points_per_side or len(set(recipe.points_per_side)) < len(recipe.points_per_side):
+        raise ValueError("Give --points_per_side at least one number, and none twice.")
+
+
+def check_same_masks(recipe: Recipe) -> None:
+    """Notes in the folder of masks how they were found, and compares if it is noted already."""
+    path = Path(recipe.masks) / "recipe.json"
+    names = ("model", "annotations", "images", "pred_iou_thresh", "stability_score_thresh")
+    now = {name: getattr(recipe, name) for name in names}
+    if path.exists() and (before := json.loads(path.read_text())) != now:
+        different = [name for name in names if before.get(name) != now[name]]
+        raise ValueError(
+            f"The masks in {recipe.masks} were found with another {', '.join(different)}; give another --masks."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(now, indent=1) + "\n")
+
+
+def find_masks(generator: EfficientSamMaskGenerator, dataset: CocoMasks, index: int, path: Path | None) -> list[dict]:
+    """`{segmentation, score}` of an image's masks, the most confident first; from the file if it is there."""
+    if path is not None and path.exists():
+        return json.loads(path.read_text())
+    records = generator.generate(dataset[index].image)
+    masks = [{"segmentation": one["segmentation"], "score": one["predicted_iou"]} for one in records]
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(masks))
+    return masks
+
+
+def measure(
+    recipe: Recipe, dataset: CocoMasks, count: int, points: int, model: EfficientSamModel, processor
+) -> dict[str, float | None]:
+    """Average recall, and how many masks an image has, with a grid of `points` a side on the first `count` images."""
+    generator = EfficientSamMaskGenerator(
+        model,
+        processor,
+        points_per_side=points,
+        pred_iou_thresh=recipe.pred_iou_thresh,
+        stability_score_thresh=recipe.stability_score_thresh,
+        output_mode="coco_rle",
+    )
+    found = []
+    for index in tqdm(range(count), desc=f"{points} a side", unit="image", mininterval=2):
+        name = f"{points}/{dataset.records[index]['id']}.json"
+        found.append(find_masks(generator, dataset, index, recipe.masks and Path(recipe.masks) / name))
+    return {**average_recall(dataset.rles[:count], found), "masks": sum(map(len, found)) / count}
+
+
+def print_row(points: int, result: dict[str, float | None]) -> None:
+    cells = (f"{'-':>8}" if result[name] is None else f"{result[name]:8.4f}" for name in NAMES)
+    print(f"{points:<8}" + "".join(cells) + f"{result['masks']:8.1f}", flush=True)
+
+
+def write_report(recipe: Recipe, count: int, results: dict, seconds: float, model, processor) -> None:
+    size = processor.image_processor.size
+    libraries = ("hf-efficientsam", "torch", "transformers", "faster-coco-eval", "numpy", "pillow", "pycocotools")
+    report = {
+        "model": recipe.model,
+        "annotations": recipe.annotations,
+        "images": count,
+        "input_size": {"height": size.height, "width": size.width},
+        "protocol": PROTOCOL,
+        "results": results,
+        "seconds": round(seconds, 1),
+        "recipe": asdict(recipe),
+        "device": str(model.device),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+    }
+    path = Path(recipe.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(report, indent=1) + "\n")
+
+
+def load(recipe: Recipe) -> tuple[EfficientSamModel, EfficientSamProcessor]:
+    model, processor = load_model(find_checkpoint(None if recipe.model == "bundled" else recipe.model))
+    return model.to(recipe.device or model.device), processor
+
+
+def evaluate(recipe: Recipe) -> None:
+    check(recipe)
+    dataset = CocoMasks(recipe.annotations, recipe.images)
+    if not len(dataset):
+        raise ValueError(f"There is no mask to evaluate in {recipe.annotations}; check the file.")
+    count = min(len(dataset), recipe.limit or len(dataset))
+    model, processor = load(recipe)
+    if recipe.masks is not None:
+        check_same_masks(recipe)
+    started, results = time.perf_counter(), {}
+    print(f"{count} images, {sum(map(len, dataset.rles[:count]))} masks")
+    print(f"{'points':8}" + "".join(f"{name:>8}" for name in NAMES) + f"{'masks':>8}")
+    for points in recipe.points_per_side:
+        results[str(points)] = measure(recipe, dataset, count, points, model, processor)
+        print_row(points, results[str(points)])
+        if recipe.output is not None:  # after each, for the next can take hours
+            write_report(recipe, count, results, time.perf_counter() - started, model, processor)
+
+
+def main() -> None:
+    torch.set_grad_enabled(False)
+    try:
+        evaluate(parse_recipe(Recipe, __doc__))
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"evaluate_everything: {last_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
