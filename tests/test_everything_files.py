@@ -220,22 +220,22 @@ def test_turned_image(tmp_path, out, model):
 def test_sixteen_bit_image_does_not_turn_white(tmp_path, out, model):
     gray = np.asarray(noise(90, 61).convert("L"))
     Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    annotate_well(tmp_path / "deep.png", out, model=model, pred_iou_thresh=2)  # no masks
+    annotate_well(tmp_path / "deep.png", out, model=model, stability_score_thresh=1)  # no masks
     overlay = np.asarray(Image.open(out / "overlays/deep.jpg"))
     assert np.abs(overlay.astype(int) - gray[..., None]).mean() < 5
 
 
 def test_no_mask(photos, out, model):
-    result = annotate_well(photos / "a.png", out, model=model, pred_iou_thresh=2)
+    result = annotate_well(photos / "a.png", out, model=model, stability_score_thresh=1)
     assert result.stdout.splitlines()[0] == "a.png: 90 x 61 pixels, 0 masks"
     assert result.stderr == (
-        "efficientsam: no mask was found in a.png; try a lower --pred-iou-thresh (now 2) or --stability-score-thresh "
-        "(now 0.4).\n"
+        "efficientsam: no mask was found in a.png; try a lower --pred-iou-thresh (now 0) or --stability-score-thresh "
+        "(now 1).\n"
     )
     dataset = COCO(out / "instances.json")
     assert len(dataset.imgs) == 1 and not dataset.anns
     assert np.asarray(Image.open(out / "labels/a.png")).max() == 0
-    result = annotate_well(photos, out, "--json", model=model, pred_iou_thresh=2)
+    result = annotate_well(photos, out, "--json", model=model, stability_score_thresh=1)
     assert "in 3 of 3 images, such as a.png; try" in result.stderr
     assert [record["annotations"] for record in json.loads(result.stdout)["images"]] == [[], [], []]
 
