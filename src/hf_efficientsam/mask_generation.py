@@ -133,7 +133,7 @@ def measure_masks(
 
     Between four logits the interpolated pixels are bounded by the 16 around (`OVERSHOOT`). Where the bounds leave open
     on which side of a threshold they lie, they are computed. What depends on rounding after all, and masks of which
-    more than a quarter is open, are resized. So the answer is the same.
+    more than half is open, are resized. So the answer is the same.
 
     Args:
         logits: `[N, h, w]`, float32.
@@ -146,18 +146,20 @@ def measure_masks(
     stable = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     boxes = torch.zeros(len(logits), 4, dtype=torch.long, device=logits.device)
     axes = mask_axes(logits.shape[1:], size, input_size, logits.device)
-    thresholds = [mask_threshold + stability_score_offset, mask_threshold - stability_score_offset, mask_threshold]
+    thresholds = [mask_threshold]
+    if stability_score_thresh > 0:
+        thresholds = [mask_threshold + stability_score_offset, mask_threshold - stability_score_offset, mask_threshold]
     at_once = max(1, 2**22 // logits.shape[1:].numel())
     for start in range(0, len(logits), at_once):
         part = torch.arange(len(logits), device=logits.device)[start : start + at_once]
         counts, part_boxes, dense = _bound_masks(logits[part], axes, thresholds)
-        (inner_low, outer_low, _), (inner_high, outer_high, _) = counts.double()
-        surely = inner_low > (stability_score_thresh + 1e-6) * outer_high.clamp(min=1)
-        never = inner_high <= (stability_score_thresh - 1e-6) * outer_low.clamp(min=1)
-        if stability_score_thresh <= 0:
-            surely, never = torch.ones_like(surely), torch.zeros_like(never)
-        never = (never | (counts[1, 2] == 0)) & ~dense
-        open_masks = ~never & (dense | ~surely | (counts[0, 2] == 0) | (part_boxes[0] != part_boxes[1]).any(dim=1))
+        surely, never = counts[0, -1] > 0, counts[1, -1] == 0
+        if stability_score_thresh > 0:
+            (inner_low, outer_low, _), (inner_high, outer_high, _) = counts.double()
+            surely &= inner_low > (stability_score_thresh + 1e-6) * outer_high.clamp(min=1)
+            never |= inner_high <= (stability_score_thresh - 1e-6) * outer_low.clamp(min=1)
+        never &= ~dense
+        open_masks = ~never & (dense | ~surely | (part_boxes[0] != part_boxes[1]).any(dim=1))
         stable[part], boxes[part] = surely & ~never & ~open_masks, part_boxes[0]
         for few in part[open_masks].split(max(1, 2**22 // math.prod(size))):
             masks = resize_masks(logits[few, None], size, input_size)[:, 0]
@@ -192,7 +194,7 @@ def _bound_masks(
     for threshold in thresholds:
         is_open |= (low <= threshold) & (high > threshold)
     is_open &= pixels > 0
-    dense = is_open.float().mean(dim=(1, 2)) > 0.25
+    dense = is_open.float().mean(dim=(1, 2)) > 0.5
     is_open &= ~dense[:, None, None]
 
     settled = low.masked_fill(is_open | (pixels == 0), -math.inf)  # so not above any threshold
