@@ -158,9 +158,9 @@ def test_loading(ours, sam, tmp_path):
 
     ours.model.save_pretrained(tmp_path / "ours")
     ours.processor.save_pretrained(tmp_path / "ours")
-    assert torch.equal(
-        encode(load_predictor(str(tmp_path / "ours"), "cpu"), image)(**boxes)[2], encode(ours, image)(**boxes)[2]
-    )
+    loaded = load_predictor(str(tmp_path / "ours"), "cpu")
+    # Not bit for bit: loaded weights may lie at another alignment, for which products are summed in another order.
+    torch.testing.assert_close(encode(loaded, image)(**boxes)[2], encode(ours, image)(**boxes)[2], rtol=0, atol=1e-5)
 
 
 def test_what_cannot_be_loaded(sam, tmp_path):
