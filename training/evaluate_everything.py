@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 
 from hf_efficientsam import EfficientSamModel, EfficientSamProcessor
@@ -144,7 +143,6 @@ def evaluate(recipe: Recipe) -> None:
 
 
 def main() -> None:
-    torch.set_grad_enabled(False)
     try:
         evaluate(parse_recipe(Recipe, __doc__))
     except (OSError, ValueError, RuntimeError) as error:
