@@ -1,15 +1,18 @@
 """EfficientSAM as a transformers model family. Importing this registers it with transformers' Auto classes."""
 
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForImageClassification,
     AutoModelForMaskGeneration,
     AutoModelForPreTraining,
     AutoProcessor,
 )
 
 from .configuration_efficientsam import (
+    EfficientSamBackboneConfig,
     EfficientSamConfig,
     EfficientSamMaskDecoderConfig,
     EfficientSamPromptEncoderConfig,
@@ -19,14 +22,23 @@ from .configuration_efficientsam import (
 from .hub import bundled_checkpoint
 from .image_processing_efficientsam import EfficientSamImageProcessor
 from .mask_generation import EfficientSamMaskGenerator
-from .modeling_efficientsam import EfficientSamModel, EfficientSamPreTrainedModel, EfficientSamVisionModel
+from .modeling_efficientsam import (
+    EfficientSamBackbone,
+    EfficientSamForImageClassification,
+    EfficientSamModel,
+    EfficientSamPreTrainedModel,
+    EfficientSamVisionModel,
+)
 from .modeling_sami import EfficientSamForPreTraining
 from .processing_efficientsam import EfficientSamProcessor
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "EfficientSamBackbone",
+    "EfficientSamBackboneConfig",
     "EfficientSamConfig",
+    "EfficientSamForImageClassification",
     "EfficientSamForPreTraining",
     "EfficientSamImageProcessor",
     "EfficientSamMaskDecoderConfig",
@@ -45,6 +57,7 @@ __all__ = [
 for _class in (
     EfficientSamConfig,
     EfficientSamVisionConfig,
+    EfficientSamBackboneConfig,
     EfficientSamSamiConfig,
     EfficientSamModel,
     EfficientSamVisionModel,
@@ -52,14 +65,20 @@ for _class in (
     EfficientSamProcessor,
 ):
     _class.register_for_auto_class()
+EfficientSamBackbone.register_for_auto_class("AutoBackbone")
+EfficientSamForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 EfficientSamForPreTraining.register_for_auto_class("AutoModelForPreTraining")
 
 AutoConfig.register("efficientsam", EfficientSamConfig)
 AutoConfig.register("efficientsam_vision_model", EfficientSamVisionConfig)
+AutoConfig.register("efficientsam_backbone", EfficientSamBackboneConfig)
 AutoConfig.register("efficientsam_sami", EfficientSamSamiConfig)
 AutoModel.register(EfficientSamConfig, EfficientSamModel)
 AutoModel.register(EfficientSamVisionConfig, EfficientSamVisionModel)
+AutoModelForImageClassification.register(EfficientSamVisionConfig, EfficientSamForImageClassification)
 AutoModelForMaskGeneration.register(EfficientSamConfig, EfficientSamModel)
 AutoModelForPreTraining.register(EfficientSamSamiConfig, EfficientSamForPreTraining)
-AutoImageProcessor.register(EfficientSamConfig, image_processor_classes={"pil": EfficientSamImageProcessor})
+AutoBackbone.register(EfficientSamBackboneConfig, EfficientSamBackbone)
+for _class in (EfficientSamConfig, EfficientSamVisionConfig, EfficientSamBackboneConfig):
+    AutoImageProcessor.register(_class, image_processor_classes={"pil": EfficientSamImageProcessor})
 AutoProcessor.register(EfficientSamConfig, EfficientSamProcessor)

@@ -1,17 +1,21 @@
-"""Configuration of EfficientSAM: vision encoder, prompt encoder, mask decoder, the whole, and its pretraining.
+"""Configuration of EfficientSAM: vision encoder, backbone, prompt encoder, mask decoder, the whole, its pretraining.
 
 The defaults are EfficientSAM-Ti. EfficientSAM-S differs in the vision encoder alone: `hidden_size=384` and
 `num_attention_heads=6`.
 """
 
+from typing import Literal
+
 from huggingface_hub.dataclasses import strict
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 
 @strict
 class EfficientSamVisionConfig(PreTrainedConfig):
     r"""
-    The plain ViT that turns an image into an embedding grid.
+    The plain ViT that turns an image into an embedding grid, or with `num_labels` classes in scores:
+    [`EfficientSamVisionModel`], [`EfficientSamForImageClassification`].
 
     Args:
         hidden_size (`int`, defaults to 192): Width of the transformer; 384 in EfficientSAM-S.
@@ -30,6 +34,12 @@ class EfficientSamVisionConfig(PreTrainedConfig):
         hidden_act (`str`, defaults to `"gelu"`): Activation of the MLPs.
         layer_norm_eps (`float`, defaults to 1e-6): Epsilon of every layer normalisation.
         attention_dropout (`float`, defaults to 0.0): Dropout of the attention weights in training.
+        drop_path_rate (`float`, defaults to 0.0):
+            Stochastic depth in training: how often the last layer's branches are left out; the first layer's never
+            are, and the rate grows linearly between.
+        classifier_pooling (`str`, defaults to `"mean"`):
+            What [`EfficientSamForImageClassification`] classifies: the `"mean"` of the patches or the class token,
+            `"cls"`.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
     """
 
@@ -48,6 +58,8 @@ class EfficientSamVisionConfig(PreTrainedConfig):
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-6
     attention_dropout: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    classifier_pooling: Literal["mean", "cls"] = "mean"
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
@@ -61,7 +73,115 @@ class EfficientSamVisionConfig(PreTrainedConfig):
         for name in ("image_size", "pretrain_image_size"):
             if getattr(self, name) % self.patch_size:
                 raise ValueError(f"{name} {getattr(self, name)} must be a multiple of patch_size {self.patch_size}.")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate is {self.drop_path_rate}; it must be at least 0 and less than 1.")
         super().__post_init__(**kwargs)
+
+
+@strict
+class EfficientSamBackboneConfig(BackboneConfigMixin, EfficientSamVisionConfig):
+    r"""
+    The vision encoder as a backbone for dense tasks: [`EfficientSamBackbone`]. What is not listed here is the
+    encoder's, see [`EfficientSamVisionConfig`]; `from_pretrained` takes that from the directory of any EfficientSAM
+    model, pretraining included.
+
+    Args:
+        window_size (`int`, defaults to 0):
+            Side in patches of the windows that most layers attend within; 14 in ViTDet. 0: every layer attends
+            everywhere.
+        global_attention_layers (`list[int]`, *optional*):
+            The layers, counted from 0, that attend everywhere all the same. If not given, ViTDet's: the last one of
+            each quarter, so 2, 5, 8 and 11 of 12.
+        pyramid_strides (`list[int]`, *optional*):
+            Strides in pixels of a simple feature pyramid on the last layer, ascending, out of 4, 8, 16, 32 and 64.
+            If not given, the features are the layers' own maps of stride 16.
+        pyramid_channels (`int`, defaults to 256): Channels of each level of the pyramid.
+        apply_layernorm (`bool`, defaults to `False`):
+            Normalise the maps that are taken from the layers, each by a layer normalisation of its own. ViTDet's
+            pyramid does without.
+        out_features (`list[str]`, *optional*):
+            Names of the feature maps. With a pyramid `"stage1"` to `"stage4"`, one for each stride, and all of them
+            if not given. Else `"stem"`, the first layer's input, and `"stage1"` to `"stage12"`, the output of each
+            layer; the last one if not given.
+        out_indices (`list[int]`, *optional*): The same by position among the names.
+
+    Example:
+
+    ```python
+    >>> from transformers import Mask2FormerConfig
+    >>> from hf_efficientsam import EfficientSamBackboneConfig
+
+    >>> backbone_config = EfficientSamBackboneConfig(window_size=16, pyramid_strides=[4, 8, 16, 32])
+    >>> config = Mask2FormerConfig(backbone_config=backbone_config)
+    ```
+    """
+
+    model_type = "efficientsam_backbone"
+
+    window_size: int = 0
+    global_attention_layers: list[int] | tuple[int, ...] | None = None
+    pyramid_strides: list[int] | tuple[int, ...] | None = None
+    pyramid_channels: int = 256
+    apply_layernorm: bool = False
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        # Any EfficientSAM model gives its encoder: a whole one or a SAMI directory its part, a classifier all it has.
+        config_dict = config_dict.get(cls.base_config_key, config_dict)
+        if config_dict.get("model_type") == EfficientSamVisionConfig.model_type:
+            config_dict = config_dict | {"model_type": cls.model_type}
+        return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # transformers sets the options of from_pretrained one by one on the finished config. Those that the names of
+        # the features follow from go in first, and saved names are forgotten.
+        options = {
+            name: kwargs.pop(name) for name in {"pyramid_strides", "out_features", "out_indices"} & kwargs.keys()
+        }
+        if options:
+            saved = config_dict.items()
+            config_dict = {key: value for key, value in saved if key not in ("out_features", "out_indices")} | options
+        return super().from_dict(config_dict, **kwargs)
+
+    def __post_init__(self, **kwargs):
+        for name in ("global_attention_layers", "pyramid_strides"):
+            if getattr(self, name) is not None:
+                setattr(self, name, list(getattr(self, name)))  # what JSON gives back
+        if self.pyramid_strides is not None:
+            strides = self.pyramid_strides
+            if not strides or strides != sorted({4, 8, 16, 32, 64} & set(strides)):
+                raise ValueError(f"pyramid_strides is {strides}; choose from 4, 8, 16, 32 and 64, in ascending order.")
+            if self.patch_size != 16:
+                raise ValueError(f"patch_size is {self.patch_size}; the strides of a pyramid need 16.")
+        layers = self.global_attention_layers or []
+        if any(not 0 <= layer < self.num_hidden_layers for layer in layers):
+            raise ValueError(
+                f"global_attention_layers is {layers}; there are layers 0 to {self.num_hidden_layers - 1}."
+            )
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        if self.pyramid_strides is not None and out_features is None and out_indices is None:
+            out_features = self.stage_names
+        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+        super().__post_init__(**kwargs)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Of all feature maps that there are to choose from."""
+        if self.pyramid_strides is not None:
+            return [f"stage{number + 1}" for number in range(len(self.pyramid_strides))]
+        return ["stem"] + [f"stage{number + 1}" for number in range(self.num_hidden_layers)]
+
+    @property
+    def window_sizes(self) -> list[int]:
+        """Of each layer, in patches; 0 where it attends everywhere."""
+        depth, everywhere = self.num_hidden_layers, self.global_attention_layers
+        if everywhere is None:
+            everywhere = [quarter * depth // 4 - 1 for quarter in range(1, 5)]
+        return [0 if layer in everywhere else self.window_size for layer in range(depth)]
 
 
 @strict
@@ -281,6 +401,7 @@ class EfficientSamSamiConfig(PreTrainedConfig):
 
 
 __all__ = [
+    "EfficientSamBackboneConfig",
     "EfficientSamConfig",
     "EfficientSamMaskDecoderConfig",
     "EfficientSamPromptEncoderConfig",

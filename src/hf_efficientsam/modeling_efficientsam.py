@@ -3,6 +3,7 @@
 pixels -> patches -> vision layers -> neck -> image embedding
 points, boxes, masks -> prompt encoder -> prompt tokens
 image embedding + prompt tokens -> two-way transformer -> upscaling, hypernetworks, IoU head -> masks and scores
+pixels -> patches -> vision layers -> feature maps (backbone) or class scores (classifier), at the end of the file
 
 Shape letters: B images, Q prompts an image, P points a prompt, T tokens, M candidate masks, N = h * w grid cells,
 C channels. Grids are kept channel-last and flat, `[..., N, C]`, but for the public image embedding `[B, C, h, w]`.
@@ -22,14 +23,18 @@ from huggingface_hub import HfApi, ModelCard
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutput, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput
-from transformers.utils.generic import TransformersKwargs, maybe_autocast
+from transformers.utils.generic import TransformersKwargs, can_return_tuple, maybe_autocast
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_efficientsam import (
+    EfficientSamBackboneConfig,
     EfficientSamConfig,
     EfficientSamMaskDecoderConfig,
     EfficientSamPromptEncoderConfig,
@@ -114,7 +119,7 @@ class EfficientSamPatchEmbeddings(nn.Module):
         self.projection = nn.Conv2d(
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
-        # Row 0 belongs to the class token of pretraining. It is kept so that weights travel whole, and not read here.
+        # Row 0 belongs to the class token, where there is one. Without, it is kept so that weights travel whole.
         self.pretrain_grid = config.pretrain_image_size // config.patch_size
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + self.pretrain_grid**2, config.hidden_size))
 
@@ -127,7 +132,8 @@ class EfficientSamPatchEmbeddings(nn.Module):
             table = table.flatten(2).transpose(1, 2)
         return table.to(self.position_embeddings.dtype)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, cls_token: torch.Tensor | None = None) -> torch.Tensor:
+        """With a class token `[1, 1, C]`, which comes first: `[B, 1 + N, C]`."""
         _, channels, height, width = pixel_values.shape
         if channels != self.num_channels or height % self.patch_size or width % self.patch_size:
             raise ValueError(
@@ -136,7 +142,11 @@ class EfficientSamPatchEmbeddings(nn.Module):
             )
         patches = self.projection(pixel_values.to(self.projection.weight.dtype))  # [B, C, h, w]
         positions = self.interpolate_positions(*patches.shape[-2:])
-        return patches.flatten(2).transpose(1, 2) + positions
+        tokens = patches.flatten(2).transpose(1, 2) + positions
+        if cls_token is None:
+            return tokens
+        cls_token = cls_token + self.position_embeddings[:, :1]
+        return torch.cat([cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
 
 
 class EfficientSamVisionAttention(nn.Module):
@@ -190,30 +200,87 @@ class EfficientSamMLP(nn.Module):
         return self.fc2(self.activation(self.fc1(hidden_states)))
 
 
-class EfficientSamVisionLayer(GradientCheckpointingLayer):
-    """A pre-norm transformer layer over `[B, N, C]`."""
+def split_windows(tokens: torch.Tensor, grid_size: tuple[int, int], window_size: int) -> torch.Tensor:
+    """
+    Tokens of a grid `[B, N, C]` -> tokens of its windows `[B * windows, cells of a window, C]`. A grid that no whole
+    number of windows fills is filled up with zeros at the bottom and right; a side shorter than a window is one.
+    """
+    height, width = grid_size
+    tall, wide = min(window_size, height), min(window_size, width)
+    grid = F.pad(tokens.unflatten(1, grid_size), (0, 0, 0, -width % wide, 0, -height % tall))
+    windows = grid.unflatten(2, (-1, wide)).unflatten(1, (-1, tall)).transpose(2, 3)  # [B, rows, columns, ...]
+    return windows.flatten(3, 4).flatten(0, 2)
 
-    def __init__(self, config: EfficientSamVisionConfig):
+
+def join_windows(windows: torch.Tensor, grid_size: tuple[int, int], window_size: int) -> torch.Tensor:
+    """What `split_windows` makes of `[B, N, C]`, put together again without the filling."""
+    height, width = grid_size
+    tall, wide = min(window_size, height), min(window_size, width)
+    rows, columns = -(-height // tall), -(-width // wide)
+    windows = windows.unflatten(1, (tall, wide)).unflatten(0, (-1, rows, columns)).transpose(2, 3)
+    grid = windows.flatten(3, 4).flatten(1, 2)
+    return grid[:, :height, :width].flatten(1, 2)
+
+
+def drop_path(branch: torch.Tensor, rate: float) -> torch.Tensor:
+    """
+    Stochastic depth (arXiv 1603.09382) for a residual branch `[B, ...]`: zero for a share `rate` of the images, drawn
+    anew with torch's generator, and larger for the others, so that the mean stays.
+    """
+    kept = torch.rand(len(branch), *(branch.ndim - 1) * [1], device=branch.device) >= rate
+    return branch * (kept.to(branch.dtype) / (1 - rate))
+
+
+class EfficientSamVisionLayer(GradientCheckpointingLayer):
+    """
+    A pre-norm transformer layer over `[B, N, C]`.
+
+    Args:
+        config ([`EfficientSamVisionConfig`]): Of the encoder.
+        index (`int`): The layer's place, from 0. The rate of drop path grows with it to the config's.
+        window_size (`int`): Side in patches of the windows that attend each to itself, or 0 to attend everywhere.
+            `forward` then needs the grid's size. The zeros that fill up the last windows are attended to, as in
+            ViTDet (arXiv 2203.16527): without a mask every attention backend serves. Choose a size that divides the
+            grid (16 at 1024 pixels) and there are none.
+    """
+
+    def __init__(self, config: EfficientSamVisionConfig, index: int = 0, window_size: int = 0):
         super().__init__()
+        self.window_size = window_size
+        self.drop_path_rate = config.drop_path_rate * index / max(config.num_hidden_layers - 1, 1)
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = EfficientSamVisionAttention(config)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = EfficientSamMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        hidden_states = hidden_states + self.attention(self.layernorm_before(hidden_states), **kwargs)[0]
-        return hidden_states + self.mlp(self.layernorm_after(hidden_states))
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        grid_size: tuple[int, int] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        branch = self.layernorm_before(hidden_states)
+        if self.window_size:
+            branch = self.attention(split_windows(branch, grid_size, self.window_size), **kwargs)[0]
+            branch = join_windows(branch, grid_size, self.window_size)
+        else:
+            branch = self.attention(branch, **kwargs)[0]
+        hidden_states = hidden_states + self.drop_path(branch)
+        return hidden_states + self.drop_path(self.mlp(self.layernorm_after(hidden_states)))
+
+    def drop_path(self, branch: torch.Tensor) -> torch.Tensor:
+        return drop_path(branch, self.drop_path_rate) if self.training and self.drop_path_rate else branch
 
 
 class EfficientSamVisionNeck(nn.Module):
-    """Patch tokens `[B, N, C]` -> image embedding `[B, output_channels, h, w]`. No normalisation comes before it."""
+    """Patch tokens `[B, N, C]` -> map `[B, out_channels, h, w]`. No normalisation comes before it."""
 
-    def __init__(self, config: EfficientSamVisionConfig):
+    def __init__(self, in_channels: int, out_channels: int, layer_norm_eps: float):
         super().__init__()
-        self.projection = nn.Linear(config.hidden_size, config.output_channels, bias=False)  # the 1 x 1 convolution
-        self.layernorm1 = nn.LayerNorm(config.output_channels, eps=config.layer_norm_eps)
-        self.conv = nn.Conv2d(config.output_channels, config.output_channels, kernel_size=3, padding=1, bias=False)
-        self.layernorm2 = nn.LayerNorm(config.output_channels, eps=config.layer_norm_eps)
+        self.projection = nn.Linear(in_channels, out_channels, bias=False)  # the 1 x 1 convolution
+        self.layernorm1 = nn.LayerNorm(out_channels, eps=layer_norm_eps)
+        self.conv = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False)
+        self.layernorm2 = nn.LayerNorm(out_channels, eps=layer_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
         hidden_states = self.layernorm1(self.projection(hidden_states))
@@ -259,6 +326,8 @@ class EfficientSamPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, EfficientSamPatchEmbeddings):
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
+        elif isinstance(module, EfficientSamTokenEncoder) and module.cls_token is not None:
+            init.normal_(module.cls_token, std=self.config.initializer_range)
         elif isinstance(module, EfficientSamPositionEmbedding):
             if module.start == "axes":
                 init.copy_(module.frequencies, axis_frequencies(module.frequencies.shape[1]))
@@ -266,23 +335,35 @@ class EfficientSamPreTrainedModel(PreTrainedModel):
                 init.normal_(module.frequencies)
 
 
-class EfficientSamVisionEncoder(EfficientSamPreTrainedModel):
-    """Patch embeddings, transformer layers and neck: `[B, 3, H, W]` -> `[B, output_channels, H / 16, W / 16]`."""
+class EfficientSamVisionTransformer(EfficientSamPreTrainedModel):
+    """What the encoders below have in common: patch embeddings and layers, one for each of `window_sizes` (0 if it
+    attends everywhere), or `num_hidden_layers` without windows."""
 
     config_class = EfficientSamVisionConfig
     config: EfficientSamVisionConfig
     _can_record_outputs = {"hidden_states": EfficientSamVisionLayer, "attentions": EfficientSamVisionAttention}
 
-    def __init__(self, config: EfficientSamVisionConfig):
+    def __init__(self, config: EfficientSamVisionConfig, window_sizes: list[int] | None = None):
         super().__init__(config)
+        if window_sizes is None:
+            window_sizes = config.num_hidden_layers * [0]
         self.embeddings = EfficientSamPatchEmbeddings(config)
-        self.layers = nn.ModuleList([EfficientSamVisionLayer(config) for _ in range(config.num_hidden_layers)])
-        self.neck = EfficientSamVisionNeck(config)
+        self.layers = nn.ModuleList(
+            [EfficientSamVisionLayer(config, index, size) for index, size in enumerate(window_sizes)]
+        )
         self.gradient_checkpointing = False
-        self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
+
+
+class EfficientSamVisionEncoder(EfficientSamVisionTransformer):
+    """Patch embeddings, transformer layers and neck: `[B, 3, H, W]` -> `[B, output_channels, H / 16, W / 16]`."""
+
+    def __init__(self, config: EfficientSamVisionConfig):
+        super().__init__(config)
+        self.neck = EfficientSamVisionNeck(config.hidden_size, config.output_channels, config.layer_norm_eps)
+        self.post_init()
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> EfficientSamVisionOutput:
@@ -292,6 +373,27 @@ class EfficientSamVisionEncoder(EfficientSamPreTrainedModel):
         patch_size = self.config.patch_size
         height, width = pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
         return EfficientSamVisionOutput(last_hidden_state=self.neck(hidden_states, height, width))
+
+
+class EfficientSamTokenEncoder(EfficientSamVisionTransformer):
+    """
+    Patch embeddings and layers without the neck: `[B, 3, H, W]` -> tokens `[B, N, C]`, with a class token before them
+    `[B, 1 + N, C]`. Only one without a class token can have windows.
+    """
+
+    def __init__(self, config: EfficientSamVisionConfig, with_cls_token: bool, window_sizes: list[int] | None = None):
+        super().__init__(config, window_sizes)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if with_cls_token else None
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+        patch_size = self.config.patch_size
+        grid_size = (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size)
+        hidden_states = self.embeddings(pixel_values, self.cls_token)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, grid_size=grid_size, **kwargs)
+        return BaseModelOutput(last_hidden_state=hidden_states)
 
 
 class EfficientSamVisionModel(EfficientSamPreTrainedModel):
@@ -1152,4 +1254,202 @@ def check_prompts(batch_size: int, points, labels, boxes, masks) -> None:
         )
 
 
-__all__ = ["EfficientSamModel", "EfficientSamPreTrainedModel", "EfficientSamVisionEncoder", "EfficientSamVisionModel"]
+# ------------------------------------------------------------------------------------- backbone and classifier
+
+
+class EfficientSamMapLayerNorm(nn.LayerNorm):
+    """Layer normalisation over the channels of a map `[B, C, h, w]`."""
+
+    def forward(self, grid: torch.Tensor) -> torch.Tensor:
+        return super().forward(grid.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class EfficientSamPyramidLevel(nn.Module):
+    """The map `[B, hidden_size, h, w]` of stride 16 -> `[B, pyramid_channels, ...]` of stride 4, 8, 16 or 32."""
+
+    def __init__(self, config: EfficientSamBackboneConfig, stride: int):
+        super().__init__()
+        channels, eps = config.hidden_size, config.layer_norm_eps
+        half, quarter = channels // 2, channels // 4
+        if stride == 4:
+            double = nn.ConvTranspose2d(channels, half, kernel_size=2, stride=2)
+            double_again = nn.ConvTranspose2d(half, quarter, kernel_size=2, stride=2)
+            self.resize = nn.Sequential(double, EfficientSamMapLayerNorm(half, eps=eps), nn.GELU(), double_again)
+        elif stride == 8:
+            self.resize = nn.ConvTranspose2d(channels, half, kernel_size=2, stride=2)
+        else:
+            self.resize = nn.MaxPool2d(kernel_size=2, ceil_mode=True) if stride == 32 else nn.Identity()
+        self.neck = EfficientSamVisionNeck({4: quarter, 8: half}.get(stride, channels), config.pyramid_channels, eps)
+
+    def forward(self, grid: torch.Tensor) -> torch.Tensor:
+        grid = self.resize(grid)
+        return self.neck(grid.flatten(2).transpose(1, 2), *grid.shape[-2:])
+
+
+class EfficientSamFeaturePyramid(nn.Module):
+    """
+    ViTDet's simple feature pyramid (arXiv 2203.16527, section 3): the last map `[B, hidden_size, H / 16, W / 16]` ->
+    one `[B, pyramid_channels, H / stride, W / stride]` for each stride, rounded up. Stride 64 is every second cell of
+    32.
+    """
+
+    def __init__(self, config: EfficientSamBackboneConfig, strides: list[int]):
+        super().__init__()
+        self.strides = strides
+        built = sorted({min(stride, 32) for stride in strides})
+        self.levels = nn.ModuleDict({str(stride): EfficientSamPyramidLevel(config, stride) for stride in built})
+
+    def forward(self, grid: torch.Tensor) -> list[torch.Tensor]:
+        maps = {int(stride): level(grid) for stride, level in self.levels.items()}
+        if 64 in self.strides:
+            maps[64] = maps[32][..., ::2, ::2]
+        return [maps[stride] for stride in self.strides]
+
+
+class EfficientSamBackbone(BackboneMixin, EfficientSamPreTrainedModel):
+    """
+    The vision encoder as a backbone, for images of any size: the maps of chosen layers, or ViTDet's simple feature
+    pyramid on the last one; with windowed attention if wanted. [`EfficientSamBackboneConfig`] has the choices.
+
+    `from_pretrained` takes the encoder from its own directories and from those of [`EfficientSamForPreTraining`],
+    [`EfficientSamModel`] and [`EfficientSamForImageClassification`]; neck, class token and heads stay behind, pyramid
+    and normalisations start new. Layers after the last one that is asked for are not built.
+
+    Example:
+
+    ```python
+    >>> backbone = EfficientSamBackbone.from_pretrained("path/to/sami", pyramid_strides=[4, 8, 16, 32])
+    >>> [tuple(feature_map.shape) for feature_map in backbone(pixel_values).feature_maps]  # of 512 x 512 pixels
+    [(1, 256, 128, 128), (1, 256, 64, 64), (1, 256, 32, 32), (1, 256, 16, 16)]
+    ```
+    """
+
+    config_class = EfficientSamBackboneConfig
+    config: EfficientSamBackboneConfig
+    _auto_classes = ("AutoBackbone",)
+
+    def __init__(self, config: EfficientSamBackboneConfig):
+        super().__init__(config)
+        stages = [config.stage_names.index(name) for name in config.out_features]
+        # Which hidden states the maps are made of: 0 is the first layer's input.
+        self.states = stages if config.pyramid_strides is None else [config.num_hidden_layers]
+        depth = max(self.states) or 1
+        self.vision_encoder = EfficientSamTokenEncoder(config, False, config.window_sizes[:depth])
+        norms = self.states if config.apply_layernorm else []
+        self.layernorms = nn.ModuleList([nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in norms])
+        self.pyramid = None
+        if config.pyramid_strides is not None:
+            self.pyramid = EfficientSamFeaturePyramid(config, [config.pyramid_strides[stage] for stage in stages])
+        channels = config.hidden_size if self.pyramid is None else config.pyramid_channels
+        self.num_features = len(config.stage_names) * [channels]
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):  # of the pyramid: the encoder starts by itself
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_encoder.get_input_embeddings()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+        """
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): Normalised pixels, H and W multiples of 16.
+
+        Returns:
+            `BackboneOutput` with `feature_maps`, one `(B, C, h, w)` for each of `out_features`, where C is in
+            `channels`; `hidden_states` are tokens `(B, N, hidden_size)`, the attentions of a windowed layer those of
+            its windows `(B * windows, heads, cells, cells)`.
+
+        Raises:
+            ValueError: if the channels or the sides of `pixel_values` do not fit.
+        """
+        output = self.vision_encoder(pixel_values, **kwargs)
+        tokens = [output.hidden_states[state] for state in self.states]
+        if self.config.apply_layernorm:
+            tokens = [norm(state) for norm, state in zip(self.layernorms, tokens, strict=True)]
+        height = pixel_values.shape[-2] // self.config.patch_size
+        maps = [state.transpose(1, 2).unflatten(2, (height, -1)) for state in tokens]
+        if self.pyramid is not None:
+            maps = self.pyramid(*maps)
+        return BackboneOutput(
+            feature_maps=tuple(maps), hidden_states=output.hidden_states, attentions=output.attentions
+        )
+
+
+class EfficientSamForImageClassification(EfficientSamPreTrainedModel):
+    """
+    The vision encoder with a class token, pooling, normalisation and a linear layer.
+
+    The class token goes through the layers whatever the pooling, as in pretraining. `config.classifier_pooling` says
+    what is normalised and classified: the mean of the patches (`"mean"`, MAE's way of fine-tuning) or the class token
+    (`"cls"`). A directory of [`EfficientSamForPreTraining`] gives the encoder and its class token to
+    `from_pretrained`; one of [`EfficientSamModel`], which has none, the encoder alone, and the class token starts new.
+    """
+
+    config_class = EfficientSamVisionConfig
+    config: EfficientSamVisionConfig
+    _auto_classes = ("AutoModelForImageClassification",)
+
+    def __init__(self, config: EfficientSamVisionConfig):
+        super().__init__(config)
+        self.vision_encoder = EfficientSamTokenEncoder(config, True)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_encoder.get_input_embeddings()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        """
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): Normalised pixels, H and W multiples of 16.
+            labels (*optional*):
+                Class indices `(B,)`, or the probability of each class `(B, num_labels)` as floats, such as mixup
+                makes; for both the loss is cross-entropy. With another `config.problem_type` as in transformers.
+
+        Returns:
+            `ImageClassifierOutput` with `loss` (if there are labels) and `logits` `(B, num_labels)`.
+
+        Raises:
+            ValueError: if the channels or the sides of `pixel_values` do not fit.
+        """
+        for name in ("original_sizes", "reshaped_input_sizes"):  # of the processor, for masks alone
+            kwargs.pop(name, None)
+        output = self.vision_encoder(pixel_values, **kwargs)
+        tokens = output.last_hidden_state
+        pooled = tokens[:, 1:].mean(dim=1) if self.config.classifier_pooling == "mean" else tokens[:, 0]
+        logits = self.classifier(self.layernorm(pooled))
+        return ImageClassifierOutput(
+            loss=None if labels is None else self.loss(logits, labels, **kwargs),
+            logits=logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
+        one_of_many = self.config.problem_type in (None, "single_label_classification") and self.config.num_labels > 1
+        if one_of_many and labels.is_floating_point():  # transformers would take them for labels that exclude no other
+            return fixed_cross_entropy(logits, labels.to(logits.device), **kwargs)
+        return self.loss_function(labels, logits, self.config, **kwargs)
+
+
+__all__ = [
+    "EfficientSamBackbone",
+    "EfficientSamForImageClassification",
+    "EfficientSamModel",
+    "EfficientSamPreTrainedModel",
+    "EfficientSamVisionEncoder",
+    "EfficientSamVisionModel",
+]

@@ -130,7 +130,7 @@ class EfficientSamMaskedVisionEncoder(EfficientSamSamiPreTrainedModel):
         super().__init__(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.embeddings = EfficientSamPatchEmbeddings(config)
-        self.layers = nn.ModuleList([EfficientSamVisionLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([EfficientSamVisionLayer(config, i) for i in range(config.num_hidden_layers)])
         self.gradient_checkpointing = False
         self.post_init()
 

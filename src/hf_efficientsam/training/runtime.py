@@ -177,12 +177,12 @@ def parameter_groups(
 def layer_decay(name: str, num_layers: int, decay: float) -> float:
     """
     Share of the learning rate for a parameter of a model with our encoder, as BEiT has it (arXiv 2106.08254): `decay`
-    for the last of the encoder's `num_layers` layers, its square for the one before, and so on to the embeddings; 1
-    for all that comes after the layers.
+    for the last of the encoder's `num_layers` layers, its square for the one before, and so on to the embeddings and
+    the class token; 1 for all that comes after the layers. The encoder may lie anywhere in the model.
     """
-    if found := re.match(r"vision_encoder\.layers\.(\d+)\.", name):
+    if found := re.search(r"\bvision_encoder\.layers\.(\d+)\.", name):
         return decay ** (num_layers - int(found[1]))
-    return decay ** (num_layers + 1) if name.startswith("vision_encoder.embeddings.") else 1.0
+    return decay ** (num_layers + 1) if re.search(r"\bvision_encoder\.(embeddings\.|cls_token)", name) else 1.0
 
 
 def run_script(name: str, main: Callable[[], None], code: int = 1) -> None:
