@@ -293,6 +293,27 @@ def test_what_is_trained(arguments, tiny_model, tmp_path, name):
     assert found == expected | neck | {"prompt_encoder", "mask_decoder"}
 
 
+def test_embeddings_that_are_remembered_are_those_of_the_frozen_encoder(arguments, tmp_path):
+    alike = ["--freeze", "vision_encoder", "--crop_scale", 1, "--flip", "false", "--color_jitter", 0]
+    calls, encode = [], EfficientSamModel.get_image_embeddings
+
+    def count(self, pixel_values):
+        calls.append(len(pixel_values))
+        return encode(self, pixel_values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EfficientSamModel, "get_image_embeddings", count)
+        for name in ("false", "true"):
+            run("finetune_masks", *arguments, *alike, "--remember_embeddings", name, "--output_dir", tmp_path / name)
+            encoded = sum(calls)
+            calls.clear()
+    assert encoded == 5  # images, each once, though they were seen in 7 steps of 4
+    assert_close(tmp_path / "true", tmp_path / "false", curves=0.02, values=0.02)  # half precision between them
+    stopped_after(6, tmp_path / "true", tmp_path / "resumed")
+    run("finetune_masks", *arguments, *alike, "--remember_embeddings", "true", "--output_dir", tmp_path / "resumed")
+    assert_equal(tmp_path / "resumed", tmp_path / "true")
+
+
 def test_low_rank_updates_are_merged_and_resume(arguments, tiny_model, tmp_path):
     given = [*arguments, "--lora", 2, "--ema_decay", 0, "--learning_rate", 0.05]
     run("finetune_masks", *given, "--output_dir", tmp_path / "whole")
@@ -339,6 +360,7 @@ def test_a_bad_config_is_refused(tmp_path, text, sentence):
         (["--freeze", "neck"], "--freeze neck: there is no such part"),
         (["--freeze", "vision_encoder", "prompt_encoder", "mask_decoder"], "leaves nothing to train"),
         (["--freeze", "vision_encoder", "--lora", 2], "leave one of them out"),
+        (["--remember_embeddings", "true"], "--remember_embeddings needs --freeze vision_encoder --crop_scale 1"),
         (["--ema_decay", 1], "--ema_decay is 1.0"),
         (["--crop_scale", 1.5], "--crop_scale is 1.5; it must be between 0 and 1."),
         (["--epochs", 0.1], "--epochs 0.1 is less than one step of 2 an epoch"),

@@ -372,16 +372,57 @@ def test_chunks_of_prompts_do_not_change_the_numbers(model, pixel_values, masks,
         assert_same(outputs[2], outputs[0])
 
 
-def test_without_gradients_only_a_chunk_is_decoded_at_a_time(model, pixel_values, points):
+def test_only_a_chunk_is_decoded_at_a_time(model, pixel_values, points):
     seen = []
     model.mask_decoder.upscaling.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
     model.config.mask_decoder_config.prompts_per_chunk = 2
     with torch.no_grad():
         model(pixel_values, input_points=points)
-    assert seen == [2 * B, 1 * B]
+    model(pixel_values, input_points=points)
+    assert seen == 2 * [2 * B, 1 * B]
     seen.clear()
-    model(pixel_values, input_points=points)  # gradients need every value anyway
+    with torch.autocast("cpu", torch.bfloat16):
+        model(pixel_values, input_points=points)  # gradients need every value anyway
     assert seen == [Q * B]
+
+
+def attend_plain(model: EfficientSamModel) -> EfficientSamModel:
+    """The model as it decodes where it records its attention: every projection through its own forward."""
+    original = model.mask_decoder.forward
+    model.mask_decoder.forward = lambda *args, **kwargs: original(*args, **kwargs | {"output_attentions": True})
+    return model
+
+
+def test_gradients_of_both_ways_through_the_decoder(model, pixel_values, points, boxes, masks):
+    prompts = {"input_points": points, "input_boxes": boxes, "input_masks": masks}
+    gradients = []
+    for one in (model, attend_plain(copy.deepcopy(model))):
+        output = one.train()(pixel_values, **prompts)
+        (output.pred_masks.square().mean() + output.iou_scores.sum()).backward()
+        gradients.append({name: parameter.grad for name, parameter in one.named_parameters()})
+    for name, folded in gradients[0].items():
+        plain = gradients[1][name]
+        if plain is None:  # the single mask's network was not asked
+            assert folded is None
+            continue
+        # A bias of the keys moves no softmax over the image's cells: nothing, or what rounding leaves of it.
+        folded = torch.zeros_like(plain) if folded is None else folded
+        assert (folded - plain).abs().max() < 1e-3 * max(1e-2, plain.abs().max()), name
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_adapters_of_the_decoder_take_part(model, pixel_values, points, with_gradients):
+    peft = pytest.importorskip("peft")
+    before = model(pixel_values, input_points=points).pred_masks
+    layers = r"mask_decoder.*token_attention\.(q|k|v)_proj"
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=layers), model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(parameter, 0.1)
+    with torch.set_grad_enabled(with_gradients):
+        output = model(pixel_values, input_points=points)
+    assert (output.pred_masks - before).abs().max() > 1e-3
+    assert_same(output, attend_plain(model)(pixel_values, input_points=points))
 
 
 # ---------------------------------------------------------------------------------------------- attention
@@ -456,11 +497,11 @@ class RecordedAttention:
 def test_flash_kernels_get_what_they_take(model, pixel_values, points, monkeypatch):
     # No flash kernel runs on a CPU, so this looks at what one would be given, under its name: never a mask (attention
     # to prompt tokens, whose padding counts several times, goes through sdpa), no dropout, not causal, nothing that
-    # only the processor needs. With gradients, for without them float32 takes the decoder's own way.
+    # only the processor needs. As half precision decodes: float32 on a CPU takes the decoder's own way.
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     assert model._supports_flash_attn
-    expected = model(pixel_values, input_points=points)
+    expected = attend_plain(model)(pixel_values, input_points=points)
     flash = RecordedAttention()
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", flash)
     model.config._attn_implementation = "flash_attention_2"
@@ -519,7 +560,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, pixel_values, po
         layer.mlp.register_forward_pre_hook(lambda module, args: runs.append(module))
     loss_of(checkpointed, pixel_values, points, boxes, masks).backward()
     assert len(runs) == 2 * 4 * len(layers)  # each once more in the backward pass
-    loss_of(model, pixel_values, points, boxes, masks).backward()
+    loss_of(attend_plain(model), pixel_values, points, boxes, masks).backward()  # as layers that can be run again do
     for (name, parameter), other in zip(model.named_parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(other.grad, parameter.grad, atol=1e-6, rtol=1e-5, msg=name)
 

@@ -16,7 +16,6 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -45,14 +44,19 @@ from hf_efficientsam.training.batch import (
     collate,
     open_masks,
 )
-from hf_efficientsam.training.interactive import InteractiveSegmentation, PromptOptions, most_confident
+from hf_efficientsam.training.interactive import (
+    EmbeddingMemory,
+    InteractiveSegmentation,
+    PromptOptions,
+    most_confident,
+)
 from hf_efficientsam.training.losses import MaskLoss
 from hf_efficientsam.training.prompts import boxes_from_masks
 from hf_efficientsam.training.runtime import (
     Checkpoints,
     Log,
+    Optimization,
     check_same_run,
-    epoch_batches,
     epoch_loader,
     layer_decay,
     parameter_groups,
@@ -60,8 +64,7 @@ from hf_efficientsam.training.runtime import (
     replaced_folder,
     run_script,
     start_accelerator,
-    stop_unless_finite,
-    weight_average,
+    step_batches,
 )
 from hf_efficientsam.training.warm_start import load_encoder
 from hf_efficientsam.visualize import draw_masks, picture_table
@@ -91,6 +94,10 @@ class Recipe(PromptOptions, MaskOptions):
     )
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "parts that are not trained: vision_encoder, prompt_encoder, ..."}
+    )
+    remember_embeddings: bool = field(
+        default=False,
+        metadata={"help": "encode each image once: for a frozen encoder and images that are always shown whole"},
     )
     lora: int = field(
         default=0, metadata={"help": "rank of LoRA updates of the encoder's queries and values, its weights frozen"}
@@ -163,6 +170,12 @@ def check(recipe: Recipe) -> None:
         raise ValueError(f"--freeze {min(unknown)}: there is no such part; choose of {', '.join(PARTS)}.")
     if recipe.lora and "vision_encoder" in recipe.freeze:
         raise ValueError("--lora updates the encoder and --freeze vision_encoder forbids it; leave one of them out.")
+    varied = recipe.crop_scale < 1 or recipe.flip or recipe.color_jitter
+    if recipe.remember_embeddings and (varied or recipe.shards or "vision_encoder" not in recipe.freeze):
+        raise ValueError(
+            "--remember_embeddings needs --freeze vision_encoder --crop_scale 1 --flip false --color_jitter 0, and no "
+            "--shards, whose images would not fit into memory."
+        )
 
 
 def build_model(recipe: Recipe) -> EfficientSamModel:
@@ -292,7 +305,6 @@ def main() -> None:
         # Which parts a step uses (mask token 0 or the other three, the mask prompts) is drawn by chance.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         accelerator = start_accelerator(recipe, kwargs_handlers=[unused])
-        accumulation = accelerator.gradient_accumulation_steps
         if accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError("A model this small gains nothing from FSDP; launch with training/accelerate/ddp.yaml.")
         model = build_model(recipe)
@@ -317,11 +329,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
     kind, warmup = recipe.schedule, min(recipe.warmup_steps, steps // 3)
     schedule = get_scheduler("constant_with_warmup" if kind == "constant" else kind, optimizer, warmup, steps)
-    task, optimizer = accelerator.prepare(task, optimizer)
-    accelerator.register_for_checkpointing(schedule)  # a prepared one would step once for every process
-    average = weight_average(model, recipe.ema_decay) if recipe.ema_decay else None
-    if average is not None:
-        accelerator.register_for_checkpointing(average)
+    optimization = Optimization(accelerator, task, optimizer, schedule, recipe.max_grad_norm, model, recipe.ema_decay)
+    task = optimization.model
 
     output = Path(recipe.output_dir)
     log = Log(accelerator, output, steps, recipe.log_steps)
@@ -330,50 +339,37 @@ def main() -> None:
     if step == steps:
         accelerator.print(f"{output} holds a finished run; choose another --output_dir for a new one, or delete it.")
     log.start(step, "masks", dataclasses.asdict(recipe))
+    memory = EmbeddingMemory() if recipe.remember_embeddings else None
     task.train()
-    while step < steps:
-        epoch, position = divmod(step, epoch_steps)
-        batches = epoch_batches(accelerator, loader, data, epoch, position * accumulation)
-        for _ in range(min(epoch_steps - position, steps - step)):
-            step_batches = list(islice(batches, accumulation))
-            # A mean over the masks of all batches and processes: accelerate divides by the number of both.
-            num_prompts = torch.stack([batch.valid.sum() for batch in step_batches]).sum().to(accelerator.device)
-            num_prompts = accelerator.reduce(num_prompts) / (accumulation * accelerator.num_processes)
-            losses = []
-            for batch in step_batches:
-                batch = batch.to(accelerator.device, non_blocking=True)
-                geometry, generator = step_chance(recipe, step)
-                with accelerator.accumulate(task):
-                    parts = task(
-                        batch.pixel_values, batch.masks, batch.valid, batch.noise, generator, num_prompts, geometry
-                    )
-                    accelerator.backward(parts["loss"])
-                    if accelerator.sync_gradients:
-                        grad_norm = accelerator.clip_grad_norm_(task.parameters(), recipe.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                losses.append({name: part.detach() for name, part in parts.items()})
-            means = {name: torch.stack([parts[name] for parts in losses]).mean() for name in losses[0]}
-            keys = [key for batch in step_batches for key in batch.keys]
-            stop_unless_finite(accelerator, means["loss"], grad_norm, step + 1, keys)
-            rate = max(schedule.get_last_lr())
-            if not accelerator.optimizer_step_was_skipped:  # as in float16, see stop_unless_finite
-                schedule.step()
-            if average is not None:
-                average.update_parameters(model)
-            step += 1
-            log.add(step, images=recipe.global_batch_size, **means, lr=rate)
-            if step % recipe.picture_steps == 0 or step == steps:
-                log.picture(step, draw(model, batch), "masks")
-            if step % recipe.save_steps == 0 or step == steps:
-                # The model before the checkpoint: a finished run has its model.
-                if accelerator.is_main_process:
-                    save_model(model if average is None else average.module, recipe)
-                log.plot()
-                checkpoints.save(step)
+    for batches in step_batches(accelerator, loader, data, step, steps, epoch_steps):
+        batches, losses = list(batches), []
+        # A mean over the masks of all batches and processes: accelerate divides by the number of both.
+        num_prompts = torch.stack([batch.valid.sum() for batch in batches]).sum().to(accelerator.device)
+        num_prompts = accelerator.reduce(num_prompts) / (len(batches) * accelerator.num_processes)
+        for batch in batches:
+            batch = batch.to(accelerator.device, non_blocking=True)
+            geometry, generator = step_chance(recipe, step)
+            known = memory and memory.recall(model, batch.pixel_values, batch.keys)
+            with accelerator.accumulate(task):
+                inputs = (batch.pixel_values, batch.masks, batch.valid, batch.noise)
+                parts = task(*inputs, generator, num_prompts, geometry, known)
+                optimization.add(parts["loss"])
+            losses.append({name: part.detach() for name, part in parts.items()})
+        means = {name: torch.stack([parts[name] for parts in losses]).mean() for name in losses[0]}
+        step += 1
+        rate = optimization.finish(step, means["loss"], [key for batch in batches for key in batch.keys])
+        log.add(step, images=recipe.global_batch_size, **means, lr=rate)
+        if step % recipe.picture_steps == 0 or step == steps:
+            log.picture(step, draw(model, batch), "masks")
+        if step % recipe.save_steps == 0 or step == steps:
+            # The model before the checkpoint: a finished run has its model.
+            if accelerator.is_main_process:
+                save_model(optimization.result, recipe)
+            log.plot()
+            checkpoints.save(step)
     log.close()
     # The model must not outlive the processes' group: freeing both at once can hang (pytorch/pytorch issue 56297).
-    del task, model
+    del task, model, optimization
     accelerator.free_memory()
     accelerator.end_training()
 

@@ -12,7 +12,6 @@ the curve and pictures of what is reconstructed are beside it. Several GPUs and 
 import dataclasses
 import sys
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -27,16 +26,15 @@ from hf_efficientsam.training.feature_cache import FeatureCache
 from hf_efficientsam.training.runtime import (
     Checkpoints,
     Log,
+    Optimization,
     check_same_run,
-    epoch_batches,
     epoch_loader,
     parameter_groups,
     parse_recipe,
     replaced_folder,
     run_script,
     start_accelerator,
-    stop_unless_finite,
-    weight_average,
+    step_batches,
 )
 from hf_efficientsam.training.teachers import Teacher, load_teacher
 from hf_efficientsam.training.warm_start import select_weights
@@ -197,7 +195,6 @@ def main() -> None:
     try:
         check(recipe)
         accelerator = start_accelerator(recipe)
-        accumulation = accelerator.gradient_accumulation_steps
         if recipe.ema_decay and accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError("An average of the weights cannot be kept with FSDP; leave --ema_decay out, or use DDP.")
         teacher = build_teacher(recipe, accelerator.device)
@@ -215,12 +212,10 @@ def main() -> None:
     groups = parameter_groups(model, learning_rate, recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, recipe.adam_beta2))
     schedule = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup_epochs * epoch_steps), steps)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    student = accelerator.unwrap_model(model)
-    accelerator.register_for_checkpointing(schedule)  # a prepared one would step once for every process
-    average = weight_average(student, recipe.ema_decay) if recipe.ema_decay else None
-    if average is not None:
-        accelerator.register_for_checkpointing(average)
+    optimization = Optimization(
+        accelerator, model, optimizer, schedule, recipe.max_grad_norm, ema_decay=recipe.ema_decay
+    )
+    model, student = optimization.model, optimization.current
 
     output, grid = Path(recipe.output_dir), (recipe.size // student.config.vision_config.patch_size,) * 2
     log = Log(accelerator, output, steps, recipe.log_steps)
@@ -230,47 +225,34 @@ def main() -> None:
         accelerator.print(f"{output} holds a finished run; choose another --output_dir for a new one, or delete it.")
     log.start(step, "sami", dataclasses.asdict(recipe))
     model.train()
-    while step < steps:
-        epoch, position = divmod(step, epoch_steps)
-        batches = epoch_batches(accelerator, loader, data, epoch, position * accumulation)
-        for _ in range(min(epoch_steps - position, steps - step)):
-            losses, keys = [], []
-            for batch in islice(batches, accumulation):
-                batch = send_to_device(batch, accelerator.device)
-                target = batch.get("features")
-                if "teacher_pixels" in batch:
-                    target = teacher(batch["teacher_pixels"], grid)
-                with accelerator.accumulate(model):
-                    loss = model(normalize(batch["pixel_values"]), target, batch["noise"]).loss
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                losses.append(loss.detach())
-                keys += batch["key"]
-            loss = torch.stack(losses).mean()
-            stop_unless_finite(accelerator, loss, grad_norm, step + 1, keys)
-            rate = schedule.get_last_lr()[0]
-            if not accelerator.optimizer_step_was_skipped:  # as in float16, see stop_unless_finite
-                schedule.step()
-            if average is not None:
-                average.update_parameters(student)
-            step += 1
-            log.add(step, images=recipe.global_batch_size, loss=loss, lr=rate)
-            if step % recipe.picture_steps == 0 or step == steps:
-                log.picture(step, draw(student, batch, target, grid), "reconstruction")
-            if step % recipe.save_steps == 0 or step == steps:
-                # The model before the checkpoint: a finished run has its model.
-                state_dict = accelerator.get_state_dict(model) if average is None else average.module.state_dict()
-                if accelerator.is_main_process:
-                    with replaced_folder(output / "model") as folder:
-                        student.save_pretrained(folder, state_dict=state_dict)
-                log.plot()
-                checkpoints.save(step)
+    for batches in step_batches(accelerator, loader, data, step, steps, epoch_steps):
+        losses, keys = [], []
+        for batch in batches:
+            batch = send_to_device(batch, accelerator.device)
+            target = batch.get("features")
+            if "teacher_pixels" in batch:
+                target = teacher(batch["teacher_pixels"], grid)
+            with accelerator.accumulate(model):
+                loss = model(normalize(batch["pixel_values"]), target, batch["noise"]).loss
+                optimization.add(loss)
+            losses.append(loss.detach())
+            keys += batch["key"]
+        step, loss = step + 1, torch.stack(losses).mean()
+        rate = optimization.finish(step, loss, keys)
+        log.add(step, images=recipe.global_batch_size, loss=loss, lr=rate)
+        if step % recipe.picture_steps == 0 or step == steps:
+            log.picture(step, draw(student, batch, target, grid), "reconstruction")
+        if step % recipe.save_steps == 0 or step == steps:
+            # The model before the checkpoint: a finished run has its model.
+            state_dict = accelerator.get_state_dict(optimization.result if recipe.ema_decay else model)
+            if accelerator.is_main_process:
+                with replaced_folder(output / "model") as folder:
+                    student.save_pretrained(folder, state_dict=state_dict)
+            log.plot()
+            checkpoints.save(step)
     log.close()
     # The model must not outlive the processes' group: freeing both at once can hang (pytorch/pytorch issue 56297).
-    del model
+    del model, optimization
     accelerator.free_memory()
     accelerator.end_training()
 

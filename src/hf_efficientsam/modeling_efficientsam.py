@@ -150,7 +150,7 @@ class EfficientSamPatchEmbeddings(nn.Module):
 
 
 class EfficientSamVisionAttention(nn.Module):
-    """Global multi-head self-attention over `[B, N, C]`."""
+    """Multi-head self-attention over `[B, N, C]`."""
 
     def __init__(self, config: EfficientSamVisionConfig):
         super().__init__()
@@ -224,10 +224,10 @@ def join_windows(windows: torch.Tensor, grid_size: tuple[int, int], window_size:
 
 def drop_path(branch: torch.Tensor, rate: float) -> torch.Tensor:
     """
-    Stochastic depth (arXiv 1603.09382) for a residual branch `[B, ...]`: zero for a share `rate` of the images, drawn
+    Stochastic depth (arXiv 1603.09382) for a residual branch `[B, N, C]`: zero for a share `rate` of the images, drawn
     anew with torch's generator, and larger for the others, so that the mean stays.
     """
-    kept = torch.rand(len(branch), *(branch.ndim - 1) * [1], device=branch.device) >= rate
+    kept = torch.rand(len(branch), 1, 1, device=branch.device) >= rate
     return branch * (kept.to(branch.dtype) / (1 - rate))
 
 
@@ -336,8 +336,10 @@ class EfficientSamPreTrainedModel(PreTrainedModel):
 
 
 class EfficientSamVisionTransformer(EfficientSamPreTrainedModel):
-    """What the encoders below have in common: patch embeddings and layers, one for each of `window_sizes` (0 if it
-    attends everywhere), or `num_hidden_layers` without windows."""
+    """
+    What the encoders below have in common: patch embeddings and layers, one for each of `window_sizes` (0 if it
+    attends everywhere), or the config's number without windows.
+    """
 
     config_class = EfficientSamVisionConfig
     config: EfficientSamVisionConfig
@@ -455,6 +457,14 @@ class EfficientSamPositionEmbedding(nn.Module):
 def read_rows(embedding: nn.Embedding, device: torch.device) -> torch.Tensor:
     """The table of an embedding, read through its forward: only there are weights present that accelerate offloads."""
     return embedding(torch.arange(embedding.num_embeddings, device=device))
+
+
+def is_plain(module: nn.Module) -> bool:
+    """
+    Whether the weights of a layer are all there is to it: not replaced by an adapter or a quantised layer, and not
+    offloaded by accelerate ("meta"), which puts them in place only while the forward of their module runs.
+    """
+    return type(module) in (nn.Linear, nn.ConvTranspose2d, nn.GroupNorm) and not module.weight.is_meta
 
 
 def axis_frequencies(count: int) -> torch.Tensor:
@@ -665,19 +675,25 @@ class EfficientSamAttention(nn.Module):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         return attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
 
-    # The same with less work, for inference in float32. P prompts with an image each of N cells, and few tokens T.
+    # The same with less work, in float32. P prompts with an image each of N cells, and few tokens T.
     # The image's cells x are not projected, the tokens are, by the transposed matrices: (K x) . q = x . (K' q), and
-    # the sum of a V x is V times the sum of a x. A bias that all cells share leaves a softmax over cells as it is.
+    # the sum of a V x is V times the sum of a x.
 
     def by_head(self, linear: nn.Linear) -> torch.Tensor:
         """Weights of a projection to the heads, `[heads, head_dim, C]`."""
         return linear.weight.unflatten(0, (-1, self.head_dim))
 
+    def fold_into(self, tokens: torch.Tensor, linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+        """Projected tokens `[P, T, heads * D]` -> what a cell x meets in place of K x + b, `[P, heads, T, C]`,
+        and what the b adds, `[P, heads, T]`."""
+        tokens = tokens.unflatten(-1, (-1, self.head_dim))
+        bias = torch.einsum("pthd,hd->pht", tokens, linear.bias.unflatten(0, (-1, self.head_dim)))
+        return torch.einsum("pthd,hdc->phtc", tokens, self.by_head(linear)), bias
+
     def read_image(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Tokens `[P, T, C]` attend to their image's keys and values `[P, N, C]` -> `[P, T, C]`."""
-        query = self.scaling * self.q_proj(query).unflatten(-1, (-1, self.head_dim))
-        query = torch.einsum("pthd,hdc->phtc", query, self.by_head(self.k_proj))
-        weights = torch.bmm(query.flatten(1, 2), key.transpose(1, 2)).softmax(dim=-1)
+        query, bias = self.fold_into(self.scaling * self.q_proj(query), self.k_proj)
+        weights = torch.baddbmm(bias.flatten(1, 2).unsqueeze(-1), query.flatten(1, 2), key.transpose(1, 2)).softmax(-1)
         read = torch.bmm(weights, value).unflatten(1, query.shape[1:3])
         read = torch.einsum("phtc,hdc->pthd", read, self.by_head(self.v_proj)).flatten(2)
         return self.o_proj(read + self.v_proj.bias)
@@ -705,13 +721,13 @@ class EfficientSamAttention(nn.Module):
         The image `[P, N, C]` plus what its queries gather from the tokens `[P, T, C]`, of which each counts
         exp(log_counts `[P, T]`) times. The queries are `[P, N, C]`, or projected and by head, `[P, heads, D, N]`.
         """
-        key = self.scaling * self.k_proj(key).unflatten(-1, (-1, self.head_dim))
+        key = self.scaling * self.k_proj(key)
         if query.ndim == 4:
-            logits = key.transpose(1, 2) @ query + log_counts[:, None, :, None]  # [P, heads, T, N]
+            key = key.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            logits = key @ query + log_counts[:, None, :, None]  # [P, heads, T, N]
         else:
-            bias = torch.einsum("pthd,hd->pht", key, self.q_proj.bias.unflatten(0, (-1, self.head_dim)))
+            key, bias = self.fold_into(key, self.q_proj)
             bias = (bias + log_counts[:, None]).flatten(1, 2).unsqueeze(-1)
-            key = torch.einsum("pthd,hdc->phtc", key, self.by_head(self.q_proj))
             logits = torch.baddbmm(bias, key.flatten(1, 2), query.transpose(1, 2)).unflatten(1, key.shape[1:3])
         weights = logits.softmax(dim=2).flatten(1, 2)
         value = self.v_proj(value).unflatten(-1, (-1, self.head_dim))
@@ -775,7 +791,7 @@ class EfficientSamTwoWayLayer(GradientCheckpointingLayer):
         key, value, query = read.k_proj(placed), read.v_proj(image), write.q_proj(placed)
         return SharedImage(*map(read.split_heads, (key, value, query)))
 
-    def infer(
+    def forward_folded(
         self,
         tokens: torch.Tensor,
         image: torch.Tensor,
@@ -856,17 +872,15 @@ class EfficientSamMaskUpscaling(nn.Module):
         ]
         return self.unshuffle(torch.cat(masks, dim=2), grid_size)
 
-    # Offloaded weights are "meta": accelerate puts them in place only while the forward of their module runs.
-
     def normalize(self, norm: nn.GroupNorm, image: torch.Tensor) -> torch.Tensor:
         """`[P, N, C]`, mean 0 and variance 1 over both N and C, then scaled and shifted by channel."""
-        if norm.weight.is_meta:
+        if not is_plain(norm):
             return norm(image.transpose(1, 2)).transpose(1, 2)
         return torch.addcmul(norm.bias, F.layer_norm(image, image.shape[1:], eps=norm.eps), norm.weight)
 
     def double(self, conv: nn.ConvTranspose2d, image: torch.Tensor) -> torch.Tensor:
         """`[P, N, C] -> [P, 4 N, C_next]`; the four cells that a cell becomes follow each other."""
-        if conv.weight.is_meta:
+        if not is_plain(conv):
             image = conv(image.transpose(1, 2).unsqueeze(3)).unflatten(2, (-1, 2))  # [P, C_next, N, 2, 2]
             return image.flatten(2).transpose(1, 2)
         image = F.linear(image, conv.weight.permute(2, 3, 1, 0).flatten(0, 2), conv.bias.repeat(4))
@@ -954,15 +968,19 @@ class EfficientSamMaskDecoder(nn.Module):
         log_counts = F.pad(counts, (len(output_tokens), 0), value=1).to(image.dtype).log()
         wanted = [0, *self.mask_indices(multimask_output, first=1)]
         num_prompts = tokens.shape[1]
-        every_value = torch.is_grad_enabled() or kwargs.get("output_attentions")
+        on_cpu, with_gradients = image.device.type == "cpu", torch.is_grad_enabled()
+        every_value = kwargs.get("output_attentions") or any(
+            layer.gradient_checkpointing and layer.training for layer in self.layers
+        )
+        # Half precision stays with the attention functions, which sum in float32.
+        fold = image.dtype == torch.float32 and not torch.is_autocast_enabled(image.device.type)
+        # With gradients it halves the time of a step on a CPU; on a GPU that is not measured.
+        fold = fold and not every_value and (on_cpu or not with_gradients) and all(map(is_plain, self.projections()))
         step = self.config.prompts_per_chunk
-        if every_value:
+        if every_value or (with_gradients and not fold):
             step = num_prompts
-        elif image.device.type == "cpu":
+        elif on_cpu:
             step = min(step, 2)  # measured: more prompts at once fall out of the cache
-        # Half precision stays with the attention functions, which sum in float32; offloaded weights are out of reach.
-        fold = not every_value and image.dtype == torch.float32 and not torch.is_autocast_enabled(image.device.type)
-        fold = fold and not any(parameter.is_meta for parameter in self.layers.parameters())
         shared = self.layers[0].share(image, image_positions) if fold and image.shape[1] < num_prompts else None
         for start in range(0, num_prompts, step):
             part = slice(start, start + step)
@@ -974,6 +992,15 @@ class EfficientSamMaskDecoder(nn.Module):
                 wanted,
             )
             yield self.attend_folded(*inputs, shared) if fold else self.attend_plain(*inputs, **kwargs)
+
+    def projections(self) -> Iterator[nn.Module]:
+        """What `attend_folded` reads the weights of."""
+        attentions = (module for module in self.modules() if isinstance(module, EfficientSamAttention))
+        return (
+            x
+            for attention in attentions
+            for x in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        )
 
     def attend_plain(self, image, image_positions, tokens, log_counts, wanted, **kwargs):
         token_positions, attention_mask = tokens, log_counts.unsqueeze(2)
@@ -988,7 +1015,7 @@ class EfficientSamMaskDecoder(nn.Module):
         image = image.expand(-1, prompts[1], -1, -1).flatten(0, 1)
         token_positions = tokens = tokens.flatten(0, 1)
         for layer in self.layers:
-            tokens, image = layer.infer(
+            tokens, image = layer.forward_folded(
                 tokens, image, token_positions, image_positions, log_counts.flatten(0, 1), shared
             )
             shared = None  # from the first layer on each prompt has an image of its own

@@ -89,6 +89,7 @@ class InteractiveSegmentation(nn.Module):
         generator: torch.Generator,
         num_prompts: torch.Tensor | float | None = None,
         geometry: bool = False,
+        image_embeddings: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         Args:
@@ -100,6 +101,7 @@ class InteractiveSegmentation(nn.Module):
             generator: CPU source of what the whole step shares; give every process one of the same seed.
             num_prompts: what the loss is normalised by; see [`MaskLoss`].
             geometry: ask for random ellipses instead of the masks, and leave the encoder without gradients.
+            image_embeddings: what a frozen encoder makes of the pixels, `[B, C, S / 16, S / 16]`, if that is known.
 
         Returns:
             `loss` to be differentiated, and its parts averaged over the rounds.
@@ -108,8 +110,9 @@ class InteractiveSegmentation(nn.Module):
         kind, box, clicks, corrections, ellipse = noise.split(self.options.noise_columns, dim=-1)
         if geometry:
             masks = random_ellipses(ellipse, pixel_values.shape[-1])
-        with torch.set_grad_enabled(not geometry and torch.is_grad_enabled()):
-            embeddings = self.model.get_image_embeddings(pixel_values)
+        if image_embeddings is None:
+            with torch.set_grad_enabled(not geometry and torch.is_grad_enabled()):
+                image_embeddings = self.model.get_image_embeddings(pixel_values)
         # Of an object too small to fill half a cell, the cells that it fills most: none is lost.
         filled = F.avg_pool2d(masks.float(), self.options.loss_stride)
         targets = filled >= filled.amax((-2, -1), keepdim=True).clamp(max=0.5)
@@ -122,7 +125,7 @@ class InteractiveSegmentation(nn.Module):
             for click in [None, *later]:
                 if output is not None:
                     prompt, multimask = self.corrected(prompt, output, masks, click), False
-                output = self.model(image_embeddings=embeddings, multimask_output=multimask, **prompt)
+                output = self.model(image_embeddings=image_embeddings, multimask_output=multimask, **prompt)
                 result = self.loss(output.pred_masks, output.iou_scores, targets, valid, num_prompts)
                 result.pop("best")
                 parts.append(result)
@@ -168,6 +171,25 @@ class InteractiveSegmentation(nn.Module):
         if self.model.config.prompt_encoder_config.mask_prompts:
             corrected["input_masks"] = logits.clamp(-20, 20)  # keeps an overconfident mask from drowning the click
         return corrected
+
+
+class EmbeddingMemory:
+    """Image embeddings of a frozen encoder by the images' names, in half precision: each image is encoded once.
+
+    For images that are always shown alike. At 512 pixels an image takes half a MiB.
+    """
+
+    def __init__(self):
+        self.embeddings: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def recall(self, model: EfficientSamModel, pixel_values: torch.Tensor, keys: list[str]) -> torch.Tensor:
+        """`[B, C, S / 16, S / 16]` of the images `[B, 3, S, S]`, whose names are `keys`. They come from the memory
+        even where they have just been encoded, so that a resumed run sees the same numbers."""
+        for image, key in zip(pixel_values.split(1), keys, strict=True):
+            if key not in self.embeddings:  # one at a time, so that its batch changes no digit
+                self.embeddings[key] = model.get_image_embeddings(image)[0].half().cpu()
+        return torch.stack([self.embeddings[key] for key in keys]).to(pixel_values)
 
 
 def most_confident(output, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

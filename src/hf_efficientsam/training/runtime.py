@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -144,9 +145,29 @@ def epoch_loader(accelerator: Accelerator, data: Any, recipe: Any, **options) ->
     return accelerator.prepare_data_loader(loader, device_placement=False), steps
 
 
+def step_batches(
+    accelerator: Accelerator, loader: DataLoader, data: Any, step: int, steps: int, epoch_steps: int
+) -> Iterator[Iterator[Any]]:
+    """
+    For each optimiser step after `step` up to `steps` the batches of this process, to be used up before the next.
+    They are not on its device yet: gathered for one step of many, they need not fit there together.
+
+    Args:
+        accelerator, loader, data, epoch_steps: of `start_accelerator` and `epoch_loader`.
+        step: how many steps are done, as `Checkpoints.resume` says.
+        steps: how many there are in all.
+    """
+    accumulation = accelerator.gradient_accumulation_steps
+    while step < steps:
+        epoch, position = divmod(step, epoch_steps)
+        batches = epoch_batches(accelerator, loader, data, epoch, position * accumulation)
+        for _ in range(min(epoch_steps - position, steps - step)):
+            yield islice(batches, accumulation)
+            step += 1
+
+
 def epoch_batches(accelerator: Accelerator, loader: DataLoader, data: Any, epoch: int, skip: int) -> Iterator[Any]:
-    """The batches of an epoch for this process, after the first `skip`. They are not on its device yet: gathered for
-    one step of many, they need not fit there together."""
+    """The batches of an epoch for this process, after the first `skip`."""
     data.set_epoch(epoch)
     if isinstance(data, IterableDataset):
         skip = data.fast_forward(skip, loader.batch_size, loader.num_workers)
@@ -224,6 +245,81 @@ def weight_average(model: nn.Module, decay: float) -> AveragedModel:
         torch._foreach_lerp_(averages, weights, share)
 
     return AveragedModel(model, multi_avg_fn=update)
+
+
+class Optimization:
+    """
+    Optimiser, schedule, clipping and average of the weights: what becomes of losses.
+
+        for batches in step_batches(...):
+            for batch in batches:
+                with accelerator.accumulate(optimization.model):
+                    optimization.add(optimization.model(...).loss)
+            rate = optimization.finish(step, loss, keys)
+
+    Args:
+        accelerator: that prepares the model and the optimiser.
+        model: to be trained; `model` of the result is the prepared one.
+        optimizer: of the model's parameters.
+        schedule: of the optimiser, stepped once for each optimiser step.
+        max_grad_norm: gradients are clipped to it.
+        averaged: the part of the model that is saved, by default all of it.
+        ema_decay: of the average of its weights; 0 for none.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        max_grad_norm: float,
+        averaged: nn.Module | None = None,
+        ema_decay: float = 0.0,
+    ):
+        self.accelerator, self.schedule, self.max_grad_norm = accelerator, schedule, max_grad_norm
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.current = accelerator.unwrap_model(self.model) if averaged is None else averaged
+        self.average = weight_average(self.current, ema_decay) if ema_decay else None
+        accelerator.register_for_checkpointing(schedule)  # a prepared one would step once for every process
+        if self.average is not None:
+            accelerator.register_for_checkpointing(self.average)
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Takes the gradient of a batch's loss `[]`, and with a step's last batch the step. Under `accumulate`."""
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            self.grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def finish(self, step: int, loss: torch.Tensor, images: list) -> float:
+        """
+        After a step's batches, before anything is saved: moves on the schedule and the average.
+
+        Args:
+            step: the number of this step.
+            loss: its mean `[]`.
+            images: names of this process's images, for the message.
+
+        Returns:
+            the largest learning rate of the step.
+
+        Raises:
+            FloatingPointError: see `stop_unless_finite`.
+        """
+        stop_unless_finite(self.accelerator, loss, self.grad_norm, step, images)
+        rate = max(self.schedule.get_last_lr())
+        if not self.accelerator.optimizer_step_was_skipped:  # as in float16, see stop_unless_finite
+            self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.current)
+        return rate
+
+    @property
+    def result(self) -> nn.Module:
+        """What is to be saved and measured: the average if there is one."""
+        return self.current if self.average is None else self.average.module
 
 
 class SaveError(RuntimeError):
