@@ -8,7 +8,7 @@ install:
 	pip install -c constraints.txt -e ".[train,dev]"
 
 test:
-	pytest -q -m "not gpu"
+	pytest -q -n 2 --dist loadfile -m "not gpu"
 
 lint:
 	ruff check && ruff format --check

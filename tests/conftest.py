@@ -103,9 +103,19 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def pytest_configure(config):
+    """Of several test processes each takes its share of the processor's cores."""
+    if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+        import torch
+
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+
+
 def pytest_sessionfinish(session):
     """Where EFFICIENTSAM_NO_SKIP is set (in CI, which has ../shared) a skipped test fails the run."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:  # one of several test processes; the first one counts for all
+        return
     if os.environ.get("EFFICIENTSAM_NO_SKIP") and reporter.stats.get("skipped"):
         reporter.write_line("EFFICIENTSAM_NO_SKIP is set, and tests were skipped.", red=True)
         session.exitstatus = 1
