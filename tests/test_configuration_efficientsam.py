@@ -2,6 +2,7 @@ import pytest
 from transformers import AutoConfig
 
 from hf_efficientsam import (
+    EfficientSamBackboneConfig,
     EfficientSamConfig,
     EfficientSamMaskDecoderConfig,
     EfficientSamPromptEncoderConfig,
@@ -106,6 +107,29 @@ def test_pretraining_config_gives_its_encoder(tmp_path):
     assert whole.to_dict() == EfficientSamConfig(vision_config=config.vision_config).to_dict()
 
 
+def test_backbone_takes_the_encoder_of_any_config(tmp_path):
+    vision = EfficientSamVisionConfig(hidden_size=24, num_hidden_layers=8, drop_path_rate=0.1)
+    whole = EfficientSamConfig(vision_config=vision)
+    for name, config in {"whole": whole, "part": vision, "sami": EfficientSamSamiConfig(vision_config=vision)}.items():
+        config.save_pretrained(tmp_path / name)
+        loaded = EfficientSamBackboneConfig.from_pretrained(tmp_path / name, window_size=14)
+        assert loaded.to_dict() == EfficientSamBackboneConfig(**vision.to_diff_dict(), window_size=14).to_dict() | {
+            "model_type": "efficientsam_backbone"
+        }
+        assert loaded.window_sizes == [14, 0, 14, 0, 14, 0, 14, 0]
+
+
+def test_backbone_without_options_is_the_last_layers_map():
+    config = EfficientSamBackboneConfig()
+    assert config.stage_names == ["stem"] + [f"stage{i}" for i in range(1, 13)]
+    assert (config.out_features, config.out_indices) == (["stage12"], [12])
+    assert config.window_sizes == 12 * [0]
+    config.out_features = ["stage3", "stage6"]
+    assert config.out_indices == [3, 6]
+    config = EfficientSamBackboneConfig(pyramid_strides=(4, 8, 16, 32, 64))
+    assert config.out_features == config.stage_names == ["stage1", "stage2", "stage3", "stage4", "stage5"]
+
+
 def test_configs_do_not_share_their_parts():
     first, second = EfficientSamConfig(), EfficientSamConfig()
     first.vision_config.hidden_size = 7
@@ -142,7 +166,9 @@ def test_sizes_that_do_not_fit(part, values, message):
         part(**values)
 
 
-@pytest.mark.parametrize("values", [{"hidden_size": "wide"}, {"num_hidden_layers": 1.5}, {"hidden_act": 3}])
+@pytest.mark.parametrize(
+    "values", [{"hidden_size": "wide"}, {"num_hidden_layers": 1.5}, {"hidden_act": 3}, {"classifier_pooling": "max"}]
+)
 def test_wrong_types_are_refused(values):
     with pytest.raises(Exception, match=next(iter(values))):
         EfficientSamVisionConfig(**values)

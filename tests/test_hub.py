@@ -22,11 +22,13 @@ from transformers import (
 
 from hf_efficientsam import (
     EfficientSamConfig,
+    EfficientSamForImageClassification,
     EfficientSamForPreTraining,
     EfficientSamImageProcessor,
     EfficientSamModel,
     EfficientSamProcessor,
     EfficientSamSamiConfig,
+    EfficientSamVisionConfig,
     EfficientSamVisionModel,
     bundled_checkpoint,
 )
@@ -108,6 +110,29 @@ with torch.no_grad():
 model.save_pretrained(resaved)
 assert not any(name.startswith("hf_efficientsam") for name in sys.modules)
 save_file({"reconstruction": result.reconstruction}, output)
+"""
+
+CLASSIFIER_STRANGER = """
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+folder, resaved, output = sys.argv[1:]
+image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
+assert type(model).__name__ == "EfficientSamForImageClassification"
+assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+image = Image.fromarray(np.arange(50 * 70 * 3, dtype=np.uint8).reshape(50, 70, 3))
+with torch.no_grad():
+    logits = model(**image_processor(image)).logits
+best = pipeline("image-classification", model=folder, trust_remote_code=True)(image)[0]
+assert best["label"] == model.config.id2label[logits.argmax().item()]
+model.save_pretrained(resaved)
+image_processor.save_pretrained(resaved)
+assert not any(name.startswith("hf_efficientsam") for name in sys.modules)
+save_file({"logits": logits}, output)
 """
 
 
@@ -192,6 +217,24 @@ def test_saved_sami_folder_needs_no_package(tmp_path):
     # An encoder that a stranger pretrained is one here.
     _, info = EfficientSamVisionModel.from_pretrained(resaved, output_loading_info=True)
     assert all(name.startswith("vision_encoder.neck.") for name in info["missing_keys"])
+
+
+@pytest.mark.slow
+def test_saved_classifier_needs_no_package(tmp_path):
+    torch.manual_seed(0)
+    config = EfficientSamVisionConfig(hidden_size=24, num_hidden_layers=2, pretrain_image_size=64, num_labels=3)
+    model, processor = EfficientSamForImageClassification(config).eval(), EfficientSamImageProcessor(size=64)
+    folder, resaved = tmp_path / "first", tmp_path / "second"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    assert {path.name for path in folder.glob("*.py")} == CODE - {"processing_efficientsam.py"}
+    image = np.arange(50 * 70 * 3, dtype=np.uint8).reshape(50, 70, 3)
+    with torch.no_grad():
+        expected = model(**processor(image)).logits
+    logits = as_a_stranger(folder, resaved, tmp_path, CLASSIFIER_STRANGER)["logits"]
+    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=0)
+    assert {path.name for path in resaved.iterdir()} == {path.name for path in folder.iterdir()}
+    assert read_json(resaved / "config.json")["auto_map"] == read_json(folder / "config.json")["auto_map"]
 
 
 def test_saved_folder_uses_the_package_where_installed(tmp_path, monkeypatch):

@@ -1450,7 +1450,7 @@ class EfficientSamForImageClassification(EfficientSamPreTrainedModel):
             `ImageClassifierOutput` with `loss` (if there are labels) and `logits` `(B, num_labels)`.
 
         Raises:
-            ValueError: if the channels or the sides of `pixel_values` do not fit.
+            ValueError: if the channels or the sides of `pixel_values` do not fit, or the shape of `labels`.
         """
         for name in ("original_sizes", "reshaped_input_sizes"):  # of the processor, for masks alone
             kwargs.pop(name, None)
@@ -1467,9 +1467,12 @@ class EfficientSamForImageClassification(EfficientSamPreTrainedModel):
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
         one_of_many = self.config.problem_type in (None, "single_label_classification") and self.config.num_labels > 1
-        if one_of_many and labels.is_floating_point():  # transformers would take them for labels that exclude no other
-            return fixed_cross_entropy(logits, labels.to(logits.device), **kwargs)
-        return self.loss_function(labels, logits, self.config, **kwargs)
+        if not (one_of_many and labels.is_floating_point()):
+            return self.loss_function(labels, logits, self.config, **kwargs)
+        if labels.shape != logits.shape:
+            raise ValueError(f"labels has shape {tuple(labels.shape)}; probabilities must be {tuple(logits.shape)}.")
+        # transformers would take floats for classes of which several may hold at once
+        return fixed_cross_entropy(logits, labels.to(logits), **kwargs)
 
 
 __all__ = [

@@ -473,6 +473,12 @@ def test_layer_decay_counts_from_the_last_layer():
         "vision_encoder.embeddings.projection.weight": 0.8**13,
         "vision_encoder.neck.conv1.weight": 1,
         "mask_decoder.layers.0.mlp.fc1.weight": 1,
+        "vision_encoder.cls_token": 0.8**13,
+        "classifier.weight": 1,
+        "model.pixel_level_module.encoder.vision_encoder.layers.10.mlp.fc1.weight": 0.8**2,
+        "model.pixel_level_module.encoder.vision_encoder.embeddings.position_embeddings": 0.8**13,
+        "model.pixel_level_module.encoder.pyramid.levels.4.neck.conv.weight": 1,
+        "model.transformer_module.decoder.layers.0.fc1.weight": 1,
     }
     assert {name: layer_decay(name, 12, 0.8) for name in rates} == pytest.approx(rates)
 

@@ -4,8 +4,16 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoModel, Dinov2Config, Dinov2Model
 
-from hf_efficientsam import EfficientSamImageProcessor, EfficientSamVisionConfig, EfficientSamVisionModel
-from hf_efficientsam.training.warm_start import select_weights
+from hf_efficientsam import (
+    EfficientSamBackbone,
+    EfficientSamForImageClassification,
+    EfficientSamForPreTraining,
+    EfficientSamImageProcessor,
+    EfficientSamSamiConfig,
+    EfficientSamVisionConfig,
+    EfficientSamVisionModel,
+)
+from hf_efficientsam.training.warm_start import load_around_encoder, load_encoder, select_weights
 
 
 def make_teacher(**config):
@@ -21,6 +29,15 @@ def make_teacher(**config):
 def make_student(**config):
     tiny = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 2, "pretrain_image_size": 64}
     return EfficientSamVisionModel(EfficientSamVisionConfig(**{**tiny, **config})).vision_encoder.eval()
+
+
+@pytest.fixture
+def pretraining(tmp_path):
+    vision = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 2, "pretrain_image_size": 64}
+    decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    model = EfficientSamForPreTraining(EfficientSamSamiConfig(vision_config=vision, **decoder))
+    model.half().save_pretrained(tmp_path / "sami")
+    return tmp_path / "sami"
 
 
 def grid_of_patches(encoder, pixel_values):
@@ -132,3 +149,40 @@ def test_the_small_size_starts_with_the_features_of_a_trained_teacher(shared):
     expected = teacher(theirs).last_hidden_state[:, 1:]
     assert features.shape == expected.shape  # both see 28 x 28 patches
     assert F.cosine_similarity(features, expected, dim=-1).mean() > 0.9
+
+
+# ----------------------------------------------------------------------------------------- around an encoder
+
+
+def test_new_parts_around_a_pretrained_encoder(pretraining):
+    head = ["classifier.bias", "classifier.weight", "layernorm.bias", "layernorm.weight"]
+    model, new = load_around_encoder(EfficientSamForImageClassification, str(pretraining), num_labels=3)
+    assert type(model) is EfficientSamForImageClassification and model.dtype == torch.float32
+    assert new == head and model.config.num_labels == 3
+    backbone, new = load_around_encoder(EfficientSamBackbone, str(pretraining), pyramid_strides=[16])
+    assert new == sorted(key for key in backbone.state_dict() if key.startswith("pyramid."))
+    encoder, has_neck = load_encoder(str(pretraining))
+    assert type(encoder) is EfficientSamVisionModel and not has_neck
+
+
+def test_a_classifier_of_other_classes_starts_new(pretraining, tmp_path):
+    model, _ = load_around_encoder(EfficientSamForImageClassification, str(pretraining), num_labels=3)
+    model.save_pretrained(tmp_path / "three")
+    same, new = load_around_encoder(EfficientSamForImageClassification, str(tmp_path / "three"))
+    assert not new and torch.equal(same.classifier.weight, model.classifier.weight)
+    other, new = load_around_encoder(EfficientSamForImageClassification, str(tmp_path / "three"), num_labels=4)
+    assert new == ["classifier.bias", "classifier.weight"] and other.classifier.weight.shape == (4, 16)
+    assert torch.equal(other.layernorm.weight, model.layernorm.weight)
+
+
+def test_an_encoder_that_cannot_be_loaded(pretraining, tmp_path):
+    with pytest.raises(ValueError, match=r"^The encoder .*nowhere cannot be loaded"):
+        load_around_encoder(EfficientSamBackbone, str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"cannot be loaded.*classifier_pooling"):
+        load_around_encoder(EfficientSamForImageClassification, str(pretraining), classifier_pooling="max")
+    with pytest.raises(ValueError, match=r"cannot be loaded.*pyramid_strides"):
+        load_around_encoder(EfficientSamBackbone, str(pretraining), pyramid_strides=[3])
+    config = EfficientSamVisionConfig.from_pretrained(pretraining)
+    config.num_hidden_layers = 3
+    with pytest.raises(ValueError, match=r"lacks weights of the encoder, such as vision_encoder\.layers\.2\."):
+        load_around_encoder(EfficientSamForImageClassification, str(pretraining), config=config)

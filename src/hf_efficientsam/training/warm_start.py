@@ -1,12 +1,43 @@
 """What a vision encoder starts from: pretraining, or a trained ViT's weights (weight selection, arXiv 2311.18823)."""
 
+import re
+
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_efficientsam.modeling_efficientsam import EfficientSamVisionEncoder, EfficientSamVisionModel
+
+
+def load_around_encoder(model_class: type[PreTrainedModel], name: str, **options) -> tuple[PreTrainedModel, list[str]]:
+    """
+    A model of a class such as `EfficientSamBackbone` around the encoder of a directory or Hub repository, which may
+    be a pretraining (`sami.py`) or any EfficientSAM model. In float32.
+
+    Args:
+        model_class: of the model room, with a `vision_encoder`.
+        name: the directory or repository.
+        options: for the config, as `from_pretrained` takes them.
+
+    Returns:
+        the model, and the names of its weights that are new: what the directory lacks, or has in another size, such
+        as the classifier of other classes.
+
+    Raises:
+        ValueError: if it cannot be loaded, or weights of the encoder's embeddings or layers would be new.
+    """
+    options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    try:
+        model, loading = model_class.from_pretrained(name, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise ValueError(f"The encoder {name} cannot be loaded: {' '.join(str(error).split())}") from None
+    new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
+    if lacking := [key for key in new if re.match(r"vision_encoder\.(embeddings|layers)\.", key)]:
+        raise ValueError(f"{name} lacks weights of the encoder, such as {lacking[0]}; choose another directory.")
+    return model, new
 
 
 def load_encoder(name: str) -> tuple[EfficientSamVisionModel, bool]:
@@ -14,15 +45,10 @@ def load_encoder(name: str) -> tuple[EfficientSamVisionModel, bool]:
     The encoder of a directory or Hub repository, in float32, and whether it has a trained neck: pretraining has none.
 
     Raises:
-        ValueError: if it cannot be loaded, or other weights are missing.
+        ValueError: see `load_around_encoder`.
     """
-    try:
-        encoder, loading = EfficientSamVisionModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise ValueError(f"The encoder {name} cannot be loaded: {' '.join(str(error).split())}") from None
-    if missing := [key for key in loading["missing_keys"] if ".neck." not in key]:
-        raise ValueError(f"{name} lacks weights of the encoder, such as {min(missing)}; choose another directory.")
-    return encoder, not loading["missing_keys"]
+    encoder, new = load_around_encoder(EfficientSamVisionModel, name)
+    return encoder, not new
 
 
 @torch.no_grad()
