@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scripts import TWO_PROCESSES, refuse, run, start
 from transformers import Sam2Config, SamConfig, SamImageProcessor, SamModel, SamProcessor
 
 from hf_efficientsam import EfficientSamVisionConfig, EfficientSamVisionModel
-from hf_efficientsam.training.data.coco import CocoMasks
+from hf_efficientsam.training.data.coco import CocoMasks, decode
 
 SIZE = 64  # of the tiny models' input
 
@@ -63,6 +64,24 @@ def numbers(folder: Path, *arguments, python=None) -> dict:
         tables = len(report["model"]) if isinstance(report["model"], list) else 1
         assert done.stdout.count("mIoU ") + done.stdout.count("AP75") == tables
     return {name: value for name, value in report.items() if name not in ("seconds", "recipe")}
+
+
+def test_a_folder_of_images_and_masks(coco, tiny_model, tmp_path):
+    dataset, folder = CocoMasks(coco / "masks.json"), tmp_path / "pairs"
+    first = [record | {"file_name": f"images/{record['id']}.png"} for record in dataset.records]
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    annotations = []
+    for record, sample in zip(first, dataset, strict=True):
+        sample.image.save(folder / record["file_name"])
+        Image.fromarray(255 * decode(sample.rles[:1])[0]).save(folder / "masks" / f"{record['id']}.png")
+        rle = sample.rles[0] | {"counts": sample.rles[0]["counts"].decode()}
+        annotations.append({"id": record["id"], "image_id": record["id"], "segmentation": rle})
+    (tmp_path / "first.json").write_text(json.dumps({"images": first, "annotations": annotations}))
+    asked = ["--model", tiny_model, "--prompts", "box"]
+    by_folder = numbers(tmp_path, *asked, "--annotations", folder)
+    by_json = numbers(tmp_path, *asked, "--annotations", tmp_path / "first.json", "--images", folder)
+    assert by_folder["masks"] == 5 and by_folder["results"] == by_json["results"]
 
 
 def test_evaluate(coco, tiny_model, tmp_path):
@@ -189,7 +208,7 @@ def test_ap_of_a_detectors_boxes(coco, boxes, tiny_model, tiny_sam, tmp_path):
     ("arguments", "sentence"),
     [
         ([], "Give --annotations"),
-        (["--annotations", "COCO", "--shards", "a.tar"], "Give --annotations a COCO-style json file, or --shards"),
+        (["--annotations", "COCO", "--shards", "a.tar"], "Give --annotations a COCO-style json file or a folder, or --shards"),
         (["--annotations", "absent.json"], "There is no annotation file absent.json"),
         (["--shards", "absent.tar"], "There is no shard absent.tar"),
         (["--annotations", "COCO", "--prompts", "circle"], "The prompt 'circle' is unknown"),

@@ -4,6 +4,7 @@
     python training/evaluate_masks.py --model runs/masks/model facebook/sam-vit-base --annotations my/instances.json \
         --prompts box click1 click3 click5 click10 --clicks error --output metrics.json --picture cases.png
     accelerate launch training/evaluate_masks.py --shards sa_000000.tar sa_000001.tar --limit 500
+    python training/evaluate_masks.py --annotations ../shared/data/saliency/val --prompts box
     python training/evaluate_masks.py --annotations instances_val2017.json --images val2017 --detections vitdet_h.json
 
 Several models are asked for the same masks and read the images once. Without --detections a mask is asked for by its
@@ -37,6 +38,7 @@ from tqdm.auto import tqdm
 from hf_efficientsam.training.coco_ap import CANDIDATES, Detections, RleEncoder, segment_detections
 from hf_efficientsam.training.data.coco import CocoMasks, decode, with_folders
 from hf_efficientsam.training.data.sa1b import Sa1bShards
+from hf_efficientsam.training.data.saliency import SaliencyMasks
 from hf_efficientsam.training.evaluation import (
     PROTOCOLS,
     ImageBatches,
@@ -60,7 +62,8 @@ class Recipe:
     )
     # What it is asked.
     annotations: list[str] = field(
-        default_factory=list, metadata={"help": "one or several COCO-style json files with the true masks, or LVIS's"}
+        default_factory=list,
+        metadata={"help": "one or several COCO-style json files, LVIS's, or folders with images/*.jpg, masks/*.png"},
     )
     images: list[str] = field(
         default_factory=list,
@@ -96,7 +99,7 @@ class Recipe:
 
 def check(recipe: Recipe) -> None:
     if bool(recipe.annotations) == bool(recipe.shards):
-        raise ValueError("Give --annotations a COCO-style json file, or --shards tar files of SA-1B.")
+        raise ValueError("Give --annotations a COCO-style json file or a folder, or --shards tar files of SA-1B.")
     if not recipe.model or len(set(recipe.model)) < len(recipe.model):
         raise ValueError("Give --model at least one model, and none twice.")
     if not recipe.prompts:
@@ -123,7 +126,10 @@ def open_sources(recipe: Recipe) -> list[Any]:
     if recipe.detections is not None:
         sources = [Detections(pairs[0][0], recipe.detections, pairs[0][1], recipe.limit)]
     else:
-        sources = [CocoMasks(annotations, folder) for annotations, folder in pairs]
+        sources = [
+            SaliencyMasks(annotations) if Path(annotations).is_dir() else CocoMasks(annotations, folder)
+            for annotations, folder in pairs
+        ]
     for source, (annotations, _) in zip(sources, pairs, strict=True):
         if not len(source):
             raise ValueError(f"There is no mask to evaluate in {annotations}; check the file and --limit.")
