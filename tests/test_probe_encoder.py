@@ -129,10 +129,10 @@ def test_limits_are_balanced_and_repeatable(monkeypatch, colors):
     result = run(monkeypatch, colors, *arguments)
     assert (result["train_images"], result["test_images"]) == (30, 6)
     probe = runpy.run_path(str(SCRIPT))
-    chosen = [probe["ClassFolders"](colors / "train", 32, 30, seed) for seed in (0, 0, 1)]
+    chosen = [probe["ClassFolders"](colors / "train", 30, seed) for seed in (0, 0, 1)]
     assert [chosen[0].labels.count(label) for label in (0, 1, 2)] == [10, 10, 10]
-    assert chosen[0].paths == chosen[1].paths != chosen[2].paths
-    assert len(set(chosen[0].paths)) == 30
+    assert chosen[0].rows == chosen[1].rows != chosen[2].rows
+    assert len(set(chosen[0].rows)) == 30
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from hf_efficientsam.training.data.classification import ClassFolders
 from hf_efficientsam.training.data.images import normalize
-from hf_efficientsam.training.data.reading import read_image
 from hf_efficientsam.training.runtime import parse_recipe, replace_text
 from hf_efficientsam.training.warm_start import load_encoder
 
@@ -52,33 +52,18 @@ class Recipe:
     output: str | None = field(default=None, metadata={"help": "json file for the numbers"})
 
 
-class ClassFolders(Dataset):
-    """The images under `folder/CLASS/` as RGB uint8 [3, size, size]; with a `limit`, the same number of each class."""
+class Squares(Dataset):
+    """The images of a source as RGB uint8 [3, size, size]."""
 
-    def __init__(self, folder: Path, size: int, limit: int | None, seed: int):
-        self.size, self.paths, self.labels = size, [], []
-        self.classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        if len(self.classes) < 2:
-            raise ValueError(f"{folder} must hold a folder of images for each of at least two classes.")
-        each, rest = (None, 0) if limit is None else divmod(limit, len(self.classes))
-        if rest or each == 0:
-            raise ValueError(f"The limit {limit} must be a multiple of the {len(self.classes)} classes of {folder}.")
-        random = np.random.default_rng(seed)
-        endings = Image.registered_extensions()
-        for label, name in enumerate(self.classes):
-            paths = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in endings)
-            if len(paths) < (each or 1):
-                raise ValueError(f"{folder / name} holds only {len(paths)} images.")
-            chosen = [paths[i] for i in random.permutation(len(paths))[:each]]
-            self.paths += chosen
-            self.labels += [label] * len(chosen)
+    def __init__(self, source: ClassFolders, size: int):
+        self.source, self.size = source, size
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.source)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        path = str(self.paths[index])
-        image = read_image(path, path).resize((self.size, self.size), Image.Resampling.BICUBIC)
+        _, image, _ = self.source[index]
+        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -96,7 +81,7 @@ class MeanPatch(nn.Module):
 @torch.inference_mode()
 def features_of(encoder: nn.Module, images: ClassFolders, recipe: Recipe, device: torch.device) -> np.ndarray:
     """[number of images, C]"""
-    batches = DataLoader(images, recipe.batch_size, num_workers=recipe.num_workers)
+    batches = DataLoader(Squares(images, recipe.size), recipe.batch_size, num_workers=recipe.num_workers)
     features = [encoder(normalize(batch.to(device))).cpu() for batch in tqdm(batches, unit="batch", mininterval=2)]
     features = torch.cat(features).numpy()
     if not np.isfinite(features).all():
@@ -110,8 +95,8 @@ def open_all(recipe: Recipe) -> tuple[nn.Module, ClassFolders, ClassFolders]:
     folders = [Path(recipe.data) / name for name in ("train", "test")]
     if missing := [str(folder) for folder in folders if not folder.is_dir()]:
         raise ValueError(f"There is no folder {' and no '.join(missing)}; --data needs train/CLASS/ and test/CLASS/.")
-    train = ClassFolders(folders[0], recipe.size, recipe.train_limit, recipe.seed)
-    test = ClassFolders(folders[1], recipe.size, recipe.test_limit, recipe.seed)
+    train = ClassFolders(folders[0], recipe.train_limit, recipe.seed)
+    test = ClassFolders(folders[1], recipe.test_limit, recipe.seed)
     if train.classes != test.classes:
         raise ValueError(f"The classes differ: {train.classes} in {folders[0]}, {test.classes} in {folders[1]}.")
     if recipe.neighbors > len(train):
