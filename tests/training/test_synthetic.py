@@ -42,6 +42,14 @@ def test_they_are_ellipses_of_many_sizes_and_proportions():
     assert not inside.all()  # some reach beyond the image
 
 
+def test_the_smallest_side_is_as_asked():
+    uniform = torch.rand(200, 4, generator=torch.Generator().manual_seed(0))
+    uniform[:, :2] = 0.5  # in the middle, so that none is cut off
+    boxes = boxes_from_masks(random_ellipses(uniform, 256, smallest=0.25))
+    sides = boxes[:, 2:] - boxes[:, :2]
+    assert 60 < sides.min() < 75 and sides.max() > 230
+
+
 def test_x_and_y_are_drawn_alike():
     masks = ellipses(600, size=64).float()
     columns, rows = masks.mean((0, 1)), masks.mean((0, 2))

@@ -39,6 +39,9 @@ class PromptOptions:
         default=1.0,
         metadata={"help": "positions are as if the image took this share to all of a larger input's side, anywhere"},
     )
+    smallest_ellipse: float = field(
+        default=0.04, metadata={"help": "of steps on ellipses: their least side, as a share of the input's"}
+    )
     loss_stride: int = field(
         default=2, metadata={"help": "masks are compared at this fraction of the input's side: 4 is the decoder's own"}
     )
@@ -109,7 +112,7 @@ class InteractiveSegmentation(nn.Module):
         single_mask, correct, side, left, top = torch.rand(5, generator=generator).tolist()
         kind, box, clicks, corrections, ellipse = noise.split(self.options.noise_columns, dim=-1)
         if geometry:
-            masks = random_ellipses(ellipse, pixel_values.shape[-1])
+            masks = random_ellipses(ellipse, pixel_values.shape[-1], self.options.smallest_ellipse)
         if image_embeddings is None:
             with torch.set_grad_enabled(not geometry and torch.is_grad_enabled()):
                 image_embeddings = self.model.get_image_embeddings(pixel_values)

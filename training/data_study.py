@@ -1,0 +1,71 @@
+"""What would more images buy? The same mask training on an eighth, a quarter, half and all of them.
+
+    python training/data_study.py --jobs 2               # everything that is not there yet, then the table
+    python training/data_study.py --arms all --seeds 0
+
+All runs start from the bundled checkpoint's encoder, which stays as it is, and one new decoder that has seen ellipses
+alone, and take the same number of steps. (The encoder has seen all the images; the decoder none.) Stopping, going on
+and where the numbers go: see `hf_efficientsam.training.study`.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_efficientsam import bundled_checkpoint
+from hf_efficientsam.training.runtime import parse_recipe, run_script
+from hf_efficientsam.training.study import Study, StudyOptions
+
+HERE = Path(__file__).parent
+RECIPES = HERE / "recipes"
+EVERY = {"an eighth": 8, "a quarter": 4, "half": 2, "all": 1}  # so many-th image is taken
+
+
+@dataclass(frozen=True)
+class Recipe(StudyOptions):
+    pass
+
+
+class DataStudy(Study):
+    name, arms = "data_study", tuple(EVERY)
+    scores = {"box": "box mIoU", "click1": "1 click mIoU", "loss": "training loss"}
+
+    @property
+    def train(self) -> list:
+        return ["--train", *(self.data / name / "instances_train.json" for name in ("train-seg", "coco-train"))]
+
+    @property
+    def start(self) -> Path:
+        return self.folder / "start" / "model"
+
+    def prepare(self) -> None:
+        recipe = ["--config", RECIPES / "data_study_start.yaml", "--encoder", bundled_checkpoint()]
+        self.stage(self.start, "finetune_masks", *recipe, *self.train, "--output_dir", self.start.parent)
+
+    def measure(self, arm: str, seed: int, folder: Path) -> dict[str, float]:
+        recipe = ["--config", RECIPES / "data_study.yaml", "--every", EVERY[arm], "--seed", seed]
+        arguments = [*recipe, *self.train, "--model", self.start, "--output_dir", folder / "masks"]
+        model = self.stage(folder / "masks/model", "finetune_masks", *arguments)
+        last = json.loads((folder / "masks/curve.jsonl").read_text().splitlines()[-1])
+
+        annotations = self.data / "coco-val-dev" / "instances_val.json"
+        arguments = ["--annotations", annotations, "--prompts", "box", "click1", "--model", model]
+        metrics = folder / "metrics.json"
+        results = json.loads(self.stage(metrics, "evaluate_masks", *arguments, "--output", metrics).read_text())
+        ious = {name: results["results"][name]["confident"]["all"]["miou"] for name in ("box", "click1")}
+        return ious | {"loss": last["loss"]}
+
+
+def main() -> None:
+    recipe = parse_recipe(Recipe, __doc__)
+    try:
+        study = DataStudy(recipe, HERE)
+    except ValueError as error:
+        print(f"data_study: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    study.run()
+
+
+if __name__ == "__main__":
+    run_script("data_study", main)
