@@ -377,7 +377,7 @@ def test_auto_classes(tmp_path, monkeypatch):
     built = AutoBackbone.from_config(model.config)
     assert type(built) is EfficientSamBackbone and built.channels == [8]
     model.save_pretrained(tmp_path)
-    EfficientSamImageProcessor(size=64).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"height": 64, "width": 64}}')
     assert type(AutoImageProcessor.from_pretrained(tmp_path)) is EfficientSamImageProcessor
     assert model.config.auto_map == {
         "AutoBackbone": "modeling_efficientsam.EfficientSamBackbone",

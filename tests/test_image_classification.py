@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_efficientsam import (
@@ -105,6 +107,24 @@ def test_every_parameter_has_a_gradient(pooling, pixel_values):
     for name, gradient in gradients[0].items():
         assert gradient is not None and gradient.abs().max() > 0, name
         assert_close(gradients[1][name], gradient)
+
+
+def test_sharded_layer_by_layer(tmp_path, pixel_values):
+    """FSDP2 as accelerate sets it up: each of `_no_split_modules` by itself. One process shards as many do."""
+    model, sharded, labels = make(), make(), torch.tensor([0, 1, 4])
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for module in sharded.modules():
+            if type(module).__name__ in sharded._no_split_modules:
+                fully_shard(module, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        for each in (model, sharded):
+            each(pixel_values, labels=labels).loss.backward()
+        for (name, parameter), wanted in zip(sharded.named_parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad.full_tensor(), wanted.grad, msg=name)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_drop_path(pixel_values):
@@ -213,6 +233,9 @@ def test_round_trip_by_auto_class(tmp_path, pixel_values):
     assert type(loaded) is EfficientSamForImageClassification and not any(info.values())
     assert loaded.config.id2label == NAMES["id2label"]
     assert_close(loaded.eval()(pixel_values).logits, model(pixel_values).logits)
+    # An image processor's options without its name: by the type of the model.
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"height": 64, "width": 64}}')
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is EfficientSamImageProcessor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
