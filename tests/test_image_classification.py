@@ -127,6 +127,14 @@ def test_sharded_layer_by_layer(tmp_path, pixel_values):
         dist.destroy_process_group()
 
 
+@torch.no_grad()
+def test_what_is_for_masks_goes_no_further():
+    model, seen = make(), []
+    model.vision_encoder.register_forward_pre_hook(lambda *call: seen.append(call[2].keys()), with_kwargs=True)
+    model(**EfficientSamImageProcessor(size=64)(photo()))
+    assert not seen[0] & {"original_sizes", "reshaped_input_sizes"}
+
+
 def test_drop_path(pixel_values):
     model = make(drop_path_rate=0.9)
     plain = make()
