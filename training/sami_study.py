@@ -74,13 +74,15 @@ class SamiStudy(Study):
         cache = self.folder / "cache"
         self.stage(cache / "index.safetensors", "cache_features", *arguments, "--output_dir", cache)
 
-    def measure(self, arm: str, seed: int, folder: Path) -> dict[str, float]:
+    def pretrain(self, arm: str, seed: int, folder: Path) -> Path:
+        """The arm's encoder."""
         changes = ARMS[arm] | ({} if arm == "mae" else {"cache": self.folder / "cache"})
         arguments = ["--config", PRETRAINING, "--images", self.folder / "images", "--seed", seed]
         arguments += [word for name, value in changes.items() for word in (f"--{name}", value)]
-        pretraining = folder / "pretraining"
-        encoder = self.stage(pretraining / "model", "sami", *arguments, "--output_dir", pretraining)
+        return self.stage(folder / "pretraining/model", "sami", *arguments, "--output_dir", folder / "pretraining")
 
+    def measure(self, arm: str, seed: int, folder: Path) -> dict[str, float]:
+        encoder = self.pretrain(arm, seed, folder)
         arguments = ["--encoder", encoder, "--data", self.data / "classification", "--size", 96]
         arguments += ["--train_limit", 1500, "--test_limit", 1000, "--output", folder / "probe.json"]
         probe = json.loads(self.stage(folder / "probe.json", "probe_encoder", *arguments).read_text())

@@ -1,0 +1,55 @@
+"""Does SAMI help other tasks? Classification and semantic segmentation at a size that two CPU cores finish in an hour.
+
+    python training/transfer_study.py --jobs 2           # everything that is not there yet, then the table
+    python training/transfer_study.py --arms sami --seeds 0
+
+One encoder is pretrained as the arm `sami` of sami_study.py, and then fine-tuned with each seed by the same recipes as
+one from scratch: on the CIFAR-10 subset (recipes/classification_study.yaml) and on the CamVid subset
+(recipes/semantic_study.yaml). Stopping, going on and where the numbers go: see `hf_efficientsam.training.study`.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from sami_study import Recipe, SamiStudy
+
+from hf_efficientsam.training.runtime import parse_recipe, run_script
+
+HERE = Path(__file__).parent
+
+
+class TransferStudy(SamiStudy):
+    name, arms = "transfer_study", ("scratch", "sami")
+    scores = {"top1": "CIFAR-10 top-1", "miou": "CamVid mIoU"}
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.encoder = self.pretrain("sami", 0, self.folder)
+
+    def measure(self, arm: str, seed: int, folder: Path) -> dict[str, float]:
+        start = ["--seed", seed] + (["--encoder", self.encoder] if arm == "sami" else [])
+        images, output = self.data / "classification", folder / "classification"
+        arguments = ["--config", HERE / "recipes/classification_study.yaml", *start, "--output_dir", output]
+        arguments += ["--train", images / "train", "--test", images / "test"]
+        classes = self.stage(output / "metrics.json", "finetune_classification", *arguments)
+
+        images, output = self.data / "semantic", folder / "semantic"
+        arguments = ["--config", HERE / "recipes/semantic_study.yaml", *start, "--output_dir", output]
+        arguments += ["--train", images / "train", "--test", images / "val"]
+        labels = self.stage(output / "metrics.json", "finetune_semantic", *arguments)
+        return {"top1": json.loads(classes.read_text())["top1"], "miou": json.loads(labels.read_text())["miou"]}
+
+
+def main() -> None:
+    recipe = parse_recipe(Recipe, __doc__)
+    try:
+        study = TransferStudy(recipe, HERE)
+    except ValueError as error:
+        print(f"transfer_study: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    study.run()
+
+
+if __name__ == "__main__":
+    run_script("transfer_study", main)
