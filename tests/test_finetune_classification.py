@@ -5,6 +5,7 @@ import json
 import runpy
 import signal
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -252,14 +253,19 @@ def test_a_linear_probe_of_a_pretrained_encoder(arguments, pretrained, tmp_path)
     assert after.layernorm.weight.std() > 0 and after.classifier.bias.any()
 
 
-def test_rates_decay_with_depth(script, pretrained):
+def test_every_weight_of_a_pretrained_start_has_its_rate(script, pretrained):
     recipe = script["Recipe"](encoder=str(pretrained), size=SIZE)
     model = script["build_model"](recipe, list(COLORS))
     assert model.config.pretrain_image_size == 64 and model.training
-    names = ("embeddings.projection.weight", "layers.0.mlp.fc1.weight", "layers.1.mlp.fc1.weight")
-    shares = [script["layer_decay"](f"vision_encoder.{name}", 2, 0.5) for name in names]
-    assert shares == [1 / 8, 1 / 4, 1 / 2]
-    assert script["layer_decay"]("classifier.weight", 2, 0.5) == 1
+    share = partial(script["layer_decay"], num_layers=2, decay=0.5)
+    groups = script["parameter_groups"](model, 1.0, 0.05, share)
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    found = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
+    expected = {"embeddings": 1 / 8, "cls_token": 1 / 8, "layers.0": 1 / 4, "layers.1": 1 / 2}
+    assert found == {
+        name: next((rate for part, rate in expected.items() if name.startswith(f"vision_encoder.{part}")), 1.0)
+        for name in found
+    }
 
 
 REFUSALS = {
