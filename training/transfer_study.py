@@ -36,9 +36,9 @@ class TransferStudy(SamiStudy):
 
         images, output = self.data / "semantic", folder / "semantic"
         arguments = ["--config", HERE / "recipes/semantic_study.yaml", *start, "--output_dir", output]
-        arguments += ["--train", images / "train", "--test", images / "val"]
+        arguments += ["--train", images / "train", "--test", images / "val", "--ignore_label", 11]
         labels = self.stage(output / "metrics.json", "finetune_semantic", *arguments)
-        return {"top1": json.loads(classes.read_text())["top1"], "miou": json.loads(labels.read_text())["miou"]}
+        return {"top1": json.loads(classes.read_text())["top1"], "miou": json.loads(labels.read_text())["mean_iou"]}
 
 
 def main() -> None:
