@@ -1,4 +1,4 @@
-"""Mask AP, as COCO and LVIS count it, of a promptable model on a detector's boxes."""
+"""AP, as COCO and LVIS count it: of a detector, and of a promptable model's masks on a detector's boxes."""
 
 import json
 import math
@@ -35,6 +35,62 @@ LVIS_NAMES |= {"AR300": 6, "ARs": 9, "ARm": 10, "ARl": 11}
 LVIS_DETECTIONS = 300  # an image, of all categories together
 
 
+class Truth(CocoMasks):
+    """All images of a json, with masks or without, to measure predictions by; `dataset[i]` is a `Sample` whose masks
+    are those that must be found.
+
+    Args:
+        annotations: COCO-style json with the true masks; it is LVIS's if its images have `neg_category_ids`.
+        images: the folder of the images; by default `images` beside the annotations.
+        limit: only the first so many images of the annotations.
+
+    Raises ValueError or FileNotFoundError, with one sentence, for files that are not there, broken, or do not fit.
+    """
+
+    def __init__(self, annotations: str, images: str | None = None, limit: int | None = None):
+        self._read(annotations, images, limit)
+        by_image = defaultdict(list)
+        for annotation in self.truth["annotations"]:
+            if not annotation["iscrowd"]:
+                by_image[annotation["image_id"]].append(annotation)
+        self.records = self.evaluated
+        own = [by_image[record["id"]] for record in self.records]
+        self.rles = [[annotation["segmentation"] for annotation in annotations] for annotations in own]
+        self.annotation_ids = [[annotation["id"] for annotation in annotations] for annotations in own]
+        self.files = [self._find(record) for record in self.records]
+
+    def _read(self, annotations: str, images: str | None, limit: int | None) -> None:
+        self.annotations = Path(annotations)
+        self.images = Path(images) if images is not None else self.annotations.parent / "images"
+        self.truth = read_json(self.annotations)
+        self.is_lvis = any("neg_category_ids" in record for record in self.truth["images"])
+        _complete(self.truth, self.annotations, self.is_lvis)
+        self.evaluated = self.truth["images"][:limit]
+
+    def mask_ap(self, results: list[dict]) -> dict[str, float | None]:
+        """AP and AR of results by their usual names; None where there is no such object."""
+        return self._ap(results, "segm")
+
+    def box_ap(self, results: list[dict]) -> dict[str, float | None]:
+        """The same of their boxes."""
+        return self._ap(results, "bbox")
+
+    def _ap(self, results: list[dict], kind: str) -> dict[str, float | None]:
+        images = {record["id"] for record in self.evaluated}
+        annotations = [one for one in self.truth["annotations"] if one["image_id"] in images]
+        truth = COCO({**self.truth, "images": self.evaluated, "annotations": annotations})
+        found = truth.loadRes([dict(result) for result in results])
+        evaluation = COCOeval_faster(truth, found, kind, lvis_style=self.is_lvis)
+        if self.is_lvis:
+            evaluation.params.maxDets = [LVIS_DETECTIONS]
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        names = LVIS_NAMES if self.is_lvis else {name: place for place, name in enumerate(COCO_NAMES)}
+        values = {name: float(evaluation.all_stats[place]) for name, place in names.items()}
+        return {name: None if value == -1 else value for name, value in values.items()}
+
+
 @dataclass(frozen=True)
 class DetectionSample:
     """An RGB image with the boxes [N,4] (left, top, right, bottom) of the detections that stand at `numbers`."""
@@ -44,27 +100,18 @@ class DetectionSample:
     numbers: list[int]
 
 
-class Detections(CocoMasks):
-    """The images on which a detector found something, read as `CocoMasks` reads them; `dataset[i]` is a
-    `DetectionSample`.
+class Detections(Truth):
+    """The images on which a detector found something; `dataset[i]` is a `DetectionSample`.
 
     Args:
-        annotations: COCO-style json with the true masks; it is LVIS's if its images have `neg_category_ids`.
+        annotations, images, limit: see `Truth`.
         path: json file with a flat list of `{image_id, category_id, bbox [x, y, width, height], score}`.
-        images: the folder of the images; by default `images` beside the annotations.
-        limit: only the first so many images of the annotations.
 
-    Raises ValueError or FileNotFoundError, with one sentence, for files that are not there, broken, or do not fit.
+    Raises ValueError or FileNotFoundError as `Truth` does.
     """
 
     def __init__(self, annotations: str, path: str, images: str | None = None, limit: int | None = None):
-        self.annotations = Path(annotations)
-        self.images = Path(images) if images is not None else self.annotations.parent / "images"
-        self.truth = read_json(self.annotations)
-        self.is_lvis = any("neg_category_ids" in record for record in self.truth["images"])
-        _complete(self.truth, self.annotations, self.is_lvis)
-        self.evaluated = self.truth["images"][:limit]
-
+        self._read(annotations, images, limit)
         self.detections = _read_detections(path, self.truth, annotations)
         by_image = defaultdict(list)
         for number, detection in enumerate(self.detections):
@@ -99,22 +146,6 @@ class Detections(CocoMasks):
             | {"segmentation": rles[number], "score": self.detections[number]["score"]}
             for number in sorted(rles)
         ]
-
-    def mask_ap(self, results: list[dict]) -> dict[str, float | None]:
-        """AP and AR of results by their usual names; None where there is no such object."""
-        images = {record["id"] for record in self.evaluated}
-        annotations = [one for one in self.truth["annotations"] if one["image_id"] in images]
-        truth = COCO({**self.truth, "images": self.evaluated, "annotations": annotations})
-        found = truth.loadRes([dict(result) for result in results])
-        evaluation = COCOeval_faster(truth, found, "segm", lvis_style=self.is_lvis)
-        if self.is_lvis:
-            evaluation.params.maxDets = [LVIS_DETECTIONS]
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-        names = LVIS_NAMES if self.is_lvis else {name: place for place, name in enumerate(COCO_NAMES)}
-        values = {name: float(evaluation.all_stats[place]) for name, place in names.items()}
-        return {name: None if value == -1 else value for name, value in values.items()}
 
 
 def choose(candidates: torch.Tensor, scores: torch.Tensor, boxes: torch.Tensor, candidate: str) -> torch.Tensor:
@@ -187,7 +218,7 @@ def _encode_bits(bits: np.ndarray, shape: tuple[int, int, int]) -> list[dict]:
 
 
 def _complete(truth: dict, path: Path, is_lvis: bool) -> None:
-    """Makes what the evaluator needs of the annotations: masks as RLE, area, iscrowd and ids that are not 0."""
+    """Makes what the evaluator needs of the annotations: masks as RLE, box, area, iscrowd and ids that are not 0."""
     records = {record["id"]: record for record in truth["images"]}
     for number, annotation in enumerate(truth["annotations"], start=1):
         try:
@@ -200,6 +231,7 @@ def _complete(truth: dict, path: Path, is_lvis: bool) -> None:
             raise ValueError(f"{name} cannot be read ({error!r}); repair or remove it.") from error
         annotation |= {"segmentation": rle, "id": number}
         annotation.setdefault("area", float(rle_codec.area(rle)))
+        annotation.setdefault("bbox", rle_codec.toBbox(rle).tolist())
         annotation.setdefault("iscrowd", 0)
     ids = sorted({annotation["category_id"] for annotation in truth["annotations"]})
     truth.setdefault("categories", [{"id": number} for number in ids])

@@ -35,7 +35,8 @@ class CocoMasks(Dataset):
     folder and name (train2017/000000391895.jpg) are looked for, then the name alone.
 
     All masks are read at the start, some two minutes for a million of them, and kept as compressed RLE, which takes a
-    third of the memory of their polygons.
+    third of the memory of their polygons. `categories` are the json's, `category_ids[i]` those of `dataset[i].rles`;
+    both are None where the json leaves them out.
 
     Args:
         annotations: the json file.
@@ -60,7 +61,7 @@ class CocoMasks(Dataset):
         content = read_json(self.annotations)
         records = {record["id"]: record for record in content["images"]}
 
-        rles, ids = defaultdict(list), defaultdict(list)
+        rles, ids, categories = defaultdict(list), defaultdict(list), defaultdict(list)
         for number, annotation in enumerate(content["annotations"]):
             if skip_crowd and annotation.get("iscrowd", 0):
                 continue
@@ -73,10 +74,13 @@ class CocoMasks(Dataset):
             if rle is not None and rle_codec.area(rle) >= min_area:
                 rles[record["id"]].append(rle)
                 ids[record["id"]].append(annotation.get("id", number))
+                categories[record["id"]].append(annotation.get("category_id"))
 
+        self.categories = content.get("categories")
         self.records = [record for record in content["images"] if record["id"] in rles]
         self.rles = [rles[record["id"]] for record in self.records]
         self.annotation_ids = [ids[record["id"]] for record in self.records]
+        self.category_ids = [categories[record["id"]] for record in self.records]
         self.files = [self._find(record) for record in self.records]
 
     def __len__(self) -> int:
