@@ -14,7 +14,8 @@ lint:
 	ruff check && ruff format --check
 
 # Trains the bundled checkpoint anew and puts it in place, with its numbers. Each stage resumes if it was stopped.
-MASKS = --train $(DATA)/train-seg/instances_train.json $(DATA)/coco-train/instances_train.json $(DATA)/coco-train/instances_train.json
+COCO = $(DATA)/coco-train/instances_train.json
+MASKS = --train $(DATA)/train-seg/instances_train.json $(COCO) $(COCO)
 checkpoint:
 	accelerate launch training/sami.py --config training/recipes/bundled_0_encoder.yaml --teacher $(TEACHER) --output_dir runs/encoder \
 	  --images $(DATA)/train-seg/images $(DATA)/coco-train/images $(DATA)/unlabelled/images $(DATA)/saliency/train/images
@@ -24,5 +25,9 @@ checkpoint:
 	  --model runs/geometry/model --output_dir runs/at_256
 	accelerate launch training/finetune_masks.py --config training/recipes/bundled_3_masks.yaml $(MASKS) \
 	  --model runs/at_256/model --output_dir runs/masks
-	python training/bundle_checkpoint.py --model runs/masks/model --annotations $(DATA)/coco-val-dev/instances_val.json \
-	  --curves runs/encoder runs/geometry runs/at_256 runs/masks
+	accelerate launch training/finetune_masks.py --config training/recipes/bundled_4_decoder_at_512.yaml $(MASKS) $(COCO) \
+	  --model runs/masks/model --output_dir runs/decoder_at_512
+	accelerate launch training/finetune_masks.py --config training/recipes/bundled_5_small_objects.yaml $(MASKS) $(COCO) \
+	  --model runs/decoder_at_512/model --output_dir runs/small_objects
+	python training/bundle_checkpoint.py --model runs/small_objects/model --annotations $(DATA)/coco-val-dev/instances_val.json \
+	  --curves runs/encoder runs/geometry runs/at_256 runs/masks runs/decoder_at_512 runs/small_objects

@@ -143,11 +143,10 @@ class Recipe(PromptOptions, MaskOptions):
 
 
 POSITIVE = ("steps", "epochs", "epoch_images", "global_batch_size", "batch_size", "image_size", "max_masks", "every")
-POSITIVE += ("max_clicks", "loss_stride", "save_steps", "log_steps", "picture_steps", "crop_scale", "frame_scale")
-POSITIVE += ("smallest_ellipse",)
+POSITIVE += ("max_clicks", "loss_stride", "save_steps", "log_steps", "picture_steps", "crop_scale", "smallest_ellipse")
 NOT_NEGATIVE = ("corrections", "mask_only_rounds", "geometry_steps", "warmup_steps", "lora", "num_workers", "seed")
 SHARES = ("box_probability", "both_probability", "tight_probability", "single_mask_probability")
-SHARES += ("correction_probability", "geometry_share", "crop_scale", "frame_scale", "smallest_ellipse")
+SHARES += ("correction_probability", "geometry_share", "crop_scale", "smallest_ellipse")
 
 
 def check(recipe: Recipe) -> None:

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_efficientsam.training.interactive import InteractiveSegmentation, PromptOptions, placed
+from hf_efficientsam.training.interactive import EmbeddingMemory, InteractiveSegmentation, PromptOptions
 from hf_efficientsam.training.losses import MaskLoss
 from hf_efficientsam.training.prompts import boxes_from_masks
 
@@ -250,28 +250,15 @@ def test_geometry_asks_for_ellipses_and_leaves_the_encoder_alone(make_task):
     assert torch.equal(loss, task(pixel_values, masks.flip(1), valid, numbers, generator(), geometry=True)["loss"])
 
 
-def test_a_placed_image_has_the_positions_of_a_part_of_a_larger_one(make_model):
-    positions = make_model().prompt_encoder.position_embedding
-    large = positions.grid(16, 16).view(16, 16, -1)
-    with placed(positions, side=0.25, left=0.5, top=0.25):
-        part = positions.grid(4, 4).view(4, 4, -1)
-        corner = positions(torch.tensor([1.0, 0.0]))
-    assert torch.allclose(part, large[4:8, 8:12], atol=1e-5)
-    assert torch.allclose(corner, positions(torch.tensor([0.75, 0.25])), atol=1e-5)
-    assert torch.equal(positions.grid(16, 16).view(16, 16, -1), large)  # afterwards as before
-
-
-def test_the_frame_is_drawn_anew_and_stays_inside(make_task):
-    task, seen = make_task(frame_scale=0.25, correction_probability=0.0), []
-    task.model.prompt_encoder.position_embedding.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
-    for seed in range(20):
-        task(*batch(), generator(seed))
-    cells = [one for one in seen if one.shape == (16, 2)]  # the 4 x 4 grid of 64 pixels
-    assert len(cells) == 20 and all(one.min() >= 0 and one.max() <= 1 for one in cells)
-    sides = torch.stack([4 / 3 * (one.amax(0) - one.amin(0)) for one in cells])
-    assert torch.allclose(sides[:, 0], sides[:, 1]) and sides.min() >= 0.25 and sides.min() < 0.4 < 0.8 < sides.max()
-    places = torch.stack([one.mean(0) for one in cells])
-    assert (places[:, 0] - places[:, 1]).abs().max() > 0.1
+def test_an_image_that_is_remembered_is_not_encoded_again(make_model):
+    model, memory = make_model(), EmbeddingMemory()
+    pixel_values = torch.randn(3, 3, SIZE, SIZE, generator=generator(7))
+    first = memory.recall(model, pixel_values, ["a", "b", "c"])
+    expected = model.get_image_embeddings(pixel_values)
+    assert first.dtype == torch.float32 and not first.requires_grad
+    assert torch.equal(first, first.half().float()) and (first - expected).abs().max() < 0.01
+    again = memory.recall(model, torch.zeros(2, 3, SIZE, SIZE), ["c", "a"])  # not looked at
+    assert torch.equal(again, first[[2, 0]])
 
 
 def test_padding_does_not_count(make_task):

@@ -1,7 +1,5 @@
 """The task of promptable masks: prompt, decode, loss, correct, decode, loss - on one encoding of each image."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -35,10 +33,6 @@ class PromptOptions:
         default=0, metadata={"help": "rounds without a new click: one is the last, the others anywhere between"}
     )
     correction_probability: float = field(default=0.5, metadata={"help": "share of steps that have these rounds"})
-    frame_scale: float = field(
-        default=1.0,
-        metadata={"help": "positions are as if the image took this share to all of a larger input's side, anywhere"},
-    )
     smallest_ellipse: float = field(
         default=0.04, metadata={"help": "of steps on ellipses: their least side, as a share of the input's"}
     )
@@ -109,7 +103,7 @@ class InteractiveSegmentation(nn.Module):
         Returns:
             `loss` to be differentiated, and its parts averaged over the rounds.
         """
-        single_mask, correct, side, left, top = torch.rand(5, generator=generator).tolist()
+        single_mask, correct = torch.rand(2, generator=generator).tolist()
         kind, box, clicks, corrections, ellipse = noise.split(self.options.noise_columns, dim=-1)
         if geometry:
             masks = random_ellipses(ellipse, pixel_values.shape[-1], self.options.smallest_ellipse)
@@ -122,16 +116,14 @@ class InteractiveSegmentation(nn.Module):
         prompt = self.first_prompt(masks, kind, box, clicks)
         multimask = single_mask >= self.options.single_mask_probability
         later = self.later_rounds(corrections, generator) if correct < self.options.correction_probability else []
-        side = 1 - (1 - self.options.frame_scale) * side
         parts, output = [], None
-        with placed(self.model.prompt_encoder.position_embedding, side, left * (1 - side), top * (1 - side)):
-            for click in [None, *later]:
-                if output is not None:
-                    prompt, multimask = self.corrected(prompt, output, masks, click), False
-                output = self.model(image_embeddings=image_embeddings, multimask_output=multimask, **prompt)
-                result = self.loss(output.pred_masks, output.iou_scores, targets, valid, num_prompts)
-                result.pop("best")
-                parts.append(result)
+        for click in [None, *later]:
+            if output is not None:
+                prompt, multimask = self.corrected(prompt, output, masks, click), False
+            output = self.model(image_embeddings=image_embeddings, multimask_output=multimask, **prompt)
+            result = self.loss(output.pred_masks, output.iou_scores, targets, valid, num_prompts)
+            result.pop("best")
+            parts.append(result)
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
     def later_rounds(self, clicks: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor | None]:
@@ -201,24 +193,3 @@ def most_confident(output, size: tuple[int, int]) -> tuple[torch.Tensor, torch.T
     best = output.iou_scores.argmax(-1)[..., None, None, None]
     logits = output.pred_masks.take_along_dim(best, dim=2)[:, :, 0].float()
     return logits, F.interpolate(logits, size=size, mode="bilinear", align_corners=False) > 0
-
-
-@contextmanager
-def placed(position_embedding: nn.Module, side: float, left: float, top: float) -> Iterator[None]:
-    """
-    The positions of prompts and of the image's cells become those of a part of a larger image's square: of that
-    `side`, at `left` and `top`, as shares of the larger one's.
-
-    So the decoder meets the positions that it has at `1 / side` times the resolution, at a quarter of the cost for
-    half the side, and learns no more from the place of a cell than holds everywhere.
-    """
-
-    def place(module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        (positions,) = inputs  # [..., 2], x and y as shares of the image's sides
-        return (positions * side + positions.new_tensor([left, top]),)
-
-    hook = position_embedding.register_forward_pre_hook(place)
-    try:
-        yield
-    finally:
-        hook.remove()
