@@ -10,6 +10,7 @@ from hf_efficientsam.visualize import (
     PALETTE,
     PANEL_SIDE,
     REMOVED_COLOR,
+    draw_classes,
     draw_masks,
     feature_picture,
     lay_masks,
@@ -174,6 +175,18 @@ def test_wrong_input():
     for name, values in [("points", []), ("boxes", [[0, 0, 1, 1]] * 2), ("scores", [0.1, 0.2]), ("labels", [])]:
         with pytest.raises(ValueError, match=f"1 masks but {name} for {len(values)} objects"):
             draw_masks(image, [square()], **{name: values})
+
+
+def test_each_class_has_a_color_of_its_own():
+    """As many as ADE20K has, told apart by at least one channel; no class leaves the picture as it is."""
+    classes = np.arange(150, dtype=np.uint8).reshape(10, 15)
+    picture = np.asarray(draw_classes(Image.new("RGB", (15, 10)), classes)).astype(int).reshape(-1, 3)
+    distances = np.abs(picture[:, None] - picture).max(axis=2)
+    assert distances[~np.eye(150, dtype=bool)].min() >= 8
+    picture = np.asarray(draw_classes(Image.new("RGB", (2, 1), GRAY), torch.tensor([[1, 255]])))
+    assert near(picture[0, 0], 0.3 * np.array(GRAY) + 0.7 * np.array(PALETTE[1])) and near(picture[0, 1], GRAY, 0)
+    with pytest.raises(ValueError, match=r"shape \(2, 1\); the image is 1 pixels high and 2 wide"):
+        draw_classes(Image.new("RGB", (2, 1)), np.zeros((2, 1)))
 
 
 # ------------------------------------------------------------------------------------------------ features

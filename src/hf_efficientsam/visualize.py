@@ -1,6 +1,7 @@
 """Pictures of masks with the prompts that led to them, and of features. Needs only PIL and numpy."""
 
 from collections.abc import Callable, Iterable, Sequence
+from colorsys import hsv_to_rgb
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -181,6 +182,36 @@ def _stamp(draw_shape: Callable, side: int, enlarge: int = 8) -> Image.Image:
     return large.resize((side, side), Image.Resampling.BOX)
 
 
+def draw_classes(image: Image.Image, classes) -> Image.Image:
+    """
+    Lays a colour for each class over the picture, which turns gray below it so that the colour can be recognised: the
+    same one in every picture, and never twice for up to 255 classes.
+
+    Args:
+        image: the picture; any mode that PIL converts to RGB.
+        classes: of each pixel, 0 to 254, and 255 where there is none and the picture shows; `[height, width]`, array
+            or tensor on the CPU.
+
+    Returns:
+        A new RGB picture of the same size.
+
+    Raises:
+        ValueError: if `classes` is not of the picture's size.
+    """
+    classes = np.asarray(classes)
+    if classes.shape != (image.height, image.width):
+        raise ValueError(
+            f"The classes have shape {classes.shape}; the image is {image.height} pixels high and {image.width} wide."
+        )
+    # Beyond the palette hues at the golden angle, which keeps any number of them apart, in turns light and dark.
+    hues = [(number * 0.618034 % 1, (0.85, 0.55)[number % 2], (1, 0.75, 0.5)[number % 3]) for number in range(255)]
+    colors = [*PALETTE, *(tuple(round(255 * part) for part in hsv_to_rgb(*hue)) for hue in hues)][:255]
+    colors = np.float32([*colors, (0, 0, 0)])[classes]
+    gray = np.asarray(image.convert("L"), dtype=np.float32)[..., None]
+    pixels = np.where(classes[..., None] == 255, image.convert("RGB"), 0.3 * gray + 0.7 * colors)
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
 # ------------------------------------------------------------------------------------------------ features
 
 
@@ -290,4 +321,4 @@ def _patch_pictures(
     return [Image.fromarray(one).resize(size, Image.Resampling.NEAREST) for one in colors]
 
 
-__all__ = ["draw_masks", "feature_picture", "lay_masks", "pca_colors", "picture_table"]
+__all__ = ["draw_classes", "draw_masks", "feature_picture", "lay_masks", "pca_colors", "picture_table"]

@@ -60,7 +60,7 @@ def random_crop_flip(
     if flip and torch.rand((), generator=generator) < 0.5:
         pixels, masks = pixels.flip(-1), masks.flip(-1)
     if color_jitter:
-        pixels = _jitter_color(pixels, color_jitter, generator)
+        pixels = jitter_color(pixels, color_jitter, generator)
     return pixels, masks
 
 
@@ -139,7 +139,8 @@ def _resize_image(image: Image.Image, size: int) -> torch.Tensor:
     return F.interpolate(pixels, (size, size), mode="bilinear", align_corners=False)[0]
 
 
-def _jitter_color(pixels: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:
+def jitter_color(pixels: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:
+    """Pixels `[3, H, W]` in [0, 1]; brightness, contrast and saturation each change by a factor of 1 ± strength."""
     brightness, contrast, saturation = (1 + strength * (2 * torch.rand(3, generator=generator) - 1)).tolist()
     pixels = (pixels * brightness).clamp(0, 1)
     luma = pixels.new_tensor([0.299, 0.587, 0.114])
