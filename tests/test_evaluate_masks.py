@@ -208,7 +208,7 @@ def test_ap_of_a_detectors_boxes(coco, boxes, tiny_model, tiny_sam, tmp_path):
     ("arguments", "sentence"),
     [
         ([], "Give --annotations"),
-        (["--annotations", "COCO", "--shards", "a.tar"], "Give --annotations a COCO-style json file or a folder, or --shards"),
+        (["--annotations", "COCO", "--shards", "a.tar"], "Give --annotations a COCO-style json"),
         (["--annotations", "absent.json"], "There is no annotation file absent.json"),
         (["--shards", "absent.tar"], "There is no shard absent.tar"),
         (["--annotations", "COCO", "--prompts", "circle"], "The prompt 'circle' is unknown"),

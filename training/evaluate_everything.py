@@ -8,11 +8,9 @@ any threshold. A large grid takes a while: with `--masks` what was found on an i
 """
 
 import json
-import platform
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -22,7 +20,7 @@ from hf_efficientsam.hub import find_checkpoint, load_model
 from hf_efficientsam.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.training.coco_ar import NAMES, PROTOCOL, average_recall
 from hf_efficientsam.training.data.coco import CocoMasks
-from hf_efficientsam.training.runtime import last_line, parse_recipe, replace_text
+from hf_efficientsam.training.runtime import last_line, parse_recipe, replace_text, write_with_versions
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,6 @@ def print_row(points: int, result: dict[str, float | None]) -> None:
 
 def write_report(recipe: Recipe, count: int, results: dict, seconds: float, model, processor) -> None:
     size = processor.image_processor.size
-    libraries = ("hf-efficientsam", "torch", "transformers", "faster-coco-eval", "numpy", "pillow", "pycocotools")
     report = {
         "model": recipe.model,
         "annotations": recipe.annotations,
@@ -111,11 +108,9 @@ def write_report(recipe: Recipe, count: int, results: dict, seconds: float, mode
         "seconds": round(seconds, 1),
         "recipe": asdict(recipe),
         "device": str(model.device),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
     }
-    path = Path(recipe.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(report, indent=1) + "\n")
+    Path(recipe.output).parent.mkdir(parents=True, exist_ok=True)
+    write_with_versions(recipe.output, report, ("faster-coco-eval", "numpy", "pillow", "pycocotools"))
 
 
 def load(recipe: Recipe) -> tuple[EfficientSamModel, EfficientSamProcessor]:

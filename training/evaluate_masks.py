@@ -15,14 +15,12 @@ the model, or by model if there are several. Several processes give the numbers 
 """
 
 import json
-import platform
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +49,7 @@ from hf_efficientsam.training.evaluation import (
     num_clicks,
 )
 from hf_efficientsam.training.predictors import Predictor, load_predictor, prepare_image
-from hf_efficientsam.training.runtime import last_line, parse_recipe, replace_text
+from hf_efficientsam.training.runtime import last_line, parse_recipe, replace_text, write_with_versions
 
 
 @dataclass(frozen=True)
@@ -262,8 +260,6 @@ def write_report(recipe: Recipe, predictors: list[Predictor], numbers: dict[str,
     named = zip(recipe.model, predictors, strict=True)
     by_model = {"input_size": {name: predictor.input_size() for name, predictor in named}, **by_model}
     asked = {"annotations": recipe.annotations, "shards": recipe.shards}
-    libraries = ("hf-efficientsam", "torch", "transformers", "faster-coco-eval", "numpy", "pillow")
-    libraries += ("pycocotools", "scipy")
     report = {
         "model": recipe.model,
         **{name: files[0] if len(files) == 1 else files for name, files in asked.items() if files},
@@ -271,11 +267,10 @@ def write_report(recipe: Recipe, predictors: list[Predictor], numbers: dict[str,
         **by_model,
         "recipe": asdict(recipe),
         "device": str(predictors[0].model.device),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
     }
     if len(recipe.model) == 1:
         report |= {name: values[recipe.model[0]] for name, values in by_model.items()} | {"model": recipe.model[0]}
-    replace_text(Path(recipe.output), json.dumps(report, indent=1) + "\n")
+    write_with_versions(recipe.output, report, ("faster-coco-eval", "numpy", "pillow", "pycocotools", "scipy"))
 
 
 # ------------------------------------------------------------------------------------------ all together

@@ -14,12 +14,9 @@ training/accelerate/ddp.yaml and multi_node.yaml.
 """
 
 import dataclasses
-import json
-import platform
 import sys
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -50,16 +47,17 @@ from hf_efficientsam.training.runtime import (
     Curve,
     Log,
     Optimization,
+    check_ranges,
     check_same_run,
     epoch_loader,
     layer_decay,
     parameter_groups,
     parse_recipe,
-    replace_text,
     replaced_folder,
     run_script,
     start_accelerator,
     step_batches,
+    write_with_versions,
 )
 from hf_efficientsam.training.warm_start import load_around_encoder
 from hf_efficientsam.visualize import picture_table
@@ -132,18 +130,7 @@ BELOW_ONE = ("drop_path", "label_smoothing", "ema_decay")
 
 
 def check(recipe: Recipe) -> None:
-    for name in POSITIVE:
-        if getattr(recipe, name) is not None and getattr(recipe, name) <= 0:
-            raise ValueError(f"--{name} is {getattr(recipe, name)}; it must be more than 0.")
-    for name in NOT_NEGATIVE:
-        if getattr(recipe, name) < 0:
-            raise ValueError(f"--{name} is {getattr(recipe, name)}; it must not be negative.")
-    for name in SHARES:
-        if not 0 <= getattr(recipe, name) <= 1:
-            raise ValueError(f"--{name} is {getattr(recipe, name)}; it must be between 0 and 1.")
-    for name in BELOW_ONE:
-        if not 0 <= getattr(recipe, name) < 1:
-            raise ValueError(f"--{name} is {getattr(recipe, name)}; it must be at least 0 and less than 1.")
+    check_ranges(recipe, POSITIVE, NOT_NEGATIVE, SHARES, BELOW_ONE)
     if not 1 <= recipe.rand_augment_magnitude <= 29:
         raise ValueError(f"--rand_augment_magnitude {recipe.rand_augment_magnitude} must be from 1 to 29.")
     if recipe.size % 16:
@@ -238,10 +225,9 @@ def evaluate_saved(recipe: Recipe) -> None:
 
 
 def write_metrics(recipe: Recipe, scores: dict[str, float], step: int) -> None:
-    libraries = ("hf-efficientsam", "torch", "transformers", "accelerate", "evaluate", "kornia", "numpy", "pillow")
-    versions = {"python": platform.python_version(), **{name: version(name) for name in libraries}}
-    report = {**scores, "step": step, "recipe": dataclasses.asdict(recipe), "versions": versions}
-    replace_text(Path(recipe.output_dir) / "metrics.json", json.dumps(report, indent=1) + "\n")
+    report = {**scores, "step": step, "recipe": dataclasses.asdict(recipe)}
+    libraries = ("accelerate", "evaluate", "kornia", "numpy", "pillow")
+    write_with_versions(Path(recipe.output_dir) / "metrics.json", report, libraries)
 
 
 @torch.no_grad()

@@ -32,10 +32,8 @@ except RuntimeError as error:
 
 import dataclasses
 import json
-import platform
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
 
@@ -71,6 +69,7 @@ from hf_efficientsam.training.runtime import (
     Curve,
     Log,
     Optimization,
+    check_ranges,
     check_same_run,
     epoch_loader,
     layer_decay,
@@ -81,6 +80,7 @@ from hf_efficientsam.training.runtime import (
     run_script,
     start_accelerator,
     step_batches,
+    write_with_versions,
 )
 from hf_efficientsam.training.warm_start import load_around_encoder
 
@@ -162,15 +162,7 @@ BELOW_ONE = ("drop_path", "min_score")
 
 
 def check(recipe: Recipe) -> None:
-    for name in POSITIVE:
-        if getattr(recipe, name) is not None and getattr(recipe, name) <= 0:
-            raise ValueError(f"--{name} is {getattr(recipe, name)}; it must be more than 0.")
-    for name in NOT_NEGATIVE:
-        if getattr(recipe, name) < 0:
-            raise ValueError(f"--{name} is {getattr(recipe, name)}; it must not be negative.")
-    for name in BELOW_ONE:
-        if not 0 <= getattr(recipe, name) < 1:
-            raise ValueError(f"--{name} is {getattr(recipe, name)}; it must be at least 0 and less than 1.")
+    check_ranges(recipe, POSITIVE, NOT_NEGATIVE, below_one=BELOW_ONE)
     if recipe.image_size % STRIDES[-1]:
         raise ValueError(f"--image_size {recipe.image_size} must be a multiple of {STRIDES[-1]}, the coarsest stride.")
     if recipe.least_scale > recipe.greatest_scale:
@@ -235,8 +227,7 @@ def write_metrics(
     """`metrics.json`, `detections.json` and, of the first images, `detections.png`."""
     output, config = Path(recipe.output_dir), detector.config
     output.mkdir(parents=True, exist_ok=True)
-    libraries = ("hf-efficientsam", "torch", "torchvision", "transformers", "accelerate", "faster-coco-eval")
-    libraries += ("numpy", "pillow", "pycocotools")
+    libraries = ("torchvision", "accelerate", "faster-coco-eval", "numpy", "pillow", "pycocotools")
     report = {
         **scores,
         "images": len(truth),
@@ -245,9 +236,8 @@ def write_metrics(
         "protocol": PROTOCOL.format(size=config.image_size, score=config.min_score),
         "recipe": dataclasses.asdict(recipe),
         "device": str(next(detector.parameters()).device),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
     }
-    replace_text(output / "metrics.json", json.dumps(report, indent=1) + "\n")
+    write_with_versions(output / "metrics.json", report, libraries)
     replace_text(output / "detections.json", json.dumps(boxes_alone(results)) + "\n")
     samples = [truth[index] for index in range(min(SHOWN, len(truth)))]
     masks = [decode(sample.rles) if sample.rles else [] for sample in samples]

@@ -56,6 +56,7 @@ from hf_efficientsam.training.runtime import (
     Checkpoints,
     Log,
     Optimization,
+    check_ranges,
     check_same_run,
     epoch_loader,
     layer_decay,
@@ -147,20 +148,11 @@ POSITIVE += ("max_clicks", "loss_stride", "save_steps", "log_steps", "picture_st
 NOT_NEGATIVE = ("corrections", "mask_only_rounds", "geometry_steps", "warmup_steps", "lora", "num_workers", "seed")
 SHARES = ("box_probability", "both_probability", "tight_probability", "single_mask_probability")
 SHARES += ("correction_probability", "geometry_share", "crop_scale", "smallest_ellipse")
+BELOW_ONE = ("ema_decay",)
 
 
 def check(recipe: Recipe) -> None:
-    for name in POSITIVE:
-        if getattr(recipe, name) is not None and getattr(recipe, name) <= 0:
-            raise ValueError(f"--{name} is {getattr(recipe, name)}; it must be more than 0.")
-    for name in NOT_NEGATIVE:
-        if getattr(recipe, name) < 0:
-            raise ValueError(f"--{name} is {getattr(recipe, name)}; it must not be negative.")
-    for name in SHARES:
-        if not 0 <= getattr(recipe, name) <= 1:
-            raise ValueError(f"--{name} is {getattr(recipe, name)}; it must be between 0 and 1.")
-    if not 0 <= recipe.ema_decay < 1:
-        raise ValueError(f"--ema_decay is {recipe.ema_decay}; it must be at least 0 and less than 1.")
+    check_ranges(recipe, POSITIVE, NOT_NEGATIVE, SHARES, BELOW_ONE)
     for divisor in (16, recipe.loss_stride):
         if recipe.image_size is not None and recipe.image_size % divisor:
             raise ValueError(f"--image_size {recipe.image_size} must be a multiple of {divisor} (16, --loss_stride).")

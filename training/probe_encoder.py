@@ -7,12 +7,9 @@ An image is resized to a square and described by the mean over the patches of th
 neck. The linear probe is a logistic regression on standardised features; nothing is tuned on the test images.
 """
 
-import json
-import platform
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +25,7 @@ from tqdm.auto import tqdm
 
 from hf_efficientsam.training.data.classification import ClassFolders
 from hf_efficientsam.training.data.images import normalize
-from hf_efficientsam.training.runtime import parse_recipe, replace_text
+from hf_efficientsam.training.runtime import parse_recipe, write_with_versions
 from hf_efficientsam.training.warm_start import load_encoder
 
 
@@ -141,13 +138,9 @@ def main() -> None:
         "probe_iterations": int(probe[-1].n_iter_.max()),
         "seconds": {"features": round(encoded - started, 1), "all": round(time.perf_counter() - started, 1)},
         "device": str(device),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("hf-efficientsam", "torch", "transformers", "scikit-learn", "pillow")},
-        },
     }
     Path(recipe.output).parent.mkdir(parents=True, exist_ok=True)
-    replace_text(Path(recipe.output), json.dumps(report, indent=1) + "\n")
+    write_with_versions(recipe.output, report, ("scikit-learn", "pillow"))
 
 
 if __name__ == "__main__":

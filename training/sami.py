@@ -27,6 +27,7 @@ from hf_efficientsam.training.runtime import (
     Checkpoints,
     Log,
     Optimization,
+    check_ranges,
     check_same_run,
     epoch_loader,
     parameter_groups,
@@ -97,15 +98,10 @@ class Recipe(ImageOptions):
 
 
 def check(recipe: Recipe) -> None:
-    for name in ("size", "global_batch_size", "batch_size", "save_steps", "log_steps", "picture_steps", "epochs"):
-        if getattr(recipe, name) <= 0:
-            raise ValueError(f"--{name} is {getattr(recipe, name)}; it must be more than 0.")
+    positive = ("size", "global_batch_size", "batch_size", "save_steps", "log_steps", "picture_steps", "epochs")
+    check_ranges(recipe, positive, ("seed", "view_seed", "num_workers"), below_one=("ema_decay",))
     if not 0 <= recipe.warmup_epochs < recipe.epochs:
         raise ValueError(f"--warmup_epochs {recipe.warmup_epochs} must be less than --epochs {recipe.epochs}.")
-    if not 0 <= recipe.ema_decay < 1:
-        raise ValueError(f"--ema_decay is {recipe.ema_decay}; it must be at least 0 and less than 1.")
-    if min(recipe.seed, recipe.view_seed, recipe.num_workers) < 0:
-        raise ValueError("--seed, --view_seed and --num_workers must not be negative.")
 
 
 def build_teacher(recipe: Recipe, device: torch.device) -> Teacher | None:

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -25,6 +26,7 @@ from hf_efficientsam.training.runtime import (
     Curve,
     Log,
     SaveError,
+    check_ranges,
     check_same_run,
     epoch_batches,
     epoch_loader,
@@ -674,3 +676,19 @@ def test_trackio_sees_each_step_once_and_needs_no_network(tmp_path):
 def test_an_unknown_tracker(tmp_path):
     with pytest.raises(ValueError, match=r"no tracker wandb here; install it, or take .*tensorboard.*trackio"):
         tracker_arguments(["wandb", "tensorboard"], tmp_path)
+
+
+def test_options_out_of_range_are_named():
+    fields = {"steps": 1, "batch_size": None, "seed": 0, "erasing": 1.0, "ema_decay": 0.0}
+    kinds = {"positive": ["steps", "batch_size"], "not_negative": ["seed"], "shares": ["erasing"]}
+    kinds["below_one"] = ["ema_decay"]
+    check_ranges(SimpleNamespace(**fields), **kinds)
+    for name, value, words in (
+        ("steps", 0, "--steps is 0; it must be more than 0."),
+        ("batch_size", -1, "--batch_size is -1; it must be more than 0."),
+        ("seed", -1, "--seed is -1; it must not be negative."),
+        ("erasing", 1.1, "--erasing is 1.1; it must be between 0 and 1."),
+        ("ema_decay", 1.0, "--ema_decay is 1.0; it must be at least 0 and less than 1."),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            check_ranges(SimpleNamespace(**fields | {name: value}), **kinds)

@@ -6,12 +6,14 @@ import errno
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,6 +71,38 @@ def _read_yaml(parser: argparse.ArgumentParser, path: Path, names: set[str]) -> 
         if value is not None:
             arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return arguments
+
+
+def check_ranges(
+    recipe: Any,
+    positive: Sequence[str] = (),
+    not_negative: Sequence[str] = (),
+    shares: Sequence[str] = (),
+    below_one: Sequence[str] = (),
+) -> None:
+    """
+    Raises ValueError, naming the option, if one of these fields is out of range. `shares` are from 0 to 1, `below_one`
+    from 0 to below 1; a positive one may be None.
+    """
+    for name in positive:
+        if getattr(recipe, name) is not None and getattr(recipe, name) <= 0:
+            raise ValueError(f"--{name} is {getattr(recipe, name)}; it must be more than 0.")
+    for name in not_negative:
+        if getattr(recipe, name) < 0:
+            raise ValueError(f"--{name} is {getattr(recipe, name)}; it must not be negative.")
+    for name in shares:
+        if not 0 <= getattr(recipe, name) <= 1:
+            raise ValueError(f"--{name} is {getattr(recipe, name)}; it must be between 0 and 1.")
+    for name in below_one:
+        if not 0 <= getattr(recipe, name) < 1:
+            raise ValueError(f"--{name} is {getattr(recipe, name)}; it must be at least 0 and less than 1.")
+
+
+def write_with_versions(path: str | Path, report: dict, libraries: Sequence[str]) -> None:
+    """The numbers of a run as json, with the versions of Python, this package, torch, transformers and `libraries`."""
+    names = ("hf-efficientsam", "torch", "transformers", *libraries)
+    versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
+    replace_text(Path(path), json.dumps({**report, "versions": versions}, indent=1) + "\n")
 
 
 def replace_text(path: Path, text: str) -> None:
