@@ -348,6 +348,13 @@ def test_the_encoder_of_another_model(name, tmp_path, caplog):
 
 
 @torch.no_grad()
+def test_options_of_loading_are_checked(tmp_path):
+    make().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"global_attention_layers is \[40\]"):
+        EfficientSamBackbone.from_pretrained(tmp_path, global_attention_layers=[40])
+    assert EfficientSamBackbone.from_pretrained(tmp_path, num_hidden_layers=1).config.out_features == ["stage1"]
+
+
 def test_round_trip(tmp_path):
     options = {"window_size": 2, "global_attention_layers": (1,), "pyramid_strides": (8, 16, 64)}
     model, pixel_values = make(**options, out_features=["stage1", "stage3"], apply_layernorm=True), images(48, 64)

@@ -269,7 +269,7 @@ def test_every_weight_of_a_pretrained_start_has_its_rate(script, pretrained):
 
 
 REFUSALS = {
-    "no data": ("--test TEST", "Give --train a folder"),
+    "no data": ("--test TEST", "Give one of --train"),
     "nothing to test": ("--train TRAIN", "Give images to evaluate on"),
     "one class": ("--train TRAIN/red --test TEST", "at least two classes"),
     "other classes": ("--train TRAIN --test patterns", "The classes of the images to test are not those"),

@@ -164,8 +164,9 @@ def test_class_indices_and_probabilities(pixel_values):
         for labels in order:
             expected = -logits[range(3), labels] if labels.ndim == 1 else -(labels * logits).sum(dim=-1)
             assert_close(model(pixel_values, labels=labels).loss, expected.mean())
-            # the Trainer's way to accumulate: the sum over this batch by the size of the whole one
-            loss = model(pixel_values, labels=labels, num_items_in_batch=torch.tensor(12)).loss
+            # the Trainer accumulates: the sum over this batch by the size of the whole one, as it counts labels
+            counted = torch.tensor(12 if labels.ndim == 1 else 12 * CLASSES)
+            loss = model(pixel_values, labels=labels, num_items_in_batch=counted).loss
             assert_close(loss, expected.sum() / 12)
 
 

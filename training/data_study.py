@@ -4,13 +4,11 @@
     python training/data_study.py --arms all --seeds 0
 
 All runs start from the bundled checkpoint's encoder, which stays as it is, and one new decoder that has seen ellipses
-alone, and take the same number of steps. (The encoder has seen all the images; the decoder none.) Stopping, going on
-and where the numbers go: see `hf_efficientsam.training.study`.
+alone, and take the same number of steps. (The encoder has seen all the images and their masks; the decoder none of the
+masks.) Stopping, going on and where the numbers go: see `hf_efficientsam.training.study`.
 """
 
 import json
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from hf_efficientsam import bundled_checkpoint
@@ -20,11 +18,6 @@ from hf_efficientsam.training.study import Study, StudyOptions
 HERE = Path(__file__).parent
 RECIPES = HERE / "recipes"
 EVERY = {"an eighth": 8, "a quarter": 4, "half": 2, "all": 1}  # so many-th image is taken
-
-
-@dataclass(frozen=True)
-class Recipe(StudyOptions):
-    pass
 
 
 class DataStudy(Study):
@@ -57,15 +50,5 @@ class DataStudy(Study):
         return ious | {"loss": last["loss"]}
 
 
-def main() -> None:
-    recipe = parse_recipe(Recipe, __doc__)
-    try:
-        study = DataStudy(recipe, HERE)
-    except ValueError as error:
-        print(f"data_study: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    study.run()
-
-
 if __name__ == "__main__":
-    run_script("data_study", main)
+    run_script("data_study", lambda: DataStudy(parse_recipe(StudyOptions, __doc__), HERE).run())

@@ -41,7 +41,7 @@ from hf_efficientsam.training.data.classification import (
     open_test,
     open_train,
 )
-from hf_efficientsam.training.data.images import normalize
+from hf_efficientsam.training.data.images import normalize, to_image
 from hf_efficientsam.training.runtime import (
     Checkpoints,
     Curve,
@@ -50,6 +50,7 @@ from hf_efficientsam.training.runtime import (
     check_ranges,
     check_same_run,
     epoch_loader,
+    last_line,
     layer_decay,
     parameter_groups,
     parse_recipe,
@@ -124,6 +125,7 @@ class Recipe(ViewOptions, ClassOptions):
 
 POSITIVE = ("size", "crop_scale", "crop_ratio", "epochs", "epoch_images", "global_batch_size", "batch_size")
 POSITIVE += ("test_batch_size", "test_steps", "save_steps", "log_steps", "picture_steps", "shuffle_buffer")
+POSITIVE += ("learning_rate", "layer_decay", "max_grad_norm")
 NOT_NEGATIVE = ("rand_augment", "mixup", "cutmix", "num_workers", "seed")
 SHARES = ("crop_scale", "crop_ratio", "erasing")
 BELOW_ONE = ("drop_path", "label_smoothing", "ema_decay")
@@ -236,13 +238,9 @@ def draw(model: EfficientSamForImageClassification, pixel_values: torch.Tensor, 
     model.eval()
     logits = model(pixel_values[:SHOWN]).logits
     model.train()
-    mean, std = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[..., None, None]
     columns = {"images": [], "their classes": [], "said to be": []}
-    for pixels, *shares in zip(
-        pixel_values.float().cpu(), targets.cpu(), logits.float().softmax(1).cpu(), strict=False
-    ):
-        image = Image.fromarray(((pixels * std + mean) * 255).clamp(0, 255).byte().permute(1, 2, 0).numpy())
-        columns["images"].append(image.resize((192, 192)))
+    for pixels, *shares in zip(pixel_values, targets.cpu(), logits.float().softmax(1).cpu(), strict=False):
+        columns["images"].append(to_image(pixels).resize((192, 192)))
         for name, share in zip(("their classes", "said to be"), shares, strict=True):
             likeliest = [(model.config.id2label[i], share[i]) for i in share.topk(2).indices.tolist()]
             cell = Image.new("RGB", (192, 192), "white")
@@ -279,7 +277,7 @@ def main() -> None:
         if accelerator.is_main_process:
             check_same_run(recipe, accelerator.num_processes)
     except (OSError, ValueError, RuntimeError) as error:
-        print(f"finetune_classification: {error}", file=sys.stderr)
+        print(f"finetune_classification: {last_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     share = partial(layer_decay, num_layers=model.config.num_hidden_layers, decay=recipe.layer_decay)
     groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay, share)

@@ -5,7 +5,8 @@
     accelerate launch training/finetune_detection.py --config training/recipes/detection_ti_coco.yaml \
         --train coco/instances_train2017.json --train_images coco/train2017 --val coco/instances_val2017.json \
         --val_images coco/val2017 --encoder runs/sami/model --output_dir runs/coco
-    accelerate launch training/finetune_detection.py --evaluate runs/coco/model --val my/instances.json
+    accelerate launch training/finetune_detection.py --evaluate runs/coco/model --val my/instances.json \
+        --output_dir runs/mine
     python training/evaluate_masks.py --annotations coco/instances_val2017.json --images coco/val2017 \
         --detections runs/coco/detections.json                                  # EfficientSAM's masks on its boxes
 
@@ -44,11 +45,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_efficientsam import EfficientSamBackbone, EfficientSamBackboneConfig
 from hf_efficientsam.training.coco_ap import Truth
 from hf_efficientsam.training.data.coco import CocoMasks, decode
+from hf_efficientsam.training.data.images import to_image
 from hf_efficientsam.training.detection import (
     PROTOCOL,
     STRIDES,
@@ -72,6 +73,7 @@ from hf_efficientsam.training.runtime import (
     check_ranges,
     check_same_run,
     epoch_loader,
+    last_line,
     layer_decay,
     parameter_groups,
     parse_recipe,
@@ -156,7 +158,7 @@ class Recipe:
 
 POSITIVE = ("val_limit", "epoch_images", "image_size", "least_scale", "anchor_scale", "sampled_boxes", "epochs")
 POSITIVE += ("global_batch_size", "batch_size", "val_batch_size", "val_steps", "save_steps", "log_steps")
-POSITIVE += ("picture_steps", "pyramid_channels")
+POSITIVE += ("picture_steps", "pyramid_channels", "learning_rate", "layer_decay", "max_grad_norm")
 NOT_NEGATIVE = ("window_size", "num_workers", "seed")
 BELOW_ONE = ("drop_path", "min_score")
 
@@ -173,6 +175,10 @@ def check(recipe: Recipe) -> None:
         raise ValueError("Give --train a COCO-style json, or --evaluate a model.")
     if recipe.evaluate is not None and recipe.val is None:
         raise ValueError("--evaluate needs --val, a COCO-style json to measure AP on.")
+    if recipe.evaluate is not None and (Path(recipe.output_dir) / "checkpoints").exists():
+        raise ValueError(f"--output_dir {recipe.output_dir} holds a training run; give another for what is measured.")
+    if recipe.freeze_encoder and recipe.drop_path:
+        raise ValueError("--freeze_encoder leaves the encoder as it is; leave --drop_path out.")
     check_torchvision()
 
 
@@ -260,13 +266,7 @@ def evaluate_saved(recipe: Recipe) -> None:
 
 def draw(detector: Detector, items: list[dict]) -> Image.Image:
     """The first images of a batch as the detector sees them, their objects, and what it finds."""
-    mean, std = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[..., None, None]
-    images = [
-        Image.fromarray(
-            ((item["pixel_values"].cpu() * std + mean) * 255).clamp(0, 255).byte().permute(1, 2, 0).numpy()
-        )
-        for item in items[:SHOWN]
-    ]
+    images = [to_image(item["pixel_values"]) for item in items[:SHOWN]]
     return draw_detections(detector, images, [item["masks"].cpu() for item in items[:SHOWN]])
 
 
@@ -291,7 +291,7 @@ def main() -> None:
         if accelerator.is_main_process:
             check_same_run(recipe, accelerator.num_processes)
     except (OSError, ValueError, RuntimeError) as error:
-        print(f"finetune_detection: {error}", file=sys.stderr)
+        print(f"finetune_detection: {last_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     share = partial(layer_decay, num_layers=model.backbone.config.num_hidden_layers, decay=recipe.layer_decay)
     groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay, share)

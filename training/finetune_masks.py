@@ -26,7 +26,6 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 from transformers import get_scheduler
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_efficientsam import (
     EfficientSamConfig,
@@ -44,6 +43,7 @@ from hf_efficientsam.training.batch import (
     collate,
     open_masks,
 )
+from hf_efficientsam.training.data.images import to_image
 from hf_efficientsam.training.interactive import (
     EmbeddingMemory,
     InteractiveSegmentation,
@@ -277,13 +277,10 @@ def draw(model: EfficientSamModel, batch: Batch) -> Image.Image:
     output = model(batch.pixel_values[:4], input_boxes=boxes)
     model.train()
     _, predicted = most_confident(output, batch.masks.shape[-2:])
-    mean, std = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[..., None, None]
     columns = {"images": [], "their masks": [], "by their boxes": []}
-    for pixels, *rows in zip(
-        batch.pixel_values[:4].float().cpu(), batch.valid, batch.masks, predicted, boxes, strict=False
-    ):
+    for pixels, *rows in zip(batch.pixel_values[:4], batch.valid, batch.masks, predicted, boxes, strict=False):
         valid, true, guess, box = (row.cpu() for row in rows)
-        image = Image.fromarray(((pixels * std + mean) * 255).clamp(0, 255).byte().permute(1, 2, 0).numpy())
+        image = to_image(pixels)
         columns["images"].append(image)
         columns["their masks"].append(draw_masks(image, true[valid]))
         columns["by their boxes"].append(draw_masks(image, guess[valid], boxes=box[valid].tolist()))

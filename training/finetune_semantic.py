@@ -58,6 +58,7 @@ from hf_efficientsam.training.runtime import (
     check_ranges,
     check_same_run,
     epoch_loader,
+    last_line,
     layer_decay,
     parameter_groups,
     parse_recipe,
@@ -148,8 +149,8 @@ class Recipe(CropOptions, LabelOptions):
 
 POSITIVE = ("size", "min_scale", "num_queries", "pixel_decoder_layers", "decoder_layers", "num_points", "width")
 POSITIVE += ("steps", "schedule_power", "global_batch_size", "batch_size", "test_steps", "save_steps", "log_steps")
-POSITIVE += ("picture_steps",)
-NOT_NEGATIVE = ("warmup_steps", "window_size", "num_workers", "seed")
+POSITIVE += ("picture_steps", "learning_rate", "layer_decay", "max_grad_norm")
+NOT_NEGATIVE = ("encoder_rate", "warmup_steps", "window_size", "num_workers", "seed")
 BELOW_ONE = ("color_jitter", "drop_path", "ema_decay")
 
 
@@ -258,9 +259,14 @@ def measure(model: PreTrainedModel, source: Source, processor, recipe: Recipe, a
 def evaluate_saved(recipe: Recipe) -> None:
     """Prints what the run that saved the model has written into its metrics."""
     accelerator, source = Accelerator(), open_source(recipe, test=True)
-    head = AutoConfig.from_pretrained(recipe.evaluate).model_type
+    try:
+        head = AutoConfig.from_pretrained(recipe.evaluate).model_type
+    except (OSError, ValueError):
+        head = None
     if head not in HEADS:
-        raise ValueError(f"{recipe.evaluate} is no result of finetune_semantic.py, but of type {head}.")
+        raise ValueError(
+            f"{recipe.evaluate} holds no result of finetune_semantic.py; give the folder OUTPUT_DIR/model."
+        )
     model = HEADS[head].from_pretrained(recipe.evaluate, dtype=torch.float32)
     if list(model.config.id2label.values()) != source.classes:
         raise ValueError(f"The classes of the images to test are not those of {recipe.evaluate}; choose others.")
@@ -311,6 +317,9 @@ def main() -> None:
         data = SemanticCrops(source, recipe, recipe.seed)
         loader, epoch_steps = epoch_loader(accelerator, data, recipe)
         model = build_model(recipe, source.classes)
+        images = recipe.global_batch_size // accelerator.gradient_accumulation_steps
+        if recipe.head == "upernet" and images == 1:
+            raise ValueError("UperNet normalises over several images; raise --batch_size, or --global_batch_size.")
         if recipe.head == "upernet" and accelerator.num_processes > 1:
             if accelerator.device.type != "cuda":
                 raise ValueError("UperNet normalises over all images of a step, which processes share on GPUs alone.")
@@ -318,7 +327,7 @@ def main() -> None:
         if accelerator.is_main_process:
             check_same_run(recipe, accelerator.num_processes)
     except (OSError, ValueError, RuntimeError) as error:
-        print(f"finetune_semantic: {error}", file=sys.stderr)
+        print(f"finetune_semantic: {last_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     num_layers = model.config.backbone_config.num_hidden_layers
     share = partial(learning_rate_share, num_layers=num_layers, recipe=recipe)

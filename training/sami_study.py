@@ -10,7 +10,6 @@ What is done is kept under `--output_dir`, the numbers in `results/sami_study.js
 """
 
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,15 +103,5 @@ class SamiStudy(Study):
         }
 
 
-def main() -> None:
-    recipe = parse_recipe(Recipe, __doc__)
-    try:
-        study = SamiStudy(recipe, HERE)
-    except ValueError as error:
-        print(f"sami_study: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    study.run()
-
-
 if __name__ == "__main__":
-    run_script("sami_study", main)
+    run_script("sami_study", lambda: SamiStudy(parse_recipe(Recipe, __doc__), HERE).run())

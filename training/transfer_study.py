@@ -9,7 +9,6 @@ one from scratch: on the CIFAR-10 subset (recipes/classification_study.yaml) and
 """
 
 import json
-import sys
 from pathlib import Path
 
 from sami_study import Recipe, SamiStudy
@@ -32,24 +31,15 @@ class TransferStudy(SamiStudy):
         images, output = self.data / "classification", folder / "classification"
         arguments = ["--config", HERE / "recipes/classification_study.yaml", *start, "--output_dir", output]
         arguments += ["--train", images / "train", "--test", images / "test"]
-        classes = self.stage(output / "metrics.json", "finetune_classification", *arguments)
+        self.stage(output / "model", "finetune_classification", *arguments)
+        top1 = json.loads((output / "metrics.json").read_text())["top1"]
 
         images, output = self.data / "semantic", folder / "semantic"
         arguments = ["--config", HERE / "recipes/semantic_study.yaml", *start, "--output_dir", output]
         arguments += ["--train", images / "train", "--test", images / "val", "--ignore_label", 11]
-        labels = self.stage(output / "metrics.json", "finetune_semantic", *arguments)
-        return {"top1": json.loads(classes.read_text())["top1"], "miou": json.loads(labels.read_text())["mean_iou"]}
-
-
-def main() -> None:
-    recipe = parse_recipe(Recipe, __doc__)
-    try:
-        study = TransferStudy(recipe, HERE)
-    except ValueError as error:
-        print(f"transfer_study: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    study.run()
+        self.stage(output / "model", "finetune_semantic", *arguments)
+        return {"top1": top1, "miou": json.loads((output / "metrics.json").read_text())["mean_iou"]}
 
 
 if __name__ == "__main__":
-    run_script("transfer_study", main)
+    run_script("transfer_study", lambda: TransferStudy(parse_recipe(Recipe, __doc__), HERE).run())

@@ -4,6 +4,7 @@ The defaults are EfficientSAM-Ti. EfficientSAM-S differs in the vision encoder a
 `num_attention_heads=6`.
 """
 
+from dataclasses import fields
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -137,15 +138,14 @@ class EfficientSamBackboneConfig(BackboneConfigMixin, EfficientSamVisionConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        # transformers sets the options of from_pretrained one by one on the finished config. Those that the names of
-        # the features follow from go in first, and saved names are forgotten.
-        options = {
-            name: kwargs.pop(name) for name in {"pyramid_strides", "out_features", "out_indices"} & kwargs.keys()
-        }
-        if options:
+        # transformers sets the options of from_pretrained one by one on the finished config, unchecked. So they go in
+        # first, and saved names of features are forgotten where other ones follow.
+        names = {one.name for one in fields(cls) if not one.name.startswith("_")} | {"out_features", "out_indices"}
+        options = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+        if options.keys() & {"pyramid_strides", "num_hidden_layers", "out_features", "out_indices"}:
             saved = config_dict.items()
-            config_dict = {key: value for key, value in saved if key not in ("out_features", "out_indices")} | options
-        return super().from_dict(config_dict, **kwargs)
+            config_dict = {key: value for key, value in saved if key not in ("out_features", "out_indices")}
+        return super().from_dict(config_dict | options, **kwargs)
 
     def __post_init__(self, **kwargs):
         for name in ("global_attention_layers", "pyramid_strides"):

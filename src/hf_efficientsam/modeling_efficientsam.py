@@ -1471,7 +1471,10 @@ class EfficientSamForImageClassification(EfficientSamPreTrainedModel):
             return self.loss_function(labels, logits, self.config, **kwargs)
         if labels.shape != logits.shape:
             raise ValueError(f"labels has shape {tuple(labels.shape)}; probabilities must be {tuple(logits.shape)}.")
-        # transformers would take floats for classes of which several may hold at once
+        # transformers would take floats for classes of which several may hold at once, and its Trainer counts each
+        # number as a label.
+        if kwargs.get("num_items_in_batch") is not None:
+            kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] / labels.shape[1]
         return fixed_cross_entropy(logits, labels.to(logits), **kwargs)
 
 

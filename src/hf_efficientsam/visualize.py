@@ -185,7 +185,7 @@ def _stamp(draw_shape: Callable, side: int, enlarge: int = 8) -> Image.Image:
 def draw_classes(image: Image.Image, classes) -> Image.Image:
     """
     Lays a colour for each class over the picture, which turns gray below it so that the colour can be recognised: the
-    same one in every picture, and never twice for up to 255 classes.
+    same one in every picture, and never twice for up to 150 classes.
 
     Args:
         image: the picture; any mode that PIL converts to RGB.

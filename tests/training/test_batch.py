@@ -63,6 +63,14 @@ def test_an_item_depends_on_seed_epoch_and_index_only(two_sets):
     assert not same(training_set(two_sets, seed=1)[2], first[2])
 
 
+def test_images_of_two_files_have_names_of_their_own(tmp_path):
+    sets = [
+        coco_masks(tmp_path / part / "train", [1, 2]) for part in ("cats", "dogs")
+    ]  # the same folder, the same ids
+    names = [item["key"] for item in map(training_set([*sets, sets[0]]).__getitem__, range(6))]
+    assert len(set(names)) == 4 and names[4:] == names[:2]  # a file given twice is one
+
+
 def test_pixel_values_are_normalised(tmp_path):
     coco = coco_masks(tmp_path, [1])
     Image.new("RGB", (50, 40), (255, 0, 0)).save(tmp_path / "images" / "0.png")

@@ -115,7 +115,7 @@ def test_what_is_no_class(folder, shards, tmp_path):
 
 
 def test_exactly_one_source(folder, shards, tmp_path):
-    with pytest.raises(ValueError, match="Give --train"):
+    with pytest.raises(ValueError, match="Give one of --train"):
         open_train(ClassOptions(train=str(folder), dataset="some"))
     with pytest.raises(ValueError, match="Give images to evaluate on"):
         open_test(ClassOptions(train=str(folder)))

@@ -39,6 +39,9 @@ def test_what_is_missing_or_does_not_fit_is_named(folder):
     (folder / "masks" / "1.png").unlink()
     with pytest.raises(ValueError, match=r"There is no mask .*1\.png; each image"):
         SaliencyMasks(folder)
+    Image.new("RGB", (20, 10)).save(folder / "images" / "0.png")
+    with pytest.raises(ValueError, match="have one name"):
+        SaliencyMasks(folder)
     with pytest.raises(ValueError, match="There is no image"):
         SaliencyMasks(folder / "elsewhere")
 

@@ -81,6 +81,8 @@ def test_ade20k(tmp_path):
         write(tmp_path, "annotations", None, values, part)
     rows = ["Idx\tRatio\tName", "1\t0.16\twall", "2\t0.1\tbuilding, edifice", "3\t0.1\tsky", ""]
     (tmp_path / "objectInfo150.txt").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match="0 is no class; give --reduce_labels true"):
+        open_source(LabelOptions(train=str(tmp_path)), test=False)
     options = LabelOptions(train=str(tmp_path), test=str(tmp_path), reduce_labels=True)
     train, test = open_source(options, test=False), open_source(options, test=True)
     assert train.classes == test.classes == ["wall", "building", "sky"]
@@ -98,6 +100,10 @@ def broken(folder, change):
         (folder / "labels.json").write_text(json.dumps(NAMES[:1]))
     elif change == "no names":
         (folder / "labels.json").unlink()
+    elif change == "twice":
+        (folder / "labels.json").write_text(json.dumps([*NAMES, NAMES[0]]))
+    elif change == "no json":
+        (folder / "labels.json").write_text('["a",')
     elif change == "no list":
         (folder / "labels.json").write_text("{}")
     else:
@@ -108,6 +114,8 @@ def broken(folder, change):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
+        ("twice", "has a name twice"),
+        ("no json", "labels.json is not valid json"),
         ("name", "has the value 3, which has no name; name it or set --ignore_label."),
         ("missing", "b.png is missing; every image needs its labels."),
         ("no image", "b.png cannot be read as a picture"),

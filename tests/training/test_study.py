@@ -65,6 +65,14 @@ def test_a_stage_that_fails_is_named_and_the_finished_ones_are_kept(tmp_path, sc
     assert list(study(tmp_path, scripts).results()["one"]) == ["seed_9"]
 
 
+def test_a_stage_that_was_stopped_is_run_again(tmp_path, scripts):
+    half = tmp_path / "runs" / "one" / "seed_0" / "value"
+    half.parent.mkdir(parents=True)
+    half.write_text("0.5")  # as a script leaves it that saves its result on the way
+    study(tmp_path, scripts, arms=["one"], seeds=[0]).run()
+    assert study(tmp_path, scripts).results()["one"] == {"seed_0": {"once": 1, "twice": 2}}
+
+
 def test_an_unknown_arm_is_refused(tmp_path, scripts):
     with pytest.raises(ValueError, match="There is no arm three; the arms are one, two"):
         study(tmp_path, scripts, arms=["one", "three"])

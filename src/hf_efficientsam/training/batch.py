@@ -123,7 +123,9 @@ class MaskTrainingSet(_Items, Dataset):
         which = bisect_right(self.ends, index)
         start = self.ends[which - 1] if which else 0
         sample = self.sources[which][(index - start) * self.options.every]
-        return self.make(f"{sample.source}/{sample.image_id}", sample, index)
+        first = next(i for i, source in enumerate(self.sources) if source is self.sources[which])
+        source = sample.source + (f" (file {first + 1})" if first else "")  # folders of one name are two sources
+        return self.make(f"{source}/{sample.image_id}", sample, index)
 
 
 class StreamedMasks(Streamed, _Items):

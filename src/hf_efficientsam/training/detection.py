@@ -103,7 +103,7 @@ class Detector(nn.Module):
 
         Each image's losses are of its own boxes, and the mean is over the images, as in ViTDet's training with one
         image a GPU. Chance (which boxes are sampled) is the image's own too. So it does not matter how a step's images
-        are split into batches and processes.
+        are split into batches and processes, but for drop path, which is drawn for a batch.
 
         Args:
             items: of `DetectionViews`, all of one size.

@@ -181,9 +181,12 @@ class EmbeddingMemory:
     def recall(self, model: EfficientSamModel, pixel_values: torch.Tensor, keys: list[str]) -> torch.Tensor:
         """`[B, C, S / 16, S / 16]` of the images `[B, 3, S, S]`, whose names are `keys`. They come from the memory
         even where they have just been encoded, so that a resumed run sees the same numbers."""
+        training = model.training
+        model.eval()
         for image, key in zip(pixel_values.split(1), keys, strict=True):
             if key not in self.embeddings:  # one at a time, so that its batch changes no digit
                 self.embeddings[key] = model.get_image_embeddings(image)[0].half().cpu()
+        model.train(training)
         return torch.stack([self.embeddings[key] for key in keys]).to(pixel_values)
 
 

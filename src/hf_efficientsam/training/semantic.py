@@ -2,7 +2,7 @@
 
 Both losses are sums that are divided by an amount of the whole step, over processes and accumulated batches, and what
 they draw is drawn image by image. So how a step's images are split into batches does not change its gradient, but for
-UperNet's batch normalisation.
+UperNet's batch normalisation and for drop path.
 """
 
 import datasets

@@ -7,14 +7,13 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from .runtime import fill_between, replace_text
+from .runtime import fill_between, replace_text, write_with_versions
 
 
 @dataclass(frozen=True)
@@ -65,15 +64,18 @@ class Study:
         raise NotImplementedError
 
     def stage(self, result: Path, script: str, *arguments) -> Path:
-        """Runs a script on one thread unless `result`, a file or folder that it leaves, is there."""
-        if not result.exists():
-            log = self.folder / "logs" / f"{'_'.join(result.relative_to(self.folder).parts)}.log"
+        """`result`, a file or folder that a script leaves. The script is run on one thread unless it has come to its
+        end before; one that was stopped goes on."""
+        log = self.folder / "logs" / f"{'_'.join(result.relative_to(self.folder).parts)}.log"
+        done = log.with_suffix(".done")
+        if not done.exists():
             log.parent.mkdir(parents=True, exist_ok=True)
             environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
             command = [sys.executable, str(self.scripts / f"{script}.py"), *map(str, arguments)]
             with log.open("a") as file:
                 if subprocess.run(command, env=environment, stdout=file, stderr=file).returncode:
                     raise ChildProcessError(f"{script} failed; {log} says why. Mend it and start the study again.")
+            done.touch()
         return result
 
     def results(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -114,9 +116,8 @@ class Study:
 
     def report(self, results: dict[str, dict[str, dict[str, float]]]) -> None:
         """Json, table and picture of scores by arm and seed."""
-        names = ("hf-efficientsam", "torch", "transformers", "scikit-learn", "pillow")
-        content = {"command": f"python training/{self.name}.py", "versions": {name: version(name) for name in names}}
-        replace_text(self.kept, json.dumps(content | {"scores": results}, indent=1) + "\n")
+        content = {"command": f"python training/{self.name}.py", "scores": results}
+        write_with_versions(self.kept, content, ("scikit-learn", "pillow"))
         spread = {
             arm: {name: [run[name] for run in runs.values()] for name in self.scores}
             for arm, runs in results.items()

@@ -36,18 +36,22 @@ def load_around_encoder(model_class: type[PreTrainedModel], name: str, **options
         raise ValueError(f"The encoder {name} cannot be loaded: {' '.join(str(error).split())}") from None
     new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
     if lacking := [key for key in new if re.match(r"vision_encoder\.(embeddings|layers)\.", key)]:
-        raise ValueError(f"{name} lacks weights of the encoder, such as {lacking[0]}; choose another directory.")
+        raise ValueError(
+            f"{name} lacks weights of the encoder, such as {lacking[0]}, or has them in another size; choose another "
+            "directory."
+        )
     return model, new
 
 
 def load_encoder(name: str) -> tuple[EfficientSamVisionModel, bool]:
     """
-    The encoder of a directory or Hub repository, in float32, and whether it has a trained neck: pretraining has none.
+    The encoder of a directory or Hub repository, in float32 and without drop path (a classifier's training may have
+    left one), and whether it has a trained neck: pretraining has none.
 
     Raises:
         ValueError: see `load_around_encoder`.
     """
-    encoder, new = load_around_encoder(EfficientSamVisionModel, name)
+    encoder, new = load_around_encoder(EfficientSamVisionModel, name, drop_path_rate=0.0)
     return encoder, not new
 
 

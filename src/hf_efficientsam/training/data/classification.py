@@ -215,7 +215,7 @@ def open_train(options: ClassOptions) -> Source:
         ValueError: if none or more than one kind is given, or if it cannot be opened.
     """
     if sum(map(bool, (options.train, options.dataset, options.shards))) != 1:
-        raise ValueError("Give --train a folder with a folder for each class, or --dataset, or --shards.")
+        raise ValueError("Give one of --train (a folder with a folder for each class), --dataset and --shards.")
     if options.train:
         return Patterns(512, seed=0) if options.train == PATTERNS else ClassFolders(options.train)
     if options.dataset:

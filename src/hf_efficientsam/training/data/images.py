@@ -305,6 +305,13 @@ def normalize(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels - mean[:, None, None]) / std[:, None, None]
 
 
+def to_image(pixels: torch.Tensor) -> Image.Image:
+    """The picture that `normalize` made `[3, H, W]` of."""
+    mean, std = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])
+    pixels = pixels.float().cpu() * std[:, None, None] + mean[:, None, None]
+    return Image.fromarray((255 * pixels).clamp(0, 255).byte().permute(1, 2, 0).numpy())
+
+
 def _resize(crop: Image.Image, size: int, flip: bool) -> torch.Tensor:
     """uint8 [3,size,size]"""
     resized = crop.resize((size, size), Image.Resampling.BICUBIC)

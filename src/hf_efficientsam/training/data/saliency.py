@@ -1,4 +1,5 @@
-"""Photographs with one mask each, as saliency data comes: `FOLDER/images/NAME.jpg` and `FOLDER/masks/NAME.png`."""
+"""Photographs with one mask each, as saliency data comes: `FOLDER/images/NAME.jpg` (or png, webp) and
+`FOLDER/masks/NAME.png`."""
 
 from pathlib import Path
 
@@ -29,6 +30,8 @@ class SaliencyMasks(Dataset):
         self.folder = Path(folder)
         self.images = FolderImages([self.folder / "images"])
         self.masks = [(self.folder / "masks" / name).with_suffix(".png") for name in self.images.files]
+        if len(set(self.masks)) < len(self.masks):
+            raise ValueError(f"Two images under {self.folder / 'images'} have one name; each needs a mask of its own.")
         if missing := next((path for path in self.masks if not path.is_file()), None):
             raise ValueError(f"There is no mask {missing}; each image under {self.folder / 'images'} needs one.")
 

@@ -83,6 +83,8 @@ class LabelledImages:
         ignore_label: int | None = None,
     ):
         images, self.labels, names = _find(Path(folder), validation)
+        if not reduce_labels and (Path(folder) / "images" / "training").is_dir():
+            raise ValueError(f"In ADE20K, as {folder} is, 0 is no class; give --reduce_labels true.")
         first = int(reduce_labels)
         named = {value: name for value, name in enumerate(names, first) if value != ignore_label}
         self.classes = list(named.values())
@@ -137,9 +139,14 @@ def _find(folder: Path, validation: bool) -> tuple[Path, Path, list[str]]:
             raise ValueError(f"There is no folder {path}; a folder with images/ and labels/ is needed, or ADE20K's.")
     for path in (folder / "labels.json", folder.absolute().parent / "labels.json"):
         if path.is_file():
-            names = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                names = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path} is not valid json ({error}).") from error
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise ValueError(f"{path} must be a list of names.")
+            if len(set(names)) < len(names):
+                raise ValueError(f"{path} has a name twice; each class needs its own.")
             return images, labels, names
     path = folder / "objectInfo150.txt"
     if not path.is_file():
