@@ -44,6 +44,10 @@ def test_a_broken_torchvision_is_named_before_transformers_fails_with_it(tmp_pat
         (["--warmup_epochs", 100], "--warmup_epochs 100.0 must be less than --epochs 100."),
         (["--min_score", 1], "--min_score is 1.0; it must be at least 0 and less than 1."),
         (["--sampled_boxes", 0], "--sampled_boxes is 0; it must be more than 0."),
+        (
+            ["--train", "a.json", "--freeze_encoder", "true", "--drop_path", 0.1],
+            "--freeze_encoder leaves the encoder as it is; leave --drop_path out.",
+        ),
         (["--window_size", -1], "--window_size is -1; it must not be negative."),
     ],
 )
