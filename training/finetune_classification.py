@@ -60,7 +60,7 @@ from hf_efficientsam.training.runtime import (
     step_batches,
     write_with_versions,
 )
-from hf_efficientsam.training.warm_start import load_around_encoder
+from hf_efficientsam.training.warm_start import EncoderOptions, load_around_encoder
 from hf_efficientsam.visualize import picture_table
 
 MINIATURE = Path(__file__).parent / "recipes" / "classification_miniature.yaml"
@@ -68,24 +68,15 @@ SHOWN = 6  # images in a picture
 
 
 @dataclass(frozen=True)
-class Recipe(ViewOptions, ClassOptions):
+class Recipe(EncoderOptions, ViewOptions, ClassOptions):
     output_dir: str = field(
         default="runs/classification", metadata={"help": "checkpoints, model, metrics, curves and pictures"}
     )
     evaluate: str | None = field(
         default=None, metadata={"help": "only print how good this model of an earlier run is on the images to test"}
     )
-    # Model; the defaults are EfficientSAM-Ti.
-    encoder: str | None = field(
-        default=None, metadata={"help": "start from this encoder (of sami.py, or any EfficientSAM); else from scratch"}
-    )
-    hidden_size: int = field(default=192, metadata={"help": "width of a new encoder: 192 (Ti), 384 (S), 768 (B)"})
-    num_attention_heads: int = field(default=3, metadata={"help": "its heads: 3, 6, 12"})
-    num_hidden_layers: int = field(default=12, metadata={"help": "its layers"})
+    # Model.
     pooling: str = field(default="mean", metadata={"help": "what is classified: mean (over patches) or cls (a token)"})
-    drop_path: float = field(
-        default=0.0, metadata={"help": "share of the images that skip the last layer; less in earlier ones"}
-    )
     linear_probe: bool = field(default=False, metadata={"help": "train the last norm and the classifier alone"})
     # Data.
     epoch_images: int | None = field(

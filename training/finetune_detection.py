@@ -84,14 +84,14 @@ from hf_efficientsam.training.runtime import (
     step_batches,
     write_with_versions,
 )
-from hf_efficientsam.training.warm_start import load_around_encoder
+from hf_efficientsam.training.warm_start import EncoderOptions, load_around_encoder
 
 MINIATURE = Path(__file__).parent / "recipes" / "detection_miniature.yaml"
 SHOWN = 4  # images in a picture
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(EncoderOptions):
     output_dir: str = field(
         default="runs/detection", metadata={"help": "checkpoints, model, metrics, detections, curves and pictures"}
     )
@@ -114,17 +114,8 @@ class Recipe:
     num_workers: int = field(default=2, metadata={"help": "processes that read images"})
     shards: ClassVar[tuple] = ()  # nothing is streamed
     # Model.
-    encoder: str | None = field(
-        default=None, metadata={"help": "start from this encoder (of sami.py, or any EfficientSAM); else from scratch"}
-    )
-    hidden_size: int = field(default=192, metadata={"help": "width of a new encoder: 192 (Ti), 384 (S), 768 (B)"})
-    num_attention_heads: int = field(default=3, metadata={"help": "its heads: 3, 6, 12"})
-    num_hidden_layers: int = field(default=12, metadata={"help": "its layers"})
     window_size: int = field(
         default=14, metadata={"help": "patches of the windows of all layers but four; 0: attention is global"}
-    )
-    drop_path: float = field(
-        default=0.0, metadata={"help": "share of the images that skip the last layer; less in earlier ones"}
     )
     pyramid_channels: int = field(default=256, metadata={"help": "width of the feature pyramid and of the heads"})
     anchor_scale: float = field(

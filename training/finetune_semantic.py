@@ -76,7 +76,7 @@ from hf_efficientsam.training.semantic import (
     confusion_matrix,
     sliding_scores,
 )
-from hf_efficientsam.training.warm_start import load_around_encoder
+from hf_efficientsam.training.warm_start import EncoderOptions, load_around_encoder
 from hf_efficientsam.visualize import draw_classes, picture_table
 
 MINIATURE = Path(__file__).parent / "recipes" / "semantic_miniature.yaml"
@@ -85,7 +85,7 @@ SHOWN = 4  # images in a picture
 
 
 @dataclass(frozen=True)
-class Recipe(CropOptions, LabelOptions):
+class Recipe(EncoderOptions, CropOptions, LabelOptions):
     # What the shared parts ask of a recipe and images in folders do not have.
     shards: ClassVar[list[str]] = []
     epoch_images: ClassVar[int | None] = None
@@ -96,18 +96,9 @@ class Recipe(CropOptions, LabelOptions):
     evaluate: str | None = field(
         default=None, metadata={"help": "only print how good this model of an earlier run is on the images to test"}
     )
-    # Encoder; the defaults are EfficientSAM-Ti.
-    encoder: str | None = field(
-        default=None, metadata={"help": "start from this encoder (of sami.py, or any EfficientSAM); else from scratch"}
-    )
-    hidden_size: int = field(default=192, metadata={"help": "width of a new encoder: 192 (Ti), 384 (S), 768 (B)"})
-    num_attention_heads: int = field(default=3, metadata={"help": "its heads: 3, 6, 12"})
-    num_hidden_layers: int = field(default=12, metadata={"help": "its layers"})
+    # Encoder.
     window_size: int = field(
         default=0, metadata={"help": "side in patches of the windows that most layers attend within; 0: everywhere"}
-    )
-    drop_path: float = field(
-        default=0.0, metadata={"help": "share of the images that skip the last layer; less in earlier ones"}
     )
     # Head.
     head: str = field(default="mask2former", metadata={"help": "what segments: mask2former or upernet"})

@@ -1,6 +1,7 @@
 """What a vision encoder starts from: pretraining, or a trained ViT's weights (weight selection, arXiv 2311.18823)."""
 
 import re
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_efficientsam.modeling_efficientsam import EfficientSamVisionEncoder, EfficientSamVisionModel
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """The fields by which a recipe chooses the encoder that it fine-tunes; the defaults are EfficientSAM-Ti."""
+
+    encoder: str | None = field(
+        default=None, metadata={"help": "start from this encoder (of sami.py, or any EfficientSAM); else from scratch"}
+    )
+    hidden_size: int = field(default=192, metadata={"help": "width of a new encoder: 192 (Ti), 384 (S), 768 (B)"})
+    num_attention_heads: int = field(default=3, metadata={"help": "its heads: 3, 6, 12"})
+    num_hidden_layers: int = field(default=12, metadata={"help": "its layers"})
+    drop_path: float = field(
+        default=0.0, metadata={"help": "share of the images that skip the last layer; less in earlier ones"}
+    )
 
 
 def load_around_encoder(model_class: type[PreTrainedModel], name: str, **options) -> tuple[PreTrainedModel, list[str]]:
