@@ -30,7 +30,9 @@ from .modeling_efficientsam import (
     EfficientSamVisionModel,
 )
 from .modeling_sami import EfficientSamForPreTraining
+from .predictor import EfficientSamPredictor
 from .processing_efficientsam import EfficientSamProcessor
+from .results import SegmentationResult
 
 __version__ = "0.1.0.dev0"
 
@@ -45,11 +47,13 @@ __all__ = [
     "EfficientSamMaskGenerator",
     "EfficientSamModel",
     "EfficientSamPreTrainedModel",
+    "EfficientSamPredictor",
     "EfficientSamProcessor",
     "EfficientSamPromptEncoderConfig",
     "EfficientSamSamiConfig",
     "EfficientSamVisionConfig",
     "EfficientSamVisionModel",
+    "SegmentationResult",
     "bundled_checkpoint",
 ]
 

@@ -1,0 +1,124 @@
+"""What was found in a picture: masks with scores, boxes and labels, and the forms in which people take them away.
+
+Needs numpy, PIL and pycocotools only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+
+@dataclass(frozen=True)
+class SegmentationResult:
+    """
+    N objects of one picture. Coordinates are pixels of the upright picture, x to the right and y down; the right and
+    bottom edges of a box lie behind its last pixel.
+
+    Attributes:
+        masks: `[N, height, width]`, bool.
+        scores: `[N]`, float32, 0 to 1: how sure it is that the object is one: a detector's score, the mean saliency
+            of its pixels, or, where points and boxes were given, `iou_scores`.
+        iou_scores: `[N]`, float32: the model's own estimate of each mask's IoU with the truth.
+        boxes: `[N, 4]`, float32, (x1, y1, x2, y2): the box that asked for the object, or else the tight one around
+            its mask (zeros if that is empty).
+        labels: N names.
+
+    Raises:
+        ValueError: if these are not N of each.
+    """
+
+    masks: np.ndarray
+    scores: np.ndarray
+    iou_scores: np.ndarray
+    boxes: np.ndarray
+    labels: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        counts = {name: len(getattr(self, name)) for name in ("masks", "scores", "iou_scores", "boxes", "labels")}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"A result has one of each for every object, not {counts}.")
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def rles(self) -> list[dict]:
+        """The masks as compressed COCO RLE, `{"size": [height, width], "counts": str}`."""
+        return mask_rles(self.masks)
+
+    def label_map(self) -> Image.Image:
+        """At each pixel the number of its object, from 1: where masks overlap, of the smallest; 0 where none is."""
+        return draw_label_map(self.masks, [int(mask.sum()) for mask in self.masks], self.masks.shape[1:])
+
+    def cut_out(self, image: Image.Image) -> Image.Image:
+        """The objects on a transparent ground: RGBA of the size of `image`, the upright picture."""
+        picture = image.convert("RGB")
+        picture.putalpha(Image.fromarray(self.masks.any(axis=0).astype(np.uint8) * 255))
+        return picture
+
+    def coco(self, file_name: str) -> dict:
+        """
+        A COCO dataset of the one picture: `images`, `annotations` (compressed RLE; `bbox` is tight, `[x, y, width,
+        height]`; `score` and `predicted_iou`) and a category for each different label. Empty masks are left out.
+        """
+        names = sorted(set(self.labels))
+        height, width = self.masks.shape[1:]
+        annotations = []
+        for rle, score, iou, label in zip(self.rles(), self.scores, self.iou_scores, self.labels, strict=True):
+            if area := int(coco_mask.area(rle)):
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": 1,
+                        "category_id": names.index(label) + 1,
+                        "segmentation": rle,
+                        "area": area,
+                        "bbox": coco_mask.toBbox(rle).tolist(),
+                        "iscrowd": 0,
+                        "score": round(float(score), 4),
+                        "predicted_iou": round(float(iou), 4),
+                    }
+                )
+        return {
+            "images": [{"id": 1, "file_name": file_name, "height": height, "width": width}],
+            "annotations": annotations,
+            "categories": [{"id": i, "name": name} for i, name in enumerate(names, start=1)],
+        }
+
+
+def mask_rles(masks: np.ndarray) -> list[dict]:
+    """`[N, height, width]`, bool -> N compressed COCO RLEs with text in place of bytes, as json needs it."""
+    if not len(masks):
+        return []
+    rles = coco_mask.encode(np.asfortranarray(np.moveaxis(masks, 0, -1).astype(np.uint8)))
+    return [{"size": list(rle["size"]), "counts": rle["counts"].decode()} for rle in rles]
+
+
+def draw_label_map(masks: Sequence[np.ndarray], areas: Sequence[int], size: tuple[int, int]) -> Image.Image:
+    """
+    A picture of `size` (height, width) with the number, from 1, of the smallest mask at each pixel, and 0 where there
+    is none; 8 bits a pixel for up to 255 masks, else 16.
+
+    Args:
+        masks: bool `[height, width]` each; decoded one at a time if `masks[i]` does so.
+        areas: their numbers of pixels.
+    """
+    labels = np.zeros(size, dtype=np.uint8 if len(areas) < 256 else np.uint16)
+    for i in sorted(range(len(areas)), key=lambda i: -areas[i]):
+        labels[masks[i]] = i + 1
+    return Image.fromarray(labels)
+
+
+def tight_boxes(masks: np.ndarray) -> np.ndarray:
+    """`[N, height, width]`, bool -> `[N, 4]`, float32, (x1, y1, x2, y2) in pixels; zeros for an empty mask."""
+    boxes = np.zeros((len(masks), 4), dtype=np.float32)
+    for box, mask in zip(boxes, masks, strict=True):
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        if len(rows):
+            box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return boxes
+
+
+__all__ = ["SegmentationResult", "draw_label_map", "mask_rles", "tight_boxes"]
