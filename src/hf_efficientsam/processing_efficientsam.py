@@ -52,23 +52,25 @@ class EfficientSamProcessor(ProcessorMixin):
         Args:
             images: what the image processor takes. Without images, give `original_sizes`; then only prompts are
                 returned, for use with `image_embeddings` computed earlier.
-            input_points: [image][prompt][point][x, y], or [image][point][x, y] for one prompt an image.
-            input_labels: [image][prompt][point], or [image][point]: 1 on the object, 0 on the background, -1 or -10
-                for a point to be ignored. Without labels every point is on the object.
-            input_boxes: [image][prompt][x1, y1, x2, y2], or [image][x1, y1, x2, y2]. Prompt i has points i and box i.
-                A box may reach beyond the picture.
-            input_masks: [image][prompt][h][w], low-resolution logits (a quarter of the model input), all of one size.
-            original_sizes: [B, 2], height and width of each picture.
+            input_points: `[image][prompt][point][x, y]`, or `[image][point][x, y]` for one prompt an image.
+            input_labels: `[image][prompt][point]`, or `[image][point]`: 1 on the object, 0 on the background, -1 or
+                -10 for a point to be ignored. Without labels every point is on the object.
+            input_boxes: `[image][prompt][x1, y1, x2, y2]`, or `[image][x1, y1, x2, y2]`. Prompt i has points i and
+                box i. A box may reach beyond the picture.
+            input_masks: `[image][prompt][h][w]`, low-resolution logits (a quarter of the model input), all of one
+                size.
+            original_sizes: `[B, 2]`, height and width of each picture.
             return_tensors: "pt" (as is `None`) or "np".
             kwargs: options of the image processor for this call.
 
         Returns:
             What the image processor returns, and, each only if something of it was given, with Q and P the largest
             numbers of prompts and points in the batch:
-            `input_points` [B, Q, P, 2] float32 in pixels of the resized picture, (-10, -10) where there is none;
-            `input_labels` [B, Q, P] int64, -10 where there is no point;
-            `input_boxes` [B, Q, 4] float32 in the same frame, four times -10 where there is none;
-            `input_masks` [B, Q, h, w] float32, zeros where there is none.
+
+            - `input_points` `[B, Q, P, 2]` float32 in pixels of the resized picture, (-10, -10) where there is none;
+            - `input_labels` `[B, Q, P]` int64, -10 where there is no point;
+            - `input_boxes` `[B, Q, 4]` float32 in the same frame, four times -10 where there is none;
+            - `input_masks` `[B, Q, h, w]` float32, zeros where there is none.
 
         Raises:
             ValueError: prompts that do not fit the images or each other, that lie outside the image, or that are not
