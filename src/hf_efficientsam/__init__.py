@@ -16,6 +16,7 @@ from .configuration_efficientsam import (
     EfficientSamConfig,
     EfficientSamMaskDecoderConfig,
     EfficientSamPromptEncoderConfig,
+    EfficientSamSaliencyConfig,
     EfficientSamSamiConfig,
     EfficientSamVisionConfig,
 )
@@ -29,6 +30,7 @@ from .modeling_efficientsam import (
     EfficientSamPreTrainedModel,
     EfficientSamVisionModel,
 )
+from .modeling_saliency import EfficientSamSaliencyHead
 from .modeling_sami import EfficientSamForPreTraining
 from .predictor import EfficientSamPredictor
 from .processing_efficientsam import EfficientSamProcessor
@@ -50,6 +52,8 @@ __all__ = [
     "EfficientSamPredictor",
     "EfficientSamProcessor",
     "EfficientSamPromptEncoderConfig",
+    "EfficientSamSaliencyConfig",
+    "EfficientSamSaliencyHead",
     "EfficientSamSamiConfig",
     "EfficientSamVisionConfig",
     "EfficientSamVisionModel",
@@ -63,8 +67,10 @@ for _class in (
     EfficientSamVisionConfig,
     EfficientSamBackboneConfig,
     EfficientSamSamiConfig,
+    EfficientSamSaliencyConfig,
     EfficientSamModel,
     EfficientSamVisionModel,
+    EfficientSamSaliencyHead,
     EfficientSamImageProcessor,
     EfficientSamProcessor,
 ):
@@ -77,8 +83,10 @@ AutoConfig.register("efficientsam", EfficientSamConfig)
 AutoConfig.register("efficientsam_vision_model", EfficientSamVisionConfig)
 AutoConfig.register("efficientsam_backbone", EfficientSamBackboneConfig)
 AutoConfig.register("efficientsam_sami", EfficientSamSamiConfig)
+AutoConfig.register("efficientsam_saliency", EfficientSamSaliencyConfig)
 AutoModel.register(EfficientSamConfig, EfficientSamModel)
 AutoModel.register(EfficientSamVisionConfig, EfficientSamVisionModel)
+AutoModel.register(EfficientSamSaliencyConfig, EfficientSamSaliencyHead)
 AutoModelForImageClassification.register(EfficientSamVisionConfig, EfficientSamForImageClassification)
 AutoModelForMaskGeneration.register(EfficientSamConfig, EfficientSamModel)
 AutoModelForPreTraining.register(EfficientSamSamiConfig, EfficientSamForPreTraining)

@@ -1,13 +1,14 @@
 """Photographs with one mask each, as saliency data comes: `FOLDER/images/NAME.jpg` (or png, webp) and
 `FOLDER/masks/NAME.png`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as rle_codec
 from torch.utils.data import Dataset
 
-from .coco import Sample
+from .coco import CocoMasks, Sample
 from .images import FolderImages
 from .reading import read_image
 
@@ -47,3 +48,23 @@ class SaliencyMasks(Dataset):
             raise ValueError(f"The mask {path} is empty or of another size ({size}); repair or remove it.")
         rle = rle_codec.encode(np.asfortranarray(mask.astype(np.uint8)))
         return Sample(image, [rle], index, [index], self.folder.name)
+
+
+class UnitedMasks(Dataset):
+    """The images of a COCO-style json; `dataset[i]` is a `Sample` with one mask, all of the image's objects together.
+    See `CocoMasks`."""
+
+    def __init__(self, annotations: str | Path):
+        self.masks = CocoMasks(annotations)
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.masks[index]
+        return replace(sample, rles=[rle_codec.merge(sample.rles)], annotation_ids=sample.annotation_ids[:1])
+
+
+def open_saliency(path: str | Path) -> SaliencyMasks | UnitedMasks:
+    """A folder of images and masks, or a COCO-style json whose objects are what is salient."""
+    return UnitedMasks(path) if Path(path).suffix == ".json" else SaliencyMasks(path)

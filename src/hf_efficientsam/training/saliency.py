@@ -1,0 +1,141 @@
+"""What training for saliency needs besides the masks' parts: views that are encoded once, and how good a map is."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+from hf_efficientsam.modeling_efficientsam import EfficientSamModel
+from hf_efficientsam.modeling_saliency import EfficientSamSaliencyHead
+from hf_efficientsam.processing_efficientsam import EfficientSamProcessor
+
+from .batch import MaskOptions, MaskTrainingSet
+from .data.coco import decode
+
+LEVELS = 256  # at which a map is cut into salient and not
+F_BETA = 0.3  # the square of beta, by which saliency benchmarks weigh precision (Achanta et al., CVPR 2009)
+
+
+class EncodedViews(Dataset):
+    """
+    Random crops of images with one mask each, as a frozen encoder sees them.
+
+    An image has `options.views` of them, which come one after the other, epoch by epoch, and again. Each is encoded
+    when it is first asked for, and then kept in half precision: at 512 pixels half a MiB. An item depends on (seed,
+    epoch, index) and on nothing else, a resumed run's too.
+
+    Args:
+        model: the encoder's, in evaluation mode.
+        sources: of samples with one mask each.
+        options: `views`, and what [`MaskTrainingSet`] takes.
+        seed: of all chance.
+    """
+
+    def __init__(self, model: EfficientSamModel, sources: Sequence, options: MaskOptions, seed: int = 0):
+        self.model, self.options, self.seed = model, options, seed
+        self.images = MaskTrainingSet(sources, options, seed=seed)
+        self.epoch, self.known = 0, {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.images.set_epoch(epoch % self.options.views)
+
+    def __getitem__(self, index: int) -> dict:
+        """`image_embeddings` float32 [C, S / 16, S / 16], `labels` float32 [S / 4, S / 4] from 0 to 1, the image's
+        `key`, and `seed`, of what the model draws in training."""
+        place = index, self.epoch % self.options.views
+        if place not in self.known:
+            self.known[place] = self.encode(self.images[index])
+        embeddings, labels, key = self.known[place]
+        seed = int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0])
+        return {"image_embeddings": embeddings.float(), "labels": labels.float() / 255, "key": key, "seed": seed}
+
+    def encode(self, item: dict) -> tuple[torch.Tensor, torch.Tensor, str]:
+        labels = F.avg_pool2d(255 * item["masks"].float(), 4)[0].round().byte()
+        return encode(self.model, item["pixel_values"][None])[0], labels, item["key"]
+
+
+class EncodedImages:
+    """
+    Whole images to evaluate on, as the processor shows them to a frozen encoder; encoded when first asked for.
+
+    `images[i]` is the sample's embedding float16 `[1, C, h, w]` on the CPU, the arguments of `post_process_masks`
+    that bring a map back to the image, and its true mask, bool `[height, width]`.
+    """
+
+    def __init__(self, model: EfficientSamModel, processor: EfficientSamProcessor, source: Dataset):
+        self.model, self.processor, self.source, self.known = model, processor, source, {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict, np.ndarray]:
+        if index not in self.known:
+            sample = self.source[index]
+            inputs = self.processor(sample.image, return_tensors="pt")
+            sizes = {name: inputs[name] for name in ("original_sizes", "reshaped_input_sizes")}
+            self.known[index] = encode(self.model, inputs["pixel_values"]), sizes, decode(sample.rles)[0].astype(bool)
+        return self.known[index]
+
+
+@torch.no_grad()
+def encode(model: EfficientSamModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    return model.get_image_embeddings(pixel_values.to(model.device)).half().cpu()
+
+
+@torch.no_grad()
+def predict_map(
+    head: EfficientSamSaliencyHead, processor: EfficientSamProcessor, embeddings: torch.Tensor, sizes: dict
+) -> np.ndarray:
+    """The saliency float32 `[height, width]`, 0 to 1, of an item of [`EncodedImages`]."""
+    logits = head(embeddings.to(head.device)).logits.float().cpu()
+    return processor.post_process_masks([logits], **sizes, binarize=False)[0][0, 0].sigmoid().numpy()
+
+
+def score_map(saliency: np.ndarray, truth: np.ndarray) -> dict:
+    """
+    How good a map is.
+
+    Args:
+        saliency: float `[height, width]`, 0 to 1.
+        truth: bool `[height, width]`, not empty.
+
+    Returns:
+        `iou` of what is above 0.5; `mae`, the mean absolute difference; and `found` and `false`, the numbers of
+        pixels, right and wrong, above each of `LEVELS` thresholds from 0 to 1, and `size` of the truth.
+    """
+    salient = saliency > 0.5
+    counts = [np.histogram(saliency[where], LEVELS, (0, 1))[0][::-1].cumsum()[::-1] for where in (truth, ~truth)]
+    return {
+        "iou": float((salient & truth).sum() / (salient | truth).sum()),
+        "mae": float(np.abs(saliency - truth).mean(dtype=np.float64)),
+        "found": counts[0].tolist(),
+        "false": counts[1].tolist(),
+        "size": int(truth.sum()),
+    }
+
+
+def mean_scores(scores: Sequence[dict]) -> dict[str, float]:
+    """
+    Of the images' scores the mean `iou` and `mae`; `best_iou`, the mean IoU at the `best_threshold`, the one that
+    suits all images together best; and `max_f`, the F-measure (beta squared 0.3) of the mean precision and recall at
+    the threshold where it is greatest.
+    """
+    found, false, size = (np.array([one[name] for one in scores]) for name in ("found", "false", "size"))
+    size = size[:, None]
+    iou = (found / (size + false)).mean(0)
+    precision = (found / (found + false).clip(min=1)).mean(0)
+    recall = (found / size).mean(0)
+    f_measure = (1 + F_BETA) * precision * recall / (F_BETA * precision + recall).clip(min=1e-9)
+    means = {name: float(np.mean([one[name] for one in scores])) for name in ("iou", "mae")}
+    return {
+        **means,
+        "best_iou": float(iou.max()),
+        "best_threshold": float(iou.argmax() / LEVELS),
+        "max_f": float(f_measure.max()),
+    }
