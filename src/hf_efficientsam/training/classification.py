@@ -20,7 +20,7 @@ def mix_neighbors(
             pixel is `share` its own and the rest its neighbour's.
 
     Returns:
-        mixed `[B, 3, H, W]`, and targets `[B, K]`: of each class as much as there is of its image.
+        The mixed images `[B, 3, H, W]`, and targets `[B, K]`, of each class as much as there is of its image.
     """
     height, width = pixel_values.shape[-2:]
     left, top, right, bottom = box[:, :, None, None, None].unbind(1)  # [B, 1, 1, 1]
