@@ -1,0 +1,58 @@
+"""What the site is made of besides these pages: the repository's documents, and docstrings in transformers' style."""
+
+import posixpath
+import re
+from pathlib import Path
+
+import griffe
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = {
+    "README.md": "index.md",
+    "training/README.md": "training.md",
+    "src/hf_efficientsam/checkpoints/efficientsam-ti/README.md": "checkpoint.md",
+    "examples/README.md": "examples.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+}
+LINK = re.compile(r"(?<=\]\()(?!\w+:)[^)#\s]+")  # the path of a relative link
+
+
+def repository_path(document: str, link: str) -> str:
+    """The file that a document of the repository links to, from the root."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(document), link))
+
+
+def site_path(path: str) -> str:
+    """The place in the site of a file of the repository."""
+    return DOCUMENTS.get(path) or path.removeprefix("docs/")
+
+
+def on_files(files, config):
+    """Adds the documents, and the files that they link to."""
+    for document in DOCUMENTS:
+        links = LINK.findall((ROOT / document).read_text(encoding="utf-8"))
+        for path in [document, *(repository_path(document, link) for link in links)]:
+            if (ROOT / path).is_file() and not files.get_file_from_path(site_path(path)):
+                files.append(File.generated(config, site_path(path), abs_src_path=str(ROOT / path)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Links between documents -> links between pages."""
+    document = {name: document for document, name in DOCUMENTS.items()}.get(page.file.src_uri)
+    if document is None:
+        return markdown
+    return LINK.sub(lambda match: site_path(repository_path(document, match[0])), markdown)
+
+
+class TransformersDocstrings(griffe.Extension):
+    """Types are Markdown, "(`int`, *optional*)", and objects are named as "[`Name`]"; mkdocstrings has neither."""
+
+    def on_object(self, *, obj, **kwargs):
+        if obj.docstring:
+            text = re.sub(r"(?m)^ *\w+ \(`.*?\):", lambda match: re.sub("[`*]", "", match[0]), obj.docstring.value)
+            public = "|".join(map(str, obj.package.exports))
+            text = re.sub(rf"\[(`((?:{public})(?:\.\w+)?)`)\]", rf"[\1][{obj.package.name}.\2]", text)
+            obj.docstring.value = re.sub(r"\[(`[\w.]+`)\](?!\[)", r"\1", text)
