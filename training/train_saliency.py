@@ -72,7 +72,7 @@ class Recipe:
     val: str | None = field(default=None, metadata={"help": "such a folder or json to measure on"})
     model: str = field(default="bundled", metadata={"help": "whose encoder it is: path or Hub name, or: bundled"})
     image_size: int | None = field(default=None, metadata={"help": "side of its input; by default that of the model"})
-    views: int = field(default=8, metadata={"help": "crops of each image, which are encoded once and kept in memory"})
+    views: int = field(default=8, metadata={"help": "of each image: it whole, then crops; each is encoded once"})
     crop_scale: float = field(default=0.4, metadata={"help": "smallest part of an image's area that a crop keeps"})
     flip: bool = field(default=True, metadata={"help": "half of the crops are mirrored"})
     color_jitter: float = field(default=0.3, metadata={"help": "strength of brightness, contrast, saturation changes"})

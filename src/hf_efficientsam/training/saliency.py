@@ -1,6 +1,7 @@
 """What training for saliency needs besides the masks' parts: views that are encoded once, and how good a map is."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,11 +21,11 @@ F_BETA = 0.3  # the square of beta, by which saliency benchmarks weigh precision
 
 class EncodedViews(Dataset):
     """
-    Random crops of images with one mask each, as a frozen encoder sees them.
+    Views of images with one mask each, as a frozen encoder sees them: of each the whole image, as it will be shown,
+    then random crops, `options.views` in all. They come one after the other, epoch by epoch, and again.
 
-    An image has `options.views` of them, which come one after the other, epoch by epoch, and again. Each is encoded
-    when it is first asked for, and then kept in half precision: at 512 pixels half a MiB. An item depends on (seed,
-    epoch, index) and on nothing else, a resumed run's too.
+    A view is encoded when it is first asked for, and then kept in half precision: at 512 pixels half a MiB. An item
+    depends on (seed, epoch, index) and on nothing else, a resumed run's too.
 
     Args:
         model: the encoder's, in evaluation mode.
@@ -35,27 +36,31 @@ class EncodedViews(Dataset):
 
     def __init__(self, model: EfficientSamModel, sources: Sequence, options: MaskOptions, seed: int = 0):
         self.model, self.options, self.seed = model, options, seed
-        self.images = MaskTrainingSet(sources, options, seed=seed)
+        self.crops = MaskTrainingSet(sources, options, seed=seed)
+        whole = replace(options, crop_scale=1.0, flip=False, color_jitter=0.0)
+        self.whole = MaskTrainingSet(sources, whole, seed=seed)
         self.epoch, self.known = 0, {}
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.whole)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
-        self.images.set_epoch(epoch % self.options.views)
 
     def __getitem__(self, index: int) -> dict:
         """`image_embeddings` float32 [C, S / 16, S / 16], `labels` float32 [S / 4, S / 4] from 0 to 1, the image's
         `key`, and `seed`, of what the model draws in training."""
-        place = index, self.epoch % self.options.views
-        if place not in self.known:
-            self.known[place] = self.encode(self.images[index])
-        embeddings, labels, key = self.known[place]
+        view = self.epoch % self.options.views
+        if (index, view) not in self.known:
+            self.known[index, view] = self.encode(index, view)
+        embeddings, labels, key = self.known[index, view]
         seed = int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0])
         return {"image_embeddings": embeddings.float(), "labels": labels.float() / 255, "key": key, "seed": seed}
 
-    def encode(self, item: dict) -> tuple[torch.Tensor, torch.Tensor, str]:
+    def encode(self, index: int, view: int) -> tuple[torch.Tensor, torch.Tensor, str]:
+        if view:
+            self.crops.set_epoch(view - 1)
+        item = self.crops[index] if view else self.whole[index]
         labels = F.avg_pool2d(255 * item["masks"].float(), 4)[0].round().byte()
         return encode(self.model, item["pixel_values"][None])[0], labels, item["key"]
 
