@@ -126,7 +126,7 @@ def everything(args: argparse.Namespace) -> None:
     options = ["--points-per-side", "8", "--repeats", str(args.repeats), "--image-size", str(args.size)]
     _, result = compare_everything(parse_everything([*options, *["--cpu-time"] * args.cpu_time]))
     notes = {
-        name: f", {result['masks'][name]} masks, {share:.3f} matched" for name, share in result["matched"].items()
+        name: f", {result['masks'][name]} masks, {share:.3f} matched" for name, (share, _) in result["matched"].items()
     }
     print_rows("segment everything, 64 points, without the encoder", result["seconds"], "ours", notes)
 
