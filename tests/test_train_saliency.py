@@ -23,12 +23,12 @@ from scripts import (
     steps_saved,
 )
 
-from hf_efficientsam import EfficientSamSaliencyHead
+from hf_efficientsam import EfficientSamSaliencyConfig, EfficientSamSaliencyHead
 from hf_efficientsam.hub import load_model
 from hf_efficientsam.training.data.coco import decode
 from hf_efficientsam.training.data.saliency import SaliencyMasks, UnitedMasks
 from hf_efficientsam.training.runtime import parse_recipe
-from hf_efficientsam.training.saliency import EncodedImages, EncodedViews, predict_map
+from hf_efficientsam.training.saliency import EncodedImages, EncodedViews, predict_map, whiten
 
 STEPS = 7
 # Epochs have 2 steps of 4 images: checkpoints lie within epochs and between them, and the two views come twice.
@@ -158,6 +158,19 @@ def test_views_are_the_whole_image_then_crops_and_are_encoded_once(folder, tiny_
     assert seen[0]["labels"].shape == (16, 16) and seen[0]["labels"].mean() == pytest.approx(truth.mean(), abs=0.01)
 
 
+def test_a_new_head_sees_all_directions_of_the_embeddings_alike():
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(0, -2, 32)[:, None, None]
+    mixed = torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q
+    embeddings = torch.einsum("ij,bjhw->bihw", mixed, scales * torch.randn(8, 32, 16, 16, generator=generator)) + 3
+    head = EfficientSamSaliencyHead(EfficientSamSaliencyConfig(input_channels=32, hidden_size=12))
+    whiten(head, embeddings)
+    with torch.no_grad():
+        seen = head.projection(embeddings.permute(0, 2, 3, 1)).flatten(0, 2)
+    torch.testing.assert_close(seen.mean(0), torch.zeros(12), atol=1e-4, rtol=0)
+    torch.testing.assert_close(seen.T @ seen / len(seen), torch.eye(12), atol=1e-2, rtol=0)
+
+
 def test_the_objects_of_a_coco_json_are_salient_together(coco):
     dataset = UnitedMasks(coco / "masks.json")
     assert len(dataset) == 5
@@ -177,6 +190,7 @@ def test_the_objects_of_a_coco_json_are_salient_together(coco):
         (["--global_batch_size", 64], "9 images are less than one step; lower --global_batch_size 64."),
         (["--image_size", 40], "--image_size 40 must be a multiple of 16."),
         (["--hidden_size", 25], "choose num_attention_heads so that it divides hidden_size."),
+        (["--hidden_size", 64], "--hidden_size 64 must be at most the encoder's 32 channels."),
         (["--dropout", 1], "--dropout is 1.0; it must be at least 0 and less than 1."),
         (["--crop_scale", 1.5], "--crop_scale is 1.5; it must be between 0 and 1."),
         (["--views", 0], "--views is 0; it must be more than 0."),

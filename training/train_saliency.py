@@ -48,11 +48,12 @@ from hf_efficientsam.training.runtime import (
     step_batches,
     write_with_versions,
 )
-from hf_efficientsam.training.saliency import EncodedImages, EncodedViews, mean_scores, predict_map, score_map
+from hf_efficientsam.training.saliency import EncodedImages, EncodedViews, mean_scores, predict_map, score_map, whiten
 from hf_efficientsam.visualize import picture_table
 
 MINIATURE = Path(__file__).parent / "recipes" / "saliency_miniature.yaml"
 SHOWN = 4  # images in a picture
+WHITENED = 100  # images whose embeddings a new head starts from
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Recipe:
     hidden_size: int = field(default=96, metadata={"help": "its width"})
     num_hidden_layers: int = field(default=2, metadata={"help": "its transformer layers"})
     num_attention_heads: int = field(default=4, metadata={"help": "their attention heads"})
-    dropout: float = field(default=0.2, metadata={"help": "of the embeddings"})
+    dropout: float = field(default=0.1, metadata={"help": "of the narrowed embeddings"})
     drop_path: float = field(default=0.1, metadata={"help": "share of the images that skip its last layer"})
     # Optimisation.
     steps: int = field(default=2000, metadata={"help": "optimiser steps"})
@@ -122,6 +123,10 @@ def check(recipe: Recipe) -> None:
 
 
 def build_head(recipe: Recipe, input_channels: int) -> EfficientSamSaliencyHead:
+    if recipe.hidden_size > input_channels:
+        raise ValueError(
+            f"--hidden_size {recipe.hidden_size} must be at most the encoder's {input_channels} channels."
+        )
     set_seed(recipe.seed)  # the same start on every process, whatever was loaded before
     config = EfficientSamSaliencyConfig(
         input_channels=input_channels,
@@ -191,6 +196,11 @@ def main() -> None:
     except (OSError, ValueError, RuntimeError) as error:
         print(f"train_saliency: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    output = Path(recipe.output_dir)
+    checkpoints = Checkpoints(accelerator, output / "checkpoints")
+    if not checkpoints.steps():
+        some = range(0, len(data), max(1, len(data) // WHITENED))[:WHITENED]
+        whiten(head, torch.stack([data[index]["image_embeddings"] for index in some]))
     groups = parameter_groups(head, recipe.learning_rate, recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
     schedule = get_scheduler("cosine", optimizer, min(recipe.warmup_steps, recipe.steps // 3), recipe.steps)
@@ -199,9 +209,7 @@ def main() -> None:
     )
     head = optimization.model
 
-    output = Path(recipe.output_dir)
     log = Log(accelerator, output, recipe.steps, recipe.log_steps)
-    checkpoints = Checkpoints(accelerator, output / "checkpoints")
     step = checkpoints.resume()
     if step == recipe.steps:
         accelerator.print(f"{output} holds a finished run; choose another --output_dir for a new one, or delete it.")

@@ -414,10 +414,10 @@ class EfficientSamSaliencyConfig(PreTrainedConfig):
         upscaling_channels (`int`, defaults to 8): Channels of the map at four times the embedding's resolution.
         hidden_act (`str`, defaults to `"gelu"`): Activation of the MLPs and of the upscaling.
         layer_norm_eps (`float`, defaults to 1e-6): Epsilon of every layer normalisation.
-        hidden_dropout (`float`, defaults to 0.0): Dropout of the normalised embedding in training.
+        hidden_dropout (`float`, defaults to 0.0): Dropout of the narrowed embedding in training.
         attention_dropout (`float`, defaults to 0.0): Dropout of the attention weights in training.
         drop_path_rate (`float`, defaults to 0.0): Stochastic depth in training, as the encoder's.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
+        initializer_range (`float`, defaults to 0.05): Standard deviation of the initial weights.
     """
 
     model_type = "efficientsam_saliency"
@@ -433,7 +433,7 @@ class EfficientSamSaliencyConfig(PreTrainedConfig):
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     drop_path_rate: float | int = 0.0
-    initializer_range: float = 0.02
+    initializer_range: float = 0.05
 
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:

@@ -71,13 +71,12 @@ class EfficientSamSaliencyHead(EfficientSamPreTrainedModel):
 
     def __init__(self, config: EfficientSamSaliencyConfig):
         super().__init__(config)
-        width, eps = config.hidden_size, config.layer_norm_eps
-        self.layernorm_before = nn.LayerNorm(config.input_channels, eps=eps)
+        width = config.hidden_size
         self.projection = nn.Linear(config.input_channels, width)
         self.neighbours_before = EfficientSamSaliencyNeighbours(config)
         self.layers = nn.ModuleList([EfficientSamVisionLayer(config, i) for i in range(config.num_hidden_layers)])
         self.neighbours_after = EfficientSamSaliencyNeighbours(config)
-        self.layernorm_after = nn.LayerNorm(width, eps=eps)
+        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.upscaling = nn.Linear(width, 16 * config.upscaling_channels)
         self.activation = ACT2FN[config.hidden_act]
         self.classifier = nn.Conv2d(config.upscaling_channels, 1, kernel_size=3, padding=1)
@@ -111,16 +110,16 @@ class EfficientSamSaliencyHead(EfficientSamPreTrainedModel):
                 "the encoder that the head was trained with."
             )
         size = image_embeddings.shape[-2:]
-        cells = self.layernorm_before(image_embeddings.to(self.projection.weight.dtype).permute(0, 2, 3, 1))
+        cells = self.projection(image_embeddings.to(self.projection.weight.dtype).permute(0, 2, 3, 1))
         cells = F.dropout(cells, self.config.hidden_dropout, self.training)
-        grid = self.neighbours_before(self.projection(cells).permute(0, 3, 1, 2))  # [B, C, h, w]
+        grid = self.neighbours_before(cells.permute(0, 3, 1, 2))  # [B, C, h, w]
         half = F.avg_pool2d(grid, kernel_size=2, ceil_mode=True)
         tokens = half.flatten(2).transpose(1, 2)  # [B, N, C]
         for layer in self.layers:
             tokens = layer(tokens, **kwargs)
         half = tokens.transpose(1, 2).unflatten(2, half.shape[-2:])
         grid = grid + F.interpolate(half, size, mode="bilinear", align_corners=False)
-        cells = self.layernorm_after(self.neighbours_after(grid).permute(0, 2, 3, 1))
+        cells = self.layernorm(self.neighbours_after(grid).permute(0, 2, 3, 1))
         fine = F.pixel_shuffle(self.upscaling(cells).permute(0, 3, 1, 2), 4)  # [B, upscaling_channels, 4h, 4w]
         logits = self.classifier(self.activation(fine))
         loss = None if labels is None else saliency_loss(logits, labels)

@@ -16,6 +16,7 @@ from .batch import MaskOptions, MaskTrainingSet
 from .data.coco import decode
 
 LEVELS = 256  # at which a map is cut into salient and not
+NOISE_SHARE = 1e-5  # of the embeddings' variance: components of less are not made as large as the others
 F_BETA = 0.3  # the square of beta, by which saliency benchmarks weigh precision (Achanta et al., CVPR 2009)
 
 
@@ -91,6 +92,23 @@ class EncodedImages:
 @torch.no_grad()
 def encode(model: EfficientSamModel, pixel_values: torch.Tensor) -> torch.Tensor:
     return model.get_image_embeddings(pixel_values.to(model.device)).half().cpu()
+
+
+@torch.no_grad()
+def whiten(head: EfficientSamSaliencyHead, embeddings: torch.Tensor) -> None:
+    """
+    Sets a new head's projection so that it takes the principal components of these embeddings `[B, C, h, w]` out of
+    their cells, uncorrelated and of variance 1. A few components have nearly all of the variance, and not what is
+    needed to know an object by: from random weights the head would take very long to see the others.
+    """
+    cells = embeddings.double().permute(0, 2, 3, 1).flatten(0, 2)
+    mean = cells.mean(0)
+    variances, directions = torch.linalg.eigh((cells - mean).T @ (cells - mean) / len(cells))  # ascending
+    variances = variances + NOISE_SHARE * variances.sum()
+    largest = slice(-head.config.hidden_size, None)
+    weight = (directions / variances.sqrt())[:, largest].T
+    head.projection.weight.copy_(weight)
+    head.projection.bias.copy_(-weight @ mean)
 
 
 @torch.no_grad()

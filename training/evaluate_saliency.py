@@ -1,0 +1,168 @@
+"""How well salient objects are found: the map of each source of saliency, and the masks that it leads to.
+
+    python training/evaluate_saliency.py --data ../shared/data/saliency/val --output saliency.json
+    python training/evaluate_saliency.py --data ../shared/data/saliency/val --prior ../shared/data/saliency/train \
+        --saliency own network.onnx whole prior --picture cases.png
+
+Sources are: own, the head of the checkpoint; whatever `efficientsam salient --saliency` takes; and two that look at no
+image: whole, all of the picture, and prior, the mean of the masks of `--prior`, stretched over the picture. The masks
+are those of `SalientPrompter`, all objects of an image together. IoU and MAE are at the image's own size, mean over
+images.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm.auto import tqdm
+
+from hf_efficientsam import EfficientSamPredictor
+from hf_efficientsam.hub import find_checkpoint, load_model
+from hf_efficientsam.prompters import SalientPrompter
+from hf_efficientsam.training.data.coco import decode
+from hf_efficientsam.training.data.saliency import SaliencyMasks, UnitedMasks, open_saliency
+from hf_efficientsam.training.runtime import last_line, parse_recipe, write_with_versions
+from hf_efficientsam.training.saliency import mean_scores, score_map
+from hf_efficientsam.visualize import draw_masks, picture_table
+
+PRIOR_SIDE = 128  # pixels of the mean mask, high and wide
+
+
+@dataclass(frozen=True)
+class Recipe:
+    model: str = field(default="bundled", metadata={"help": "path or Hub name of an EfficientSAM, or: bundled"})
+    data: str | None = field(default=None, metadata={"help": "folder with images/ and masks/, or a COCO-style json"})
+    limit: int | None = field(default=None, metadata={"help": "only the first so many images"})
+    saliency: list[str] = field(default_factory=lambda: ["own"], metadata={"help": "sources, see above"})
+    prior: str | None = field(default=None, metadata={"help": "such a folder or json, for the source of that name"})
+    threshold: float = field(default=0.5, metadata={"help": "objects are cut out of the map at this value"})
+    output: str | None = field(default=None, metadata={"help": "json file for the numbers"})
+    picture: str | None = field(default=None, metadata={"help": "png of the best, median and worst masks"})
+    device: str | None = field(default=None, metadata={"help": "by default a GPU if there is one"})
+
+
+def check(recipe: Recipe) -> None:
+    if recipe.data is None:
+        raise ValueError("Give --data a folder with images/ and masks/, or a COCO-style json file.")
+    if recipe.limit is not None and recipe.limit < 1:
+        raise ValueError(f"--limit {recipe.limit} must be at least 1.")
+    if not recipe.saliency or len(set(recipe.saliency)) < len(recipe.saliency):
+        raise ValueError("Give --saliency at least one source, and none twice.")
+    if ("prior" in recipe.saliency) != (recipe.prior is not None):
+        raise ValueError("--saliency prior is the mean of the masks of --prior; give both or neither.")
+
+
+def mean_mask(source: SaliencyMasks | UnitedMasks) -> np.ndarray:
+    """The mean of all masks, each squashed to a square: float32 `[PRIOR_SIDE, PRIOR_SIDE]`, 0 to 1."""
+    total = torch.zeros(PRIOR_SIDE, PRIOR_SIDE)
+    for index in range(len(source)):
+        mask = torch.from_numpy(decode(source[index].rles)).float()
+        total += F.interpolate(mask[None], (PRIOR_SIDE, PRIOR_SIDE), mode="area")[0, 0]
+    return (total / len(source)).numpy()
+
+
+def open_source(name: str, recipe: Recipe) -> Callable | np.ndarray | str | None:
+    """What `SalientPrompter` is to be given for a source."""
+    if name == "whole":
+        return lambda image: np.ones((image.height, image.width), np.float32)
+    if name == "prior":
+        return mean_mask(open_saliency(recipe.prior))
+    return None if name == "own" else name
+
+
+def measure(prompter: SalientPrompter, truth: np.ndarray) -> dict:
+    """The scores of one source's map and masks on the image that the predictor has."""
+    saliency = prompter.map()
+    found = SalientPrompter(prompter.predictor, saliency, prompter.threshold)()
+    masks = score_map(found.masks.any(axis=0).astype(np.float32), truth)
+    return {"map": score_map(saliency, truth), "masks": masks, "objects": len(found)}
+
+
+def summarize(scores: list[dict]) -> dict:
+    """The means over the images; masks have no threshold, so IoU and MAE are all that can be said of them."""
+    masks = mean_scores([one["masks"] for one in scores])
+    return {
+        "map": mean_scores([one["map"] for one in scores]),
+        "masks": {name: masks[name] for name in ("iou", "mae")},
+        "objects": float(np.mean([one["objects"] for one in scores])),
+    }
+
+
+def draw(source: SaliencyMasks | UnitedMasks, prompters: dict, scores: list[dict]) -> Image.Image:
+    """The images whose masks by the first source are best, median and worst: truth, and maps and masks by each."""
+    order = np.argsort([-one["masks"]["iou"] for one in scores], kind="stable")
+    columns = {"image": [], "truth": []}
+    for index in order[[0, len(order) // 2, -1]]:
+        sample = source[index]
+        columns["image"].append(sample.image)
+        columns["truth"].append(draw_masks(sample.image, decode(sample.rles)))
+        for name, prompter in prompters.items():
+            saliency, short = prompter.map(sample.image), Path(name).name
+            found = SalientPrompter(prompter.predictor, saliency, prompter.threshold)()
+            columns.setdefault(f"{short}: map", []).append(Image.fromarray(np.uint8(255 * saliency)))
+            columns.setdefault(f"{short}: masks", []).append(draw_masks(sample.image, found.masks))
+    return picture_table({name: [fit(picture) for picture in cells] for name, cells in columns.items()})
+
+
+def fit(picture: Image.Image, side: int = 256) -> Image.Image:
+    """A picture inside a white square."""
+    square, picture = Image.new("RGB", (side, side), "white"), picture.convert("RGB")
+    picture.thumbnail((side, side))
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square
+
+
+def print_table(results: dict[str, dict]) -> None:
+    print(f"{'':24}{'map: IoU':>10}{'best IoU':>10}{'at':>6}{'MAE':>8}{'max F':>8}{'masks: IoU':>12}{'MAE':>8}")
+    for name, result in results.items():
+        numbers, masks = result["map"], result["masks"]
+        print(
+            f"{Path(name).name[:23]:24}{numbers['iou']:10.4f}{numbers['best_iou']:10.4f}"
+            f"{numbers['best_threshold']:6.2f}{numbers['mae']:8.4f}{numbers['max_f']:8.4f}"
+            f"{masks['iou']:12.4f}{masks['mae']:8.4f}"
+        )
+
+
+def evaluate(recipe: Recipe) -> None:
+    check(recipe)
+    source = open_saliency(recipe.data)
+    count = min(len(source), recipe.limit or len(source))
+    model, processor = load_model(find_checkpoint(None if recipe.model == "bundled" else recipe.model))
+    predictor = EfficientSamPredictor(model.to(recipe.device or model.device), processor)
+    prompters = {
+        name: SalientPrompter(predictor, open_source(name, recipe), recipe.threshold) for name in recipe.saliency
+    }
+    scores = {name: [] for name in prompters}
+    for index in tqdm(range(count), unit="image", mininterval=2):
+        sample = source[index]
+        truth = decode(sample.rles)[0].astype(bool)
+        predictor.set_image(sample.image)  # once for all sources
+        for name, prompter in prompters.items():
+            scores[name].append(measure(prompter, truth))
+    results = {name: summarize(of_source) for name, of_source in scores.items()}
+    print_table(results)
+    if recipe.output is not None:
+        report = {"images": count, "results": results, "recipe": asdict(recipe), "device": str(predictor.device)}
+        Path(recipe.output).parent.mkdir(parents=True, exist_ok=True)
+        write_with_versions(recipe.output, report, ("numpy", "pillow", "scipy"))
+    if recipe.picture is not None:
+        Path(recipe.picture).parent.mkdir(parents=True, exist_ok=True)
+        draw(source, prompters, scores[recipe.saliency[0]]).save(recipe.picture)
+
+
+def main() -> None:
+    recipe = parse_recipe(Recipe, __doc__)
+    try:
+        evaluate(recipe)
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"evaluate_saliency: {last_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
