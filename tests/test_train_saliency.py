@@ -28,12 +28,11 @@ from hf_efficientsam.hub import load_model
 from hf_efficientsam.training.data.coco import decode
 from hf_efficientsam.training.data.saliency import SaliencyMasks, UnitedMasks
 from hf_efficientsam.training.runtime import parse_recipe
-from hf_efficientsam.training.saliency import EncodedImages, EncodedViews, predict_map, whiten
+from hf_efficientsam.training.saliency import EncodedImages, MirroredEmbeddings, predict_map, whiten
 
 STEPS = 7
-# Epochs have 2 steps of 4 images: checkpoints lie within epochs and between them, and the two views come twice.
+# Epochs have 2 steps of 4 images: checkpoints lie within epochs and between them.
 RECIPE = f"""
-views: 2
 hidden_size: 24
 num_hidden_layers: 1
 global_batch_size: 4
@@ -93,12 +92,15 @@ def test_a_run_leaves_a_head_metrics_curves_and_pictures(whole, folder, tiny_mod
     metrics = json.loads((whole / "metrics.json").read_text())
     assert [row["step"] for row in evaluations] == [4, 7]
     assert evaluations[1] == {"step": 7, **{name: metrics[name] for name in ("iou", "mae", "max_f")}}
-    assert metrics["images"] == 9 and metrics["recipe"]["views"] == 2 and "torch" in metrics["versions"]
+    assert metrics["images"] == 9 and metrics["recipe"]["hidden_size"] == 24 and "torch" in metrics["versions"]
 
     # The numbers are those of the saved head.
     head = EfficientSamSaliencyHead.from_pretrained(whole / "model")
     images = EncodedImages(*load_model(str(tiny_model)), SaliencyMasks(folder))
-    mae = [np.abs(predict_map(head, images.processor, *images[i][:2]) - images[i][2]).mean() for i in range(9)]
+    mae = [
+        np.abs(predict_map(head, images.processor, image) - image["truth"]).mean()
+        for image in map(images.__getitem__, range(9))
+    ]
     assert metrics["mae"] == pytest.approx(np.mean(mae), rel=1e-5)
 
 
@@ -138,24 +140,26 @@ def test_accumulated_and_shared_steps_are_those_of_the_whole_batch(arguments, tm
 # ---------------------------------------------------------------------------------------------------- its data
 
 
-def test_views_are_the_whole_image_then_crops_and_are_encoded_once(folder, tiny_model):
+def test_images_are_encoded_once_and_mirrored_half_of_the_time(folder, tiny_model):
     model, processor = load_model(str(tiny_model))
-    script = runpy.run_path(str(TRAINING / "train_saliency.py"))
-    views = EncodedViews(model, [SaliencyMasks(folder)], script["Recipe"](views=3, image_size=64, crop_scale=0.5))
     encoded, get_image_embeddings = [], model.get_image_embeddings
     model.get_image_embeddings = lambda pixels: encoded.append(1) or get_image_embeddings(pixels)
-    seen = []
-    for epoch in range(6):
-        views.set_epoch(epoch)
-        seen.append(views[4])
-    assert len(encoded) == 3 and len({one["seed"] for one in seen}) == 6
-    for first, again in zip(seen[:3], seen[3:], strict=True):
-        assert all(torch.equal(first[name], again[name]) for name in ("image_embeddings", "labels"))
-    assert len({one["labels"].sum().item() for one in seen}) == 3
-    # The first is what it will be shown.
-    embeddings, _, truth = EncodedImages(model, processor, SaliencyMasks(folder))[4]
-    torch.testing.assert_close(seen[0]["image_embeddings"], embeddings[0].float(), atol=1e-2, rtol=0)
-    assert seen[0]["labels"].shape == (16, 16) and seen[0]["labels"].mean() == pytest.approx(truth.mean(), abs=0.01)
+    images = EncodedImages(model, processor, SaliencyMasks(folder))
+    data, seen = MirroredEmbeddings(images), []
+    for epoch in range(12):
+        data.set_epoch(epoch)
+        seen.append(data[4])
+    assert len(encoded) == 1 and len({one["seed"] for one in seen}) == 12
+    plain, labels = images[4]["image_embeddings"].float(), seen[0]["labels"]
+    assert plain.shape == (32, 4, 4) and labels.shape == (16, 16)
+    assert labels.mean() == pytest.approx(images[4]["truth"].mean(), abs=0.02)  # its columns overlap a little
+    kept = [torch.equal(one["image_embeddings"], plain) for one in seen]
+    assert 2 < sum(kept) < 10
+    for one, is_kept in zip(seen, kept, strict=True):
+        assert torch.equal(one["image_embeddings"], plain if is_kept else plain.flip(-1))
+        assert torch.equal(one["labels"], labels if is_kept == kept[0] else labels.flip(-1))
+    data.set_epoch(3)
+    assert data[4]["seed"] == seen[3]["seed"]
 
 
 def test_a_new_head_sees_all_directions_of_the_embeddings_alike():
@@ -192,8 +196,7 @@ def test_the_objects_of_a_coco_json_are_salient_together(coco):
         (["--hidden_size", 25], "choose num_attention_heads so that it divides hidden_size."),
         (["--hidden_size", 64], "--hidden_size 64 must be at most the encoder's 32 channels."),
         (["--dropout", 1], "--dropout is 1.0; it must be at least 0 and less than 1."),
-        (["--crop_scale", 1.5], "--crop_scale is 1.5; it must be between 0 and 1."),
-        (["--views", 0], "--views is 0; it must be more than 0."),
+        (["--num_hidden_layers", 0], "--num_hidden_layers is 0; it must be more than 0."),
     ],
 )
 def test_what_cannot_train_is_refused(arguments, tmp_path, options, sentence):
@@ -207,8 +210,8 @@ def test_nothing_to_train_on_is_refused(tmp_path):
 
 
 def test_another_run_and_a_broken_mask_are_refused(arguments, folder, whole, tmp_path):
-    said = refuse("train_saliency", *arguments, "--output_dir", whole, "--views", 3)
-    assert "another views; choose a new --output_dir" in said
+    said = refuse("train_saliency", *arguments, "--output_dir", whole, "--dropout", 0.3)
+    assert "another dropout; choose a new --output_dir" in said
     shutil.copytree(folder, tmp_path / "broken")
     Image.new("L", (64, 48)).save(tmp_path / "broken" / "masks" / "0.png")
     given = [*arguments, "--train", tmp_path / "broken", "--output_dir", tmp_path / "run"]

@@ -5,10 +5,10 @@
         --train ../shared/data/saliency/train --val ../shared/data/saliency/val --output_dir runs/saliency
 
 Data are folders with `images/` and, of the same names, `masks/`; or COCO-style json files, whose objects are then what
-is salient. A run that is started again in the same `--output_dir` goes on where it stopped. The result is
-`OUTPUT_DIR/model`, which `EfficientSamSaliencyHead.from_pretrained` takes and which belongs into the folder `saliency`
-of the model's checkpoint; the numbers on `--val` are in `OUTPUT_DIR/metrics.json`, the curves and pictures beside it.
-Several GPUs and machines: training/accelerate/ddp.yaml and multi_node.yaml.
+is salient. Each image is encoded once, and its embedding kept in memory. A run that is started again in the same
+`--output_dir` goes on where it stopped. The result is `OUTPUT_DIR/model`, which `from_pretrained` takes and which
+belongs into the folder `saliency` of the model's checkpoint; the numbers on `--val` are in `OUTPUT_DIR/metrics.json`,
+the curves and pictures beside it. Several GPUs and machines: training/accelerate/ddp.yaml and multi_node.yaml.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object, send_to_device, set_seed
 from PIL import Image
+from torch.utils.data import ConcatDataset
 from transformers import get_scheduler
 
 from hf_efficientsam import (
@@ -48,7 +49,14 @@ from hf_efficientsam.training.runtime import (
     step_batches,
     write_with_versions,
 )
-from hf_efficientsam.training.saliency import EncodedImages, EncodedViews, mean_scores, predict_map, score_map, whiten
+from hf_efficientsam.training.saliency import (
+    EncodedImages,
+    MirroredEmbeddings,
+    mean_scores,
+    predict_map,
+    score_map,
+    whiten,
+)
 from hf_efficientsam.visualize import picture_table
 
 MINIATURE = Path(__file__).parent / "recipes" / "saliency_miniature.yaml"
@@ -62,8 +70,6 @@ class Recipe:
     shards: ClassVar[list[str]] = []
     epoch_images: ClassVar[int | None] = None
     num_workers: ClassVar[int] = 0  # images are read where they are encoded
-    every: ClassVar[int] = 1
-    max_masks: ClassVar[int] = 1
 
     output_dir: str = field(
         default="runs/saliency", metadata={"help": "checkpoints, model, metrics, curves and pictures"}
@@ -72,11 +78,9 @@ class Recipe:
     train: list[str] = field(default_factory=list, metadata={"help": "folders with images/ and masks/, or COCO jsons"})
     val: str | None = field(default=None, metadata={"help": "such a folder or json to measure on"})
     model: str = field(default="bundled", metadata={"help": "whose encoder it is: path or Hub name, or: bundled"})
-    image_size: int | None = field(default=None, metadata={"help": "side of its input; by default that of the model"})
-    views: int = field(default=8, metadata={"help": "of each image: it whole, then crops; each is encoded once"})
-    crop_scale: float = field(default=0.4, metadata={"help": "smallest part of an image's area that a crop keeps"})
-    flip: bool = field(default=True, metadata={"help": "half of the crops are mirrored"})
-    color_jitter: float = field(default=0.3, metadata={"help": "strength of brightness, contrast, saturation changes"})
+    image_size: int | None = field(
+        default=None, metadata={"help": "images are squashed to this side; by default the model's"}
+    )
     # Head.
     hidden_size: int = field(default=96, metadata={"help": "its width"})
     num_hidden_layers: int = field(default=2, metadata={"help": "its transformer layers"})
@@ -106,16 +110,15 @@ class Recipe:
     picture_steps: int = field(default=500, metadata={"help": "a picture every so many steps"})
 
 
-POSITIVE = ("image_size", "views", "crop_scale", "hidden_size", "num_hidden_layers", "num_attention_heads", "steps")
+POSITIVE = ("image_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "steps")
 POSITIVE += ("global_batch_size", "batch_size", "learning_rate", "max_grad_norm", "test_steps", "save_steps")
 POSITIVE += ("log_steps", "picture_steps")
 NOT_NEGATIVE = ("warmup_steps", "weight_decay", "seed")
-SHARES = ("crop_scale",)
-BELOW_ONE = ("color_jitter", "dropout", "drop_path", "ema_decay")
+BELOW_ONE = ("dropout", "drop_path", "ema_decay")
 
 
 def check(recipe: Recipe) -> None:
-    check_ranges(recipe, POSITIVE, NOT_NEGATIVE, SHARES, BELOW_ONE)
+    check_ranges(recipe, POSITIVE, NOT_NEGATIVE, below_one=BELOW_ONE)
     if not recipe.train:
         raise ValueError("Give --train folders with images/ and masks/, or COCO-style json files.")
     if recipe.image_size is not None and recipe.image_size % 16:
@@ -144,9 +147,7 @@ def measure(head: EfficientSamSaliencyHead, images: EncodedImages, accelerator: 
     training = head.training
     head.eval()
     own = range(accelerator.process_index, len(images), accelerator.num_processes)
-    scores = []
-    for embeddings, sizes, truth in map(images.__getitem__, own):
-        scores.append(score_map(predict_map(head, images.processor, embeddings, sizes), truth))
+    scores = [score_map(predict_map(head, images.processor, images[i]), images[i]["truth"]) for i in own]
     head.train(training)
     return {**mean_scores(gather_object(scores)), "images": len(images)}
 
@@ -156,10 +157,9 @@ def draw(head: EfficientSamSaliencyHead, images: EncodedImages) -> Image.Image:
     columns = {"images": [], "what is salient": [], "found": []}
     head.eval()
     for index in range(0, len(images), max(1, len(images) // SHOWN))[:SHOWN]:
-        embeddings, sizes, truth = images[index]
-        found = predict_map(head, images.processor, embeddings, sizes)
+        found = predict_map(head, images.processor, images[index])
         columns["images"].append(images.source[index].image)
-        columns["what is salient"].append(Image.fromarray(255 * truth.astype(np.uint8)))
+        columns["what is salient"].append(Image.fromarray(255 * images[index]["truth"].astype(np.uint8)))
         columns["found"].append(Image.fromarray((255 * found).astype(np.uint8)))
     head.train()
     width, height = columns["images"][0].size
@@ -179,15 +179,12 @@ def main() -> None:
         accelerator = start_accelerator(recipe)
         if accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError("A model this small gains nothing from FSDP; launch with training/accelerate/ddp.yaml.")
-        model, processor = load_model(find_checkpoint(None if recipe.model == "bundled" else recipe.model))
-        model = model.to(accelerator.device)
-        vision = model.config.vision_config
-        if recipe.image_size is None:
-            recipe = dataclasses.replace(recipe, image_size=vision.image_size)
-        else:
-            size = {"height": recipe.image_size, "width": recipe.image_size}
-            processor = EfficientSamProcessor(EfficientSamImageProcessor(size=size))
-        data = EncodedViews(model, [open_saliency(path) for path in recipe.train], recipe, recipe.seed)
+        model, _ = load_model(find_checkpoint(None if recipe.model == "bundled" else recipe.model))
+        model, vision = model.to(accelerator.device), model.config.vision_config
+        side = recipe.image_size or vision.image_size
+        processor = EfficientSamProcessor(EfficientSamImageProcessor(size={"height": side, "width": side}))
+        source = ConcatDataset([open_saliency(path) for path in recipe.train])
+        data = MirroredEmbeddings(EncodedImages(model, processor, source), recipe.seed)
         loader, epoch_steps = epoch_loader(accelerator, data, recipe)
         images = None if recipe.val is None else EncodedImages(model, processor, open_saliency(recipe.val))
         head = build_head(recipe, vision.output_channels)
@@ -200,7 +197,7 @@ def main() -> None:
     checkpoints = Checkpoints(accelerator, output / "checkpoints")
     if not checkpoints.steps():
         some = range(0, len(data), max(1, len(data) // WHITENED))[:WHITENED]
-        whiten(head, torch.stack([data[index]["image_embeddings"] for index in some]))
+        whiten(head, torch.stack([data.images[index]["image_embeddings"] for index in some]))
     groups = parameter_groups(head, recipe.learning_rate, recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
     schedule = get_scheduler("cosine", optimizer, min(recipe.warmup_steps, recipe.steps // 3), recipe.steps)

@@ -1,7 +1,6 @@
-"""What training for saliency needs besides the masks' parts: views that are encoded once, and how good a map is."""
+"""What training for saliency needs besides the masks' parts: images that are encoded once, and how good a map is."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,7 +11,6 @@ from hf_efficientsam.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.modeling_saliency import EfficientSamSaliencyHead
 from hf_efficientsam.processing_efficientsam import EfficientSamProcessor
 
-from .batch import MaskOptions, MaskTrainingSet
 from .data.coco import decode
 
 LEVELS = 256  # at which a map is cut into salient and not
@@ -20,58 +18,15 @@ NOISE_SHARE = 1e-5  # of the embeddings' variance: components of less are not ma
 F_BETA = 0.3  # the square of beta, by which saliency benchmarks weigh precision (Achanta et al., CVPR 2009)
 
 
-class EncodedViews(Dataset):
+class EncodedImages(Dataset):
     """
-    Views of images with one mask each, as a frozen encoder sees them: of each the whole image, as it will be shown,
-    then random crops, `options.views` in all. They come one after the other, epoch by epoch, and again.
-
-    A view is encoded when it is first asked for, and then kept in half precision: at 512 pixels half a MiB. An item
-    depends on (seed, epoch, index) and on nothing else, a resumed run's too.
+    Images with one mask each, as the processor shows them to a frozen encoder. An image is encoded when it is first
+    asked for, and then kept in half precision: at 512 pixels half a MiB.
 
     Args:
         model: the encoder's, in evaluation mode.
-        sources: of samples with one mask each.
-        options: `views`, and what [`MaskTrainingSet`] takes.
-        seed: of all chance.
-    """
-
-    def __init__(self, model: EfficientSamModel, sources: Sequence, options: MaskOptions, seed: int = 0):
-        self.model, self.options, self.seed = model, options, seed
-        self.crops = MaskTrainingSet(sources, options, seed=seed)
-        whole = replace(options, crop_scale=1.0, flip=False, color_jitter=0.0)
-        self.whole = MaskTrainingSet(sources, whole, seed=seed)
-        self.epoch, self.known = 0, {}
-
-    def __len__(self) -> int:
-        return len(self.whole)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __getitem__(self, index: int) -> dict:
-        """`image_embeddings` float32 [C, S / 16, S / 16], `labels` float32 [S / 4, S / 4] from 0 to 1, the image's
-        `key`, and `seed`, of what the model draws in training."""
-        view = self.epoch % self.options.views
-        if (index, view) not in self.known:
-            self.known[index, view] = self.encode(index, view)
-        embeddings, labels, key = self.known[index, view]
-        seed = int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0])
-        return {"image_embeddings": embeddings.float(), "labels": labels.float() / 255, "key": key, "seed": seed}
-
-    def encode(self, index: int, view: int) -> tuple[torch.Tensor, torch.Tensor, str]:
-        if view:
-            self.crops.set_epoch(view - 1)
-        item = self.crops[index] if view else self.whole[index]
-        labels = F.avg_pool2d(255 * item["masks"].float(), 4)[0].round().byte()
-        return encode(self.model, item["pixel_values"][None])[0], labels, item["key"]
-
-
-class EncodedImages:
-    """
-    Whole images to evaluate on, as the processor shows them to a frozen encoder; encoded when first asked for.
-
-    `images[i]` is the sample's embedding float16 `[1, C, h, w]` on the CPU, the arguments of `post_process_masks`
-    that bring a map back to the image, and its true mask, bool `[height, width]`.
+        processor: its processor, or one of another size.
+        source: of samples with one mask each.
     """
 
     def __init__(self, model: EfficientSamModel, processor: EfficientSamProcessor, source: Dataset):
@@ -80,18 +35,53 @@ class EncodedImages:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict, np.ndarray]:
+    def __getitem__(self, index: int) -> dict:
+        """`image_embeddings` float16 `[C, h, w]` on the CPU; `sizes`, the arguments of `post_process_masks` that bring
+        a map back to the image; `truth`, bool `[height, width]`; and `key`, a name for messages."""
         if index not in self.known:
             sample = self.source[index]
             inputs = self.processor(sample.image, return_tensors="pt")
-            sizes = {name: inputs[name] for name in ("original_sizes", "reshaped_input_sizes")}
-            self.known[index] = encode(self.model, inputs["pixel_values"]), sizes, decode(sample.rles)[0].astype(bool)
+            with torch.no_grad():
+                embeddings = self.model.get_image_embeddings(inputs["pixel_values"].to(self.model.device))
+            self.known[index] = {
+                "image_embeddings": embeddings[0].half().cpu(),
+                "sizes": {name: inputs[name] for name in ("original_sizes", "reshaped_input_sizes")},
+                "truth": decode(sample.rles)[0].astype(bool),
+                "key": f"{sample.source}/{sample.image_id}",
+            }
         return self.known[index]
 
 
-@torch.no_grad()
-def encode(model: EfficientSamModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    return model.get_image_embeddings(pixel_values.to(model.device)).half().cpu()
+class MirroredEmbeddings(Dataset):
+    """
+    What is trained on: encoded images squashed to one size, and in half of the cases their mirror images. Embeddings
+    are mirrored as they are: so an image is encoded once. An item depends on (seed, epoch, index) and on nothing else.
+    """
+
+    def __init__(self, images: EncodedImages, seed: int = 0):
+        self.images, self.seed, self.epoch = images, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> dict:
+        """`image_embeddings` float32 `[C, h, w]`, `labels` float32 `[4 * h, 4 * w]` from 0 to 1, the image's `key`,
+        and `seed`, of what the model draws in training."""
+        image, generator = self.images[index], np.random.default_rng([self.seed, self.epoch, index])
+        embeddings = image["image_embeddings"].float()
+        truth = torch.from_numpy(image["truth"])[None].float()
+        labels = F.adaptive_avg_pool2d(truth, tuple(4 * side for side in embeddings.shape[1:]))[0]
+        if generator.random() < 0.5:
+            embeddings, labels = embeddings.flip(-1), labels.flip(-1)
+        return {
+            "image_embeddings": embeddings,
+            "labels": labels,
+            "key": image["key"],
+            "seed": int(generator.integers(2**63)),
+        }
 
 
 @torch.no_grad()
@@ -112,12 +102,10 @@ def whiten(head: EfficientSamSaliencyHead, embeddings: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def predict_map(
-    head: EfficientSamSaliencyHead, processor: EfficientSamProcessor, embeddings: torch.Tensor, sizes: dict
-) -> np.ndarray:
+def predict_map(head: EfficientSamSaliencyHead, processor: EfficientSamProcessor, image: dict) -> np.ndarray:
     """The saliency float32 `[height, width]`, 0 to 1, of an item of [`EncodedImages`]."""
-    logits = head(embeddings.to(head.device)).logits.float().cpu()
-    return processor.post_process_masks([logits], **sizes, binarize=False)[0][0, 0].sigmoid().numpy()
+    logits = head(image["image_embeddings"][None].to(head.device)).logits.float().cpu()
+    return processor.post_process_masks([logits], **image["sizes"], binarize=False)[0][0, 0].sigmoid().numpy()
 
 
 def score_map(saliency: np.ndarray, truth: np.ndarray) -> dict:
