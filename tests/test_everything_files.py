@@ -17,9 +17,10 @@ from test_mask_generation import tiny_model
 
 from hf_efficientsam import EfficientSamImageProcessor, EfficientSamProcessor, everything_files
 from hf_efficientsam.cli import GENERATOR_DEFAULTS, everything
-from hf_efficientsam.everything_files import draw_label_map
+from hf_efficientsam.everything_files import DecodedMasks
 from hf_efficientsam.hub import load_model
 from hf_efficientsam.mask_generation import EfficientSamMaskGenerator
+from hf_efficientsam.results import draw_label_map
 from hf_efficientsam.segment_files import encode_image
 from hf_efficientsam.visualize import lay_masks
 
@@ -150,7 +151,7 @@ def test_label_map_takes_16_bits_where_needed(tmp_path, count, dtype):
     for i in range(count):
         masks[i // 30, i % 30, i] = 1
     annotations = [{"segmentation": rle, "area": 1} for rle in (coco_mask.encode(masks) if count else [])]
-    draw_label_map(annotations, (30, 20)).save(tmp_path / "labels.png")
+    draw_label_map(DecodedMasks(annotations), [1] * count, (20, 30)).save(tmp_path / "labels.png")
     labels = np.asarray(Image.open(tmp_path / "labels.png"))
     assert labels.dtype == dtype and labels.shape == (20, 30)
     assert labels.ravel().tolist() == [*range(1, count + 1), *[0] * (600 - count)]

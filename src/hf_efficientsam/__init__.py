@@ -1,39 +1,12 @@
-"""EfficientSAM as a transformers model family. Importing this registers it with transformers' Auto classes."""
+"""
+EfficientSAM as a transformers model family. Importing this registers it with transformers' Auto classes.
 
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForMaskGeneration,
-    AutoModelForPreTraining,
-    AutoProcessor,
-)
+Where torch is not installed there is [`EfficientSamOnnxPredictor`] all the same, for exported models.
+"""
 
-from .configuration_efficientsam import (
-    EfficientSamBackboneConfig,
-    EfficientSamConfig,
-    EfficientSamMaskDecoderConfig,
-    EfficientSamPromptEncoderConfig,
-    EfficientSamSaliencyConfig,
-    EfficientSamSamiConfig,
-    EfficientSamVisionConfig,
-)
-from .hub import bundled_checkpoint
-from .image_processing_efficientsam import EfficientSamImageProcessor
-from .mask_generation import EfficientSamMaskGenerator
-from .modeling_efficientsam import (
-    EfficientSamBackbone,
-    EfficientSamForImageClassification,
-    EfficientSamModel,
-    EfficientSamPreTrainedModel,
-    EfficientSamVisionModel,
-)
-from .modeling_saliency import EfficientSamSaliencyHead
-from .modeling_sami import EfficientSamForPreTraining
-from .predictor import EfficientSamPredictor
-from .processing_efficientsam import EfficientSamProcessor
+from importlib.util import find_spec
+
+from .onnx_predictor import EfficientSamOnnxPredictor
 from .results import SegmentationResult
 
 __version__ = "0.1.0.dev0"
@@ -48,6 +21,7 @@ __all__ = [
     "EfficientSamMaskDecoderConfig",
     "EfficientSamMaskGenerator",
     "EfficientSamModel",
+    "EfficientSamOnnxPredictor",
     "EfficientSamPreTrainedModel",
     "EfficientSamPredictor",
     "EfficientSamProcessor",
@@ -57,40 +31,89 @@ __all__ = [
     "EfficientSamSamiConfig",
     "EfficientSamVisionConfig",
     "EfficientSamVisionModel",
+    "RoughPrompter",
+    "SalientPrompter",
     "SegmentationResult",
+    "TextPrompter",
     "bundled_checkpoint",
 ]
 
-# What these save is a self-contained Hub repository: transformers copies the code of classes registered like this.
-for _class in (
-    EfficientSamConfig,
-    EfficientSamVisionConfig,
-    EfficientSamBackboneConfig,
-    EfficientSamSamiConfig,
-    EfficientSamSaliencyConfig,
-    EfficientSamModel,
-    EfficientSamVisionModel,
-    EfficientSamSaliencyHead,
-    EfficientSamImageProcessor,
-    EfficientSamProcessor,
-):
-    _class.register_for_auto_class()
-EfficientSamBackbone.register_for_auto_class("AutoBackbone")
-EfficientSamForImageClassification.register_for_auto_class("AutoModelForImageClassification")
-EfficientSamForPreTraining.register_for_auto_class("AutoModelForPreTraining")
+if find_spec("torch") is None:
 
-AutoConfig.register("efficientsam", EfficientSamConfig)
-AutoConfig.register("efficientsam_vision_model", EfficientSamVisionConfig)
-AutoConfig.register("efficientsam_backbone", EfficientSamBackboneConfig)
-AutoConfig.register("efficientsam_sami", EfficientSamSamiConfig)
-AutoConfig.register("efficientsam_saliency", EfficientSamSaliencyConfig)
-AutoModel.register(EfficientSamConfig, EfficientSamModel)
-AutoModel.register(EfficientSamVisionConfig, EfficientSamVisionModel)
-AutoModel.register(EfficientSamSaliencyConfig, EfficientSamSaliencyHead)
-AutoModelForImageClassification.register(EfficientSamVisionConfig, EfficientSamForImageClassification)
-AutoModelForMaskGeneration.register(EfficientSamConfig, EfficientSamModel)
-AutoModelForPreTraining.register(EfficientSamSamiConfig, EfficientSamForPreTraining)
-AutoBackbone.register(EfficientSamBackboneConfig, EfficientSamBackbone)
-for _class in (EfficientSamConfig, EfficientSamVisionConfig, EfficientSamBackboneConfig):
-    AutoImageProcessor.register(_class, image_processor_classes={"pil": EfficientSamImageProcessor})
-AutoProcessor.register(EfficientSamConfig, EfficientSamProcessor)
+    def __getattr__(name: str):
+        if name in __all__:
+            raise ImportError(
+                f"{name} needs torch and transformers; install them with pip install torch transformers."
+            )
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+else:
+    from transformers import (
+        AutoBackbone,
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForImageClassification,
+        AutoModelForMaskGeneration,
+        AutoModelForPreTraining,
+        AutoProcessor,
+    )
+
+    from .configuration_efficientsam import (
+        EfficientSamBackboneConfig,
+        EfficientSamConfig,
+        EfficientSamMaskDecoderConfig,
+        EfficientSamPromptEncoderConfig,
+        EfficientSamSaliencyConfig,
+        EfficientSamSamiConfig,
+        EfficientSamVisionConfig,
+    )
+    from .hub import bundled_checkpoint
+    from .image_processing_efficientsam import EfficientSamImageProcessor
+    from .mask_generation import EfficientSamMaskGenerator
+    from .modeling_efficientsam import (
+        EfficientSamBackbone,
+        EfficientSamForImageClassification,
+        EfficientSamModel,
+        EfficientSamPreTrainedModel,
+        EfficientSamVisionModel,
+    )
+    from .modeling_saliency import EfficientSamSaliencyHead
+    from .modeling_sami import EfficientSamForPreTraining
+    from .predictor import EfficientSamPredictor
+    from .processing_efficientsam import EfficientSamProcessor
+    from .prompters import RoughPrompter, SalientPrompter, TextPrompter
+
+    # What these save is a self-contained Hub repository: transformers copies the code of classes registered like this.
+    for _class in (
+        EfficientSamConfig,
+        EfficientSamVisionConfig,
+        EfficientSamBackboneConfig,
+        EfficientSamSamiConfig,
+        EfficientSamSaliencyConfig,
+        EfficientSamModel,
+        EfficientSamVisionModel,
+        EfficientSamSaliencyHead,
+        EfficientSamImageProcessor,
+        EfficientSamProcessor,
+    ):
+        _class.register_for_auto_class()
+    EfficientSamBackbone.register_for_auto_class("AutoBackbone")
+    EfficientSamForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+    EfficientSamForPreTraining.register_for_auto_class("AutoModelForPreTraining")
+
+    AutoConfig.register("efficientsam", EfficientSamConfig)
+    AutoConfig.register("efficientsam_vision_model", EfficientSamVisionConfig)
+    AutoConfig.register("efficientsam_backbone", EfficientSamBackboneConfig)
+    AutoConfig.register("efficientsam_sami", EfficientSamSamiConfig)
+    AutoConfig.register("efficientsam_saliency", EfficientSamSaliencyConfig)
+    AutoModel.register(EfficientSamConfig, EfficientSamModel)
+    AutoModel.register(EfficientSamVisionConfig, EfficientSamVisionModel)
+    AutoModel.register(EfficientSamSaliencyConfig, EfficientSamSaliencyHead)
+    AutoModelForImageClassification.register(EfficientSamVisionConfig, EfficientSamForImageClassification)
+    AutoModelForMaskGeneration.register(EfficientSamConfig, EfficientSamModel)
+    AutoModelForPreTraining.register(EfficientSamSamiConfig, EfficientSamForPreTraining)
+    AutoBackbone.register(EfficientSamBackboneConfig, EfficientSamBackbone)
+    for _class in (EfficientSamConfig, EfficientSamVisionConfig, EfficientSamBackboneConfig):
+        AutoImageProcessor.register(_class, image_processor_classes={"pil": EfficientSamImageProcessor})
+    AutoProcessor.register(EfficientSamConfig, EfficientSamProcessor)

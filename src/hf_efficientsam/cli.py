@@ -6,6 +6,7 @@ Every wrong input ends in one sentence on stderr and exit code 2. Files appear w
 import inspect
 import json
 from collections.abc import Iterable
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -21,11 +22,14 @@ from .hub import find_checkpoint, load_model
 from .image_processing_efficientsam import EfficientSamImageProcessor
 from .mask_generation import EfficientSamMaskGenerator
 from .model_card_efficientsam import read_metrics
+from .predictor import EfficientSamPredictor
+from .prompters import Detector, SalientPrompter, TextPrompter, split_names
 from .segment_files import (
     Segmenter,
     are_numbers,
     check_images_listed,
     check_results_folder,
+    find_in_file,
     group_prompts,
     plan_jobs,
     read_image,
@@ -97,6 +101,7 @@ def describe_record(record: dict) -> str:
     for i, one in enumerate(record["objects"], start=1):
         for k, mask in enumerate(one["masks"], start=1):
             name = f"object {i}, candidate {k}" if len(one["masks"]) > 1 else f"object {i}"
+            name += f", {one['label']}" if "label" in one else ""
             box = ",".join(map(str, mask["box"])) if mask["box"] else "none (the mask is empty)"
             file = f", file {mask['file']}" if "file" in mask else ""
             lines.append(f"  {name}: score {mask['score']:.3f}, area {mask['area']} pixels, box {box}{file}")
@@ -222,6 +227,108 @@ def finish(records: list[dict], failures: list[dict], as_json: bool) -> None:
         typer.echo(f"efficientsam: {failure['error']}", err=True)
     if failures:
         raise typer.Exit(2)
+
+
+# ------------------------------------------------------------------------------------------------ salient and text
+
+ImageFile = Annotated[Path, typer.Argument(help="An image.")]
+MaskOption = Annotated[Path | None, typer.Option(help="PNG file for the mask.")]
+OverlayOption = Annotated[Path | None, typer.Option(help="Image file for a picture with the masks drawn in.")]
+ModelOption = Annotated[
+    str | None, typer.Option(metavar="DIR_OR_HUB_ID", help="Checkpoint to use instead of the bundled one.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
+PixelsOption = Annotated[int, typer.Option(min=1, help="Refuse images of more pixels than this.")]
+
+
+def open_predictor(
+    image: Path, output: Path | None, overlay: Path | None, model: str | None, max_pixels: int
+) -> EfficientSamPredictor:
+    """The model, after all checks that can be made before it is loaded."""
+    if image.is_dir():
+        raise ValueError(f"{image} is a folder; give one image.")
+    check_ending(output, "--output", [".png"])
+    check_ending(overlay, "--overlay", [".png", ".jpg", ".jpeg", ".webp"])
+    read_image(image, max_pixels, upright_size)
+    return EfficientSamPredictor.from_pretrained(model)
+
+
+def report_found(record: dict, as_json: bool, advice: str) -> None:
+    if not record["objects"]:
+        typer.echo(f"efficientsam: nothing was found in {record['image']}; {advice}.", err=True)
+    if as_json:
+        typer.echo(json.dumps(record))
+    else:
+        shown = [{"label": one["label"], "masks": [one]} for one in record["objects"]]
+        typer.echo(describe_record({**record, "objects": shown}))
+
+
+@app.command(no_args_is_help=True)
+def salient(
+    image: ImageFile,
+    output: MaskOption = None,
+    overlay: OverlayOption = None,
+    saliency: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR_OR_HUB_ID_OR_FILE",
+            help="Saliency model to use instead of the checkpoint's own head: a transformers model for background "
+            "removal, an .onnx file, or the directory of another head.",
+        ),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that the saliency model brings along.")
+    ] = False,
+    threshold: Annotated[float, typer.Option(help="What is salient, from 0 (all) to 1 (nothing).")] = 0.5,
+    min_area: Annotated[
+        float, typer.Option(help="Leave out objects of less than this share of the largest one's area, 0 to 1.")
+    ] = 0.05,
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+    max_pixels: PixelsOption = EfficientSamImageProcessor.max_image_pixels,
+) -> None:
+    """
+    Cut out what stands out in an image, object by object, without a prompt.
+
+    A saliency map says how much each pixel stands out; what hangs together in it is an object, and the box around it
+    asks for the mask. For each object, largest first, it prints the mean saliency in the mask (0 to 1), the mask's
+    area, and the tight box around it, as `segment` does. Masks are written as `segment` writes them: mask.png for one
+    object, and mask_1.png, mask_2.png, ... for several.
+    """
+    predictor = open_predictor(image, output, overlay, model, max_pixels)
+    prompter = SalientPrompter(predictor, saliency, threshold, min_area, trust_remote_code)
+    record = find_in_file(predictor, image, prompter, output, overlay, max_pixels)
+    report_found(record, as_json, f"try a lower --threshold (now {threshold:g})")
+
+
+@app.command(no_args_is_help=True)
+def text(
+    image: ImageFile,
+    words: Annotated[str, typer.Argument(metavar="NAMES", help='What to look for, such as "a dog, a cat".')],
+    detector: Annotated[
+        str, typer.Option(metavar="DIR_OR_HUB_ID", help="Model for zero-shot object detection: OWLv2, Grounding DINO.")
+    ],
+    output: MaskOption = None,
+    overlay: OverlayOption = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Leave out boxes of lower scores, 0 to 1; by default the detector's own.")
+    ] = None,
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+    max_pixels: PixelsOption = EfficientSamImageProcessor.max_image_pixels,
+) -> None:
+    """
+    Cut out objects by their names, with a detector of your choice; none comes with the package.
+
+    The detector finds boxes, and those are what is segmented. For each object, best first, it prints its name, the
+    detector's score (0 to 1), the mask's area, and the tight box around it, as `segment` does. Masks are written as
+    `segment` writes them: mask.png for one object, and mask_1.png, mask_2.png, ... for several.
+    """
+    split_names(words)
+    predictor = open_predictor(image, output, overlay, model, max_pixels)
+    prompter = TextPrompter(predictor, Detector(detector, predictor.device), threshold)
+    record = find_in_file(predictor, image, lambda: prompter(words), output, overlay, max_pixels)
+    report_found(record, as_json, "try other names or a lower --threshold")
 
 
 # ------------------------------------------------------------------------------------------------ everything
@@ -387,3 +494,50 @@ def convert(
         decoder_num_attention_heads=decoder_num_attention_heads,
     )
     typer.echo(f"{output}: {model.num_parameters() / 1e6:.2f} M parameters, input {image_size} x {image_size} pixels")
+
+
+class Variant(str, Enum):
+    """Of an exported model."""
+
+    float16 = "float16"
+    int8 = "int8"
+
+
+@app.command(no_args_is_help=True)
+def export_onnx(
+    model: Annotated[str, typer.Argument(metavar="DIR_OR_HUB_ID", help="Checkpoint to export.")],
+    output: Annotated[Path, typer.Argument(help="Directory to write encoder.onnx and decoder.onnx to.")],
+    variants: Annotated[
+        list[Variant], typer.Option("--variant", help="Write a smaller variant, too. May be given several times.")
+    ] = [],  # noqa: B006
+    images: Annotated[Path | None, typer.Option(help="Folder of images on which variants are measured.")] = None,
+    allow_loss: Annotated[
+        bool, typer.Option("--allow-loss", help="Write variants that lose more than 0.5 % of mask IoU, too.")
+    ] = False,
+) -> None:
+    """
+    Export a checkpoint to ONNX, for EfficientSamOnnxPredictor and other runtimes.
+
+    The numbers of images, prompts and points are free, and for the encoder height and width. The files are compared
+    with torch on inputs of random shapes; if they differ by more than 0.0001 of the largest value, none is written.
+
+    A variant (encoder_float16.onnx, decoder_float16.onnx, ...) has weights in 16-bit floats or 8-bit integers. Its
+    masks are compared with those of the whole files, for boxes laid over the images.
+    """
+    if output.is_file():
+        raise ValueError(f"{output} is a file; give the name of a directory.")
+    if variants and images is None:
+        raise ValueError("variants are measured on images; pass a folder of them with --images.")
+    name = find_checkpoint(model)
+    try:
+        from .onnx_export import export_onnx
+    except ImportError as error:
+        raise ValueError(f"the export needs {error.name}; install hf-efficientsam[onnx].") from None
+    written = export_onnx(name, output, [one.value for one in variants], images, allow_loss)
+    for file, found in written.items():
+        quality = (
+            f"mask IoU {found['mask_iou']:.4f} with float32"
+            if "mask_iou" in found
+            else (f"within {found['difference']:.1e} of torch")
+        )
+        typer.echo(f"{output / file}: {found['bytes'] / 1e6:.1f} MB, {quality}")

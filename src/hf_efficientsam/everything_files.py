@@ -6,7 +6,7 @@ input is a ValueError of one sentence.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from pycocotools import mask as coco_mask
 
 from .hub import load_model
 from .mask_generation import EfficientSamMaskGenerator
+from .results import draw_label_map, largest_first
 from .segment_files import (
     ImageError,
     as_model_sees,
@@ -89,18 +90,17 @@ class Annotator:
         ]
 
 
-def decode_largest_first(annotations: list[dict]) -> Iterator[tuple[int, np.ndarray]]:
-    """Number, from 1, and mask, bool `[height, width]`, of each annotation, so that small masks are painted last."""
-    for i in sorted(range(len(annotations)), key=lambda i: -annotations[i]["area"]):
-        yield i + 1, coco_mask.decode(annotations[i]["segmentation"]).astype(bool)
+class DecodedMasks(Sequence):
+    """The masks of annotations, bool `[height, width]`, each decoded when asked for: all at once are too many."""
 
+    def __init__(self, annotations: list[dict]):
+        self.annotations = annotations
 
-def draw_label_map(annotations: list[dict], size: tuple[int, int]) -> Image.Image:
-    """A picture of `size` (width, height): at each pixel the number of the smallest mask, 0 where there is none."""
-    labels = np.zeros(size[::-1], dtype=np.uint8 if len(annotations) < 256 else np.uint16)
-    for number, mask in decode_largest_first(annotations):
-        labels[mask] = number
-    return Image.fromarray(labels)
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return coco_mask.decode(self.annotations[index]["segmentation"]).astype(bool)
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,12 @@ class EverythingJob:
         image, annotations = annotator(self.image)
         record = {"image": self.name.as_posix(), "width": image.width, "height": image.height}
         record |= {"model": annotator.name, "options": annotator.options, "annotations": annotations}
-        files = {self.label_map: encode_image(draw_label_map(annotations, image.size), self.label_map)}
+        masks, areas = DecodedMasks(annotations), [one["area"] for one in annotations]
+        files = {self.label_map: encode_image(draw_label_map(masks, areas, image.size[::-1]), self.label_map)}
         if self.with_overlay:
             with pil_limit_lifted():
                 picture = as_model_sees(image, annotator.generator.image_processor)
-                picture = lay_masks(picture, (mask for _, mask in decode_largest_first(annotations)))
+                picture = lay_masks(picture, (masks[i] for i in largest_first(areas)))
             files[self.overlay] = encode_image(picture, self.overlay)
         # An image is done once its record is there, so that goes first if it is outdated and comes last. Its folder,
         # by which `plan_everything` knows that all results are our own, comes first.

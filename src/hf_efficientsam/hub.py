@@ -1,5 +1,7 @@
 """Where checkpoints live and how they are loaded: the bundled one, directories, Hub repositories."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -34,12 +36,7 @@ def find_checkpoint(name: str | None) -> str:
         for pattern, what in (("config.json", "config.json"), ("*.safetensors", "weights (model.safetensors)")):
             if not any(path.glob(pattern)):
                 raise ValueError(f"{name} is no checkpoint: the directory holds no {what}.")
-    elif path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2:
-        raise ValueError(f"{name}: no such directory.")
-    try:
-        model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
-    except (OSError, ValueError):
-        raise ValueError(f"{name} is neither a directory with a valid config.json nor a Hub model in reach.") from None
+    model_type = read_config(name).get("model_type")
     if model_type != EfficientSamConfig.model_type:
         raise ValueError(
             f"{name} holds a model of type {model_type!r}, but {EfficientSamConfig.model_type!r} is needed."
@@ -47,14 +44,39 @@ def find_checkpoint(name: str | None) -> str:
     return name
 
 
-def load_model(name: str) -> tuple[EfficientSamModel, EfficientSamProcessor]:
+def read_config(name: str) -> dict:
+    """The config.json of any model's directory or Hub repository."""
+    path = Path(name)
+    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2):
+        raise ValueError(f"{name}: no such directory.")
     try:
-        processor = EfficientSamProcessor.from_pretrained(name)
-        # float32 whatever was stored: half precision is slow on CPUs.
-        model, loading = EfficientSamModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        return PreTrainedConfig.get_config_dict(name)[0]
+    except (OSError, ValueError):
+        raise ValueError(f"{name} is neither a directory with a valid config.json nor a Hub model in reach.") from None
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """What goes wrong while `name` is loaded, in one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{name} cannot be loaded: {reason}") from None
-    if missing := loading["missing_keys"]:
+
+
+def check_complete(name: str, loaded: dict) -> None:
+    """Raises a ValueError if weights were made up, as `output_loading_info` of `from_pretrained` tells."""
+    if missing := loaded["missing_keys"]:
         raise ValueError(f"{name} lacks {len(missing)} of the model's weights, such as {min(missing)}.")
+
+
+def load_model(
+    name: str, dtype: torch.dtype | str = torch.float32
+) -> tuple[EfficientSamModel, EfficientSamProcessor]:
+    """In float32 whatever was stored, for half precision is slow on CPUs; or in another `dtype`, "auto" as stored."""
+    with loading(name):
+        processor = EfficientSamProcessor.from_pretrained(name)
+        model, loaded = EfficientSamModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    check_complete(name, loaded)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor

@@ -106,9 +106,14 @@ def draw_label_map(masks: Sequence[np.ndarray], areas: Sequence[int], size: tupl
         areas: their numbers of pixels.
     """
     labels = np.zeros(size, dtype=np.uint8 if len(areas) < 256 else np.uint16)
-    for i in sorted(range(len(areas)), key=lambda i: -areas[i]):
+    for i in largest_first(areas):
         labels[masks[i]] = i + 1
     return Image.fromarray(labels)
+
+
+def largest_first(areas: Sequence[int]) -> list[int]:
+    """Indices in an order in which small masks are painted last."""
+    return sorted(range(len(areas)), key=lambda i: -areas[i])
 
 
 def tight_boxes(masks: np.ndarray) -> np.ndarray:
@@ -121,4 +126,4 @@ def tight_boxes(masks: np.ndarray) -> np.ndarray:
     return boxes
 
 
-__all__ = ["SegmentationResult", "draw_label_map", "mask_rles", "tight_boxes"]
+__all__ = ["SegmentationResult", "draw_label_map", "largest_first", "mask_rles", "tight_boxes"]

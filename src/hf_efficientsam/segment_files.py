@@ -21,7 +21,9 @@ from tqdm import tqdm
 
 from .image_processing_efficientsam import EfficientSamImageProcessor
 from .modeling_efficientsam import EfficientSamModel
+from .predictor import EfficientSamPredictor
 from .processing_efficientsam import EfficientSamProcessor
+from .results import SegmentationResult, tight_boxes
 from .visualize import draw_masks
 
 # ------------------------------------------------------------------------------------------------ prompts
@@ -197,10 +199,36 @@ def write_files(files: dict[Path, bytes]) -> None:
             part.unlink(missing_ok=True)
 
 
-def describe_mask(mask: torch.Tensor, score: float) -> dict:
-    rows, columns = mask.any(dim=1).nonzero()[:, 0].tolist(), mask.any(dim=0).nonzero()[:, 0].tolist()
-    box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1] if rows else None
-    return {"score": round(score, 4), "area": int(mask.sum()), "box": box}
+def describe_mask(mask: np.ndarray, score: float) -> dict:
+    box = tight_boxes(mask[None])[0].astype(int).tolist() if mask.any() else None
+    return {"score": round(float(score), 4), "area": int(mask.sum()), "box": box}
+
+
+def encode_mask(mask: np.ndarray, path: Path) -> bytes:
+    return encode_image(Image.fromarray(mask.astype(np.uint8) * 255), path)
+
+
+def check_targets(targets: list[Path], image: Path, overlay: Path | None) -> None:
+    """Raises a ValueError if files to be written would replace the image or each other."""
+    for file in targets:
+        if file.resolve() == image.resolve():
+            raise ValueError(f"{file} is the image itself and would be overwritten; choose another name.")
+    if len({file.resolve() for file in targets}) < len(targets):
+        raise ValueError(f"{overlay} would hold both a mask and the overlay; choose another name for one.")
+
+
+def mask_files(output: Path, num_objects: int, num_candidates: int | None = None) -> list[list[Path]]:
+    """The file of each candidate of each object, by the rule in the help of `segment`; `None`: only the best."""
+
+    def tail(i: int, k: int) -> str:
+        if num_candidates is not None:
+            return f"_{i}_{k}"
+        return f"_{i}" if num_objects > 1 else ""
+
+    return [
+        [output.with_name(output.stem + tail(i, k) + output.suffix) for k in range(1, (num_candidates or 1) + 1)]
+        for i in range(1, num_objects + 1)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ segment
@@ -234,17 +262,8 @@ class Segmenter:
 
     def mask_files(self, output: Path, num_objects: int) -> list[list[Path]]:
         """The file of each candidate of each object, by the rule in the help of `segment`."""
-        num_masks = self.model.config.mask_decoder_config.num_multimask_outputs if self.all_masks else 1
-
-        def tail(i: int, k: int) -> str:
-            if self.all_masks:
-                return f"_{i}_{k}"
-            return f"_{i}" if num_objects > 1 else ""
-
-        return [
-            [output.with_name(output.stem + tail(i, k) + output.suffix) for k in range(1, num_masks + 1)]
-            for i in range(1, num_objects + 1)
-        ]
+        candidates = self.model.config.mask_decoder_config.num_multimask_outputs
+        return mask_files(output, num_objects, candidates if self.all_masks else None)
 
     def __call__(
         self, path: Path, objects: list[dict], output: Path | None, with_overlay: bool
@@ -268,14 +287,14 @@ class Segmenter:
         masks, scores = predict_masks(self.model, self.processor, inputs, self.all_masks)
         record = {"image": str(path), "width": image.width, "height": image.height, "model": self.name, "objects": []}
         files = {}
-        mask_files = self.mask_files(output, len(objects)) if output else None
+        targets = self.mask_files(output, len(objects)) if output else None
         for i, one in enumerate(objects):
             found = []
-            for k, (mask, score) in enumerate(zip(masks[i], scores[i].tolist(), strict=True)):
+            for k, (mask, score) in enumerate(zip(masks[i].numpy(), scores[i].tolist(), strict=True)):
                 found.append(describe_mask(mask, score))
-                if mask_files:
-                    found[-1]["file"] = mask_files[i][k].name
-                    files[mask_files[i][k]] = encode_image(Image.fromarray(mask.byte().numpy() * 255), output)
+                if targets:
+                    found[-1]["file"] = targets[i][k].name
+                    files[targets[i][k]] = encode_mask(mask, output)
             record["objects"].append({**one, "masks": found})
         return record, files, self.draw(image, objects, masks, scores) if with_overlay else None
 
@@ -297,13 +316,45 @@ def segment_file(
     """Segments one image, writes what was asked for, returns the record."""
     targets = [file for row in segmenter.mask_files(output, len(objects)) for file in row] if output else []
     targets += [overlay] if overlay else []
-    for file in targets:
-        if file.resolve() == path.resolve():
-            raise ValueError(f"{file} is the image itself and would be overwritten; choose another name.")
-    if len({file.resolve() for file in targets}) < len(targets):
-        raise ValueError(f"{overlay} would hold both a mask and the overlay; choose another name for one.")
+    check_targets(targets, path, overlay)
     record, files, picture = segmenter(path, objects, output, overlay is not None)
     if overlay is not None:
+        files[overlay] = encode_image(picture, overlay)
+    write_files(files)
+    return record
+
+
+def find_in_file(
+    predictor: EfficientSamPredictor,
+    path: Path,
+    find: Callable[[], SegmentationResult],
+    output: Path | None,
+    overlay: Path | None,
+    max_pixels: int,
+) -> dict:
+    """
+    Writes the masks of what `find` finds in one image, once that is the predictor's, and returns the record: as
+    `segment_file`, but the objects are known afterwards only.
+    """
+    image = read_image(path, max_pixels, ImageOps.exif_transpose)
+    predictor.processor.image_processor.max_image_pixels = max_pixels
+    try:
+        predictor.set_image(image)
+    except ValueError as error:  # pixels without sense
+        raise ImageError(f"{path}: {error}") from None
+    found = find()
+    targets = [file for row in mask_files(output, len(found)) for file in row] if output else []
+    check_targets([*targets, *([overlay] if overlay else [])], path, overlay)
+    files = {file: encode_mask(mask, file) for file, mask in zip(targets, found.masks, strict=bool(targets))}
+    record = {"image": str(path), "width": image.width, "height": image.height}
+    record |= {"model": predictor.model.name_or_path, "objects": []}
+    for i, mask in enumerate(found.masks):
+        one = {"label": found.labels[i], **describe_mask(mask, found.scores[i])}
+        one["iou"] = round(float(found.iou_scores[i]), 4)
+        record["objects"].append(one | ({"file": targets[i].name} if targets else {}))
+    if overlay is not None:
+        with pil_limit_lifted():
+            picture = draw_masks(predictor.image, found.masks, boxes=found.boxes.tolist(), scores=found.scores)
         files[overlay] = encode_image(picture, overlay)
     write_files(files)
     return record
