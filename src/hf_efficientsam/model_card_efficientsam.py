@@ -1,5 +1,6 @@
 """The README.md that `push_to_hub` gives a Hub repository without one. Travels with the model, as remote code too."""
 
+import json
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -43,6 +44,11 @@ processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
 ## Numbers
 
 {numbers}
+
+## Terms
+
+The code in this repository is Apache-2.0. Nothing was recorded about the terms of the weights; they depend on the data
+that they were trained on.
 """
 
 
@@ -65,7 +71,7 @@ def model_card(model, repo_id: str, tags: list[str]) -> ModelCard:
     if metrics := read_metrics(model.name_or_path):
         numbers = (
             "Measured on the weights that this model was loaded from; measure again if it was trained further.\n\n"
-            f"```json\n{metrics.strip()}\n```"
+            + describe_report(metrics)
         )
     data = ModelCardData(
         library_name="transformers",
@@ -81,6 +87,28 @@ def model_card(model, repo_id: str, tags: list[str]) -> ModelCard:
         numbers=numbers,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def describe_report(metrics: str) -> str:
+    """The json that training/evaluate_masks.py writes, as Markdown; one of another form as it is."""
+    try:
+        report = json.loads(metrics)
+        files = report["annotations"] if "annotations" in report else report["shards"]
+        names = ["/".join(Path(file).parts[-2:]) for file in ([files] if isinstance(files, str) else files)]
+        measured = f"{report['masks']} masks of {report['images']} images ({', '.join(names)}), seed {report['seed']}."
+        return f"{measured} {report['protocol']}\n\n{table(report['results'])}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"```json\n{metrics.strip()}\n```"
+
+
+def table(results: dict) -> str:
+    """The numbers as Markdown, by size of the object."""
+    groups = list(results["baseline"]["ellipse"])
+    lines = ["| mIoU | " + " | ".join(groups) + " |", "|---" * (len(groups) + 1) + "|"]
+    for prompt, answers in results.items():
+        for answer, means in answers.items():
+            lines.append(f"| {prompt}, {answer} | " + " | ".join(f"{means[g]['miou']:.3f}" for g in groups) + " |")
+    return "\n".join(lines)
 
 
 def read_metrics(name_or_path: str) -> str | None:
