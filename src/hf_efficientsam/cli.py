@@ -17,6 +17,7 @@ from transformers import logging as transformers_logging
 
 from . import __version__
 from .convert import convert as convert_checkpoint
+from .demo.session import MAX_PIXELS
 from .everything_files import Annotator, plan_everything, write_dataset
 from .hub import find_checkpoint, load_model
 from .image_processing_efficientsam import EfficientSamImageProcessor
@@ -592,3 +593,43 @@ def describe_repository(repository: Repository) -> str:
     files = repository.files()
     lines = [f"{repository.kind} {repository.name}: {len(files)} files, {sum(files.values()) / 1e6:.1f} MB"]
     return "\n".join(lines + [f"  {size:>12,} {file}" for file, size in files.items()])
+
+
+# ------------------------------------------------------------------------------------------------ demo
+
+
+@app.command()
+def demo(
+    model: ModelOption = None,
+    detector: Annotated[
+        str | None, typer.Option(metavar="DIR_OR_HUB_ID", help="Zero-shot object detector, to find objects by words.")
+    ] = None,
+    saliency: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR_OR_HUB_ID", help="Saliency model instead of the checkpoint's own head; may be .onnx."
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this computer.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port to listen at; by default 7860 or the next free one.")
+    ] = None,
+    share: Annotated[bool, typer.Option("--share", help="Ask gradio's servers for a public link, too.")] = False,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Refuse pictures of more pixels than this.")] = MAX_PIXELS,
+) -> None:
+    """
+    Serve a web page where objects are cut out with the mouse, until Ctrl+C.
+
+    The page uses no network beside its own. Pictures stay in this computer's memory, each visitor's apart from all
+    others', and are forgotten after an hour.
+    """
+    try:
+        from .demo.page import launch_demo  # gradio takes seconds to import
+        from .demo.service import Demo
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise ValueError('the page needs gradio; install it with pip install "hf-efficientsam[demo]".') from None
+    launch_demo(Demo(model, detector, saliency, max_pixels), host, port, share)

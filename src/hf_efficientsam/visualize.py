@@ -98,6 +98,11 @@ def color_of(index: int) -> tuple[int, int, int]:
     return PALETTE[index % len(PALETTE)]
 
 
+def ink_on(color: tuple[int, int, int]) -> str:
+    """Black or white, whichever can be read on a colour."""
+    return "black" if np.dot(color, (0.299, 0.587, 0.114)) > 110 else "white"
+
+
 def line_width(size: tuple[int, int]) -> int:
     """Width in pixels of an outline that looks the same on pictures of any (width, height)."""
     return max(1, round(max(size) / 280))
@@ -152,9 +157,7 @@ def _draw_tag(draw: ImageDraw.ImageDraw, text: str, anchor: tuple[int, int], col
     left = max(0, min(anchor[0] - tag_width // 2, size[0] - tag_width))
     top = max(0, min(anchor[1] - tag_height // 2, size[1] - tag_height))
     draw.rounded_rectangle((left, top, left + tag_width, top + tag_height), radius=pad, fill=color)
-    luminance = np.dot(color, (0.299, 0.587, 0.114))
-    ink = "black" if luminance > 110 else "white"
-    draw.text((left + pad - text_left, top + pad - text_top), text, font=font, fill=ink)
+    draw.text((left + pad - text_left, top + pad - text_top), text, font=font, fill=ink_on(color))
 
 
 def _draw_point(image: Image.Image, point, label: int, radius: int) -> None:

@@ -1,0 +1,1 @@
+"""The web demo: `efficientsam demo` and the Space in `spaces/`. Needs gradio, which `hf-efficientsam[demo]` brings."""

@@ -1,0 +1,72 @@
+"""What the page shows of a session, as HTML that `stage.js` and `style.css` know."""
+
+import base64
+import html
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from ..visualize import color_of, ink_on
+from .session import THUMBNAIL_SIDE, Session
+
+
+def data_url(image: Image.Image) -> str:
+    """A picture as a link that holds it, so that nothing of it is written to disk."""
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def stage_html(session: Session, version: int) -> str:
+    """The picture with its objects; a new `version` takes away what the browser has drawn over it."""
+    found = ", ".join(one.name for one in session.objects) or "no objects yet"
+    return (
+        f'<div class="stage" tabindex="0" role="application" data-version="{version}" aria-label="The picture. Click '
+        'on an object. With the keyboard: arrow keys move the cross, Enter clicks, B clicks on the background.">'
+        f'<img src="{data_url(session.draw())}" alt="{html.escape(session.file_name)}: {html.escape(found)}">'
+        '<i class="band"></i><i class="cross"></i><i class="pulse"></i></div>'
+    )
+
+
+def chips_html(chips: list[str], pressed: int | None, label: str, kind: str = "") -> str:
+    """Buttons in a row, of which one is pressed (`None`: they are no choice); `chips` are their contents as HTML."""
+    states = ["" if pressed is None else f' aria-pressed="{str(i == pressed).lower()}"' for i in range(len(chips))]
+    buttons = [f'<button type="button" data-index="{i}"{states[i]}>{chip}</button>' for i, chip in enumerate(chips)]
+    return f'<div class="chips {kind}" role="group" aria-label="{label}">{"".join(buttons)}</div>'
+
+
+def objects_html(session: Session) -> str:
+    chips = []
+    for i, one in enumerate(session.objects):
+        score = f"<small>{one.score:.2f}</small>" if one.candidates else ""
+        style = f"background:rgb{color_of(i)};color:{ink_on(color_of(i))}"
+        chips.append(f'<b style="{style}">{i + 1}</b>{html.escape(one.name)} {score}')
+    if session.scene.current == len(session.objects):
+        chips.append("<b>+</b>new: click on it" if chips else "<b>+</b>the first: click on it")
+    return chips_html(chips, session.scene.current, "Objects")
+
+
+def candidates_html(session: Session) -> str:
+    one, pictures = session.current, session.thumbnails()
+    if len(pictures) < 2:
+        return ""
+    order = sorted(range(len(pictures)), key=lambda i: -one.scores[i])
+    chips = [""] * len(pictures)
+    for i, picture in enumerate(pictures):
+        rank = order.index(i) + 1
+        chips[i] = f'<img src="{data_url(picture)}" alt="Candidate {rank}"><small>score {one.scores[i]:.2f}</small>'
+    return "<h2>Its candidate masks</h2>" + chips_html(chips, one.chosen, "Candidate masks", "pictures")
+
+
+def status_html(session: Session, problem: str = "") -> str:
+    parts = [f"{session.width} x {session.height} pixels", f"encoded in {session.encode_seconds:.2f} s"]
+    parts += [f"answered in {session.answer_seconds:.2f} s"] if session.answer_seconds is not None else []
+    problem = f' <span class="error">{html.escape(problem)}</span>' if problem else ""
+    return f'<p class="hint" role="status">{" · ".join(parts)}{problem}</p>'
+
+
+def thumbnail_html(path: Path) -> str:
+    with Image.open(path) as image:
+        image.thumbnail((2 * THUMBNAIL_SIDE, 2 * THUMBNAIL_SIDE))
+        return f'<img src="{data_url(image)}" alt="{path.stem}">'

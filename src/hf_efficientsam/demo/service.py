@@ -1,0 +1,196 @@
+"""What the page and the API of the web demo ask for: one model, and a session for each visitor."""
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
+from pathlib import Path, PurePath
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+
+import gradio as gr
+from gradio.processing_utils import save_bytes_to_cache
+from gradio.utils import get_upload_folder
+
+from ..hub import find_checkpoint, load_model
+from ..mask_generation import EfficientSamMaskGenerator
+from ..predictor import EfficientSamPredictor
+from ..prompters import Detector, HeadSaliency, SalientPrompter, TextPrompter
+from ..segment_files import as_model_sees, group_prompts, read_image, upright_size
+from .pieces import candidates_html, objects_html, stage_html, status_html
+from .session import MAX_PIXELS, Finding, NothingFound, Session
+
+GENERATOR_THRESHOLDS = tuple(
+    inspect.signature(EfficientSamMaskGenerator).parameters[name].default
+    for name in ("pred_iou_thresh", "stability_score_thresh")
+)
+
+
+def as_sentence(error: Exception) -> str:
+    text = str(error)
+    return text[:1].upper() + text[1:]
+
+
+class Demo:
+    """
+    One model for all visitors, each of whom has a `Session`.
+
+    Args:
+        model: directory or Hub name of the checkpoint; by default the bundled one.
+        detector: directory or Hub name of a zero-shot object detector, for text; without one the mode is greyed.
+        saliency: what `SalientPrompter` takes by a name; by default the checkpoint's own head, without which the mode
+            is greyed.
+        max_pixels: larger pictures are refused.
+
+    Attributes:
+        no_detector, no_saliency: why a mode is greyed; empty if it is not.
+        everything_thresholds: where `pred_iou_thresh` and `stability_score_thresh` start.
+
+    Raises:
+        ValueError: a checkpoint that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        detector: str | None = None,
+        saliency: str | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ):
+        self.checkpoint, self.detector, self.saliency, self.max_pixels = model, detector, saliency, max_pixels
+        self.model, self.processor = load_model(find_checkpoint(model))
+        self.everything_thresholds = (0.2, 0.5) if model is None else GENERATOR_THRESHOLDS
+        self.detector_model = Detector(detector, self.model.device) if detector else None
+        self.no_detector = "" if detector else "This needs a detector; start the page with --detector NAME."
+        self.saliency_source, self.no_saliency = self._load_saliency()
+        self.versions = count(1)
+
+    def _load_saliency(self) -> tuple[Callable | None, str]:
+        """Where saliency maps come from, or the reason why there are none."""
+        try:
+            return SalientPrompter(EfficientSamPredictor(self.model, self.processor), self.saliency).source, ""
+        except ValueError:
+            if self.saliency is not None:
+                raise
+            return None, "This checkpoint has no head for it; start the page with --saliency NAME."
+
+    def open(self, path: str, name: str) -> Session:
+        """
+        Args:
+            path: the picture's file.
+            name: what the visitor calls it.
+
+        Raises:
+            ValueError: one sentence about what is wrong with the file.
+        """
+        name = PurePath(name).name
+        try:
+            width, height = read_image(Path(path), sys.maxsize, upright_size)
+            if width * height > self.max_pixels:
+                raise ValueError(
+                    f"{name} has {width} x {height} pixels; this page takes up to {self.max_pixels / 1e6:g} million."
+                )
+            image_processor = self.processor.image_processor
+            image = read_image(Path(path), sys.maxsize, lambda image: as_model_sees(image, image_processor))
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(path), name)) from None
+        return Session(EfficientSamPredictor(self.model, self.processor), self.checkpoint, name, image)
+
+    def open_upload(self, upload: dict | None) -> Session:
+        """`upload` as gradio's page and clients send a file; gradio has checked that it is one of its uploads."""
+        if not upload:
+            raise ValueError("there is no picture; choose one.")
+        return self.open(upload["path"], upload.get("orig_name") or Path(upload["path"]).name)
+
+    # ---------------------------------------------------------------------------------------------- finding
+
+    def find_everything(
+        self, session: Session, points_per_side: float, pred_iou_thresh: float, stability_score_thresh: float
+    ) -> None:
+        session.find_everything(
+            points_per_side=int(points_per_side),
+            pred_iou_thresh=pred_iou_thresh,
+            stability_score_thresh=stability_score_thresh,
+        )
+
+    def find_salient(self, session: Session, threshold: float) -> None:
+        if self.no_saliency:
+            raise ValueError(self.no_saliency)
+        options = (
+            {"threshold": threshold} if self.saliency is None else {"saliency": self.saliency, "threshold": threshold}
+        )
+        source = self.saliency_source
+        if isinstance(source, HeadSaliency):  # on the embedding that this visitor's predictor has
+            source = HeadSaliency(session.predictor, source.head)
+        prompter = SalientPrompter(session.predictor, source, threshold=threshold)
+        session.find(Finding("salient", options), prompter)
+
+    def find_text(self, session: Session, text: str, threshold: float) -> None:
+        if self.no_detector:
+            raise ValueError(self.no_detector)
+        options = {"detector": self.detector, "threshold": threshold}
+        prompter = TextPrompter(session.predictor, self.detector_model, threshold=threshold)
+        session.find(Finding("text", options, text), prompter, text)
+
+    # ---------------------------------------------------------------------------------------------- the page
+
+    def view(self, session: Session, problem: str = "") -> list:
+        """What all parts of the page show that an answer changes, in the order of `Page.answers`."""
+        return [
+            stage_html(session, next(self.versions)),
+            objects_html(session),
+            candidates_html(session),
+            gr.update(value=session.current.name if session.current else "", interactive=session.current is not None),
+            status_html(session, problem),
+            gr.update(interactive=bool(session.past)),
+            gr.update(interactive=bool(session.future)),
+            session.code() if session.objects else "",
+        ]
+
+    def act(self, session: Session | None, change: Callable[[Session], None]) -> list:
+        """Changes a session and shows it; what was wrong is said in one sentence, and changes nothing."""
+        if session is None:
+            raise gr.Error("The picture is gone after an hour; choose it again.", print_exception=False)
+        with session.lock:
+            problem = ""
+            try:
+                change(session)
+            except ValueError as error:
+                problem = as_sentence(error)
+                gr.Warning(problem)
+            return self.view(session, problem)
+
+    def save(self, session: Session | None, kind: str) -> dict:
+        """A download for the page, as a temporary file that gradio removes after `SECONDS_OF_FILES`."""
+        if session is None:
+            raise gr.Error("Choose a picture first.", print_exception=False)
+        try:
+            with session.lock:
+                name, content = session.file(kind)
+        except ValueError as error:
+            raise gr.Error(as_sentence(error), print_exception=False) from None
+        file = gr.FileData(path=save_bytes_to_cache(content, name, get_upload_folder()), orig_name=name)
+        return {"file": file.model_dump(), "version": next(self.versions)}
+
+    # ---------------------------------------------------------------------------------------------- the API
+
+    def segment(self, upload: dict | None, points: list | None, labels: list | None, boxes: list | None) -> dict:
+        """The objects that points and boxes show, grouped as by `efficientsam segment`, as a COCO dataset."""
+        session = self.open_upload(upload)
+        points, boxes = points or [], boxes or []
+        objects = group_prompts(points, labels or [1] * len(points), boxes, separate_points=False)
+        result = session.predictor.segment(
+            points=[one["points"] for one in objects],
+            labels=[one["labels"] for one in objects],
+            boxes=[one["box"] for one in objects],
+        )
+        return result.coco(session.file_name)
+
+    def find(self, method: Callable, upload: dict | None, *options) -> dict:
+        """What one of the methods `find_...` finds in a picture, as a COCO dataset; empty if that is nothing."""
+        session = self.open_upload(upload)
+        with suppress(NothingFound):
+            method(session, *options)
+        return session.result().coco(session.file_name)

@@ -1,0 +1,208 @@
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from hf_efficientsam import EfficientSamPredictor, SegmentationResult
+from hf_efficientsam.demo.session import FORMATS, Finding, NothingFound, Scene, Session
+from hf_efficientsam.hub import load_model
+
+WIDTH, HEIGHT = 90, 60
+LOOSE = {"points_per_side": 3, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
+
+
+@pytest.fixture(scope="module")
+def image() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return load_model(str(tiny_model))
+
+
+@pytest.fixture
+def session(model, tiny_model, image) -> Session:
+    return Session(EfficientSamPredictor(*model), str(tiny_model), "photo of a dog.png", image)
+
+
+def test_points_are_those_of_the_predictor(session):
+    session.add_point(0.5, 0.25)
+    session.add_point(0.999, 1.0, label=0)
+    (one,) = session.objects
+    assert one.points == ((45, 15), (89, 59)) and one.labels == (1, 0)
+
+    masks, scores, _ = session.predictor.predict([[45, 15], [89, 59]], [1, 0])
+    assert one.scores == pytest.approx(scores.clip(0, 1)) and one.chosen == scores.argmax()
+    assert (session.result().masks[0] == masks[scores.argmax()]).all()
+    assert [(one.mask(i) == mask).all() for i, mask in enumerate(masks)] == [True] * 3
+    assert session.encode_seconds > 0 and session.answer_seconds > 0
+
+
+def test_boxes_by_corners_and_by_dragging_in_any_direction(session):
+    session.add_corner(0.9, 0.8)
+    assert session.scene.corner == (81, 48) and not session.objects
+    session.add_corner(0.1, 0.2)
+    assert session.current.box == (9, 12, 82, 48) and session.scene.corner is None
+    session.set_box(0.1, 0.8, 1.2, -1)
+    assert session.current.box == (9, 0, 90, 48) and len(session.objects) == 1  # a new box in place of the old one
+    assert session.result().boxes.tolist() == [[9, 0, 90, 48]]
+    with pytest.raises(ValueError, match="two corners that differ"):
+        session.set_box(0.5, 0.1, 0.5, 0.9)
+
+
+def test_background_alone_is_no_object_yet(session):
+    session.add_point(0.5, 0.5, label=0)
+    assert not session.objects[0].candidates and not len(session.result())
+    session.add_point(0.2, 0.2)
+    assert len(session.result()) == 1
+
+
+def test_undo_redo_and_clear(session):
+    scenes = [session.scene]
+    for change in (
+        lambda: session.add_point(0.5, 0.5),
+        lambda: session.add_point(0.1, 0.1, label=0),
+        lambda: session.choose(1 - session.current.chosen),
+        lambda: session.rename("a  dog"),
+        lambda: session.add_corner(0.2, 0.2),
+        session.clear,
+    ):
+        change()
+        scenes.append(session.scene)
+    assert len(set(map(repr, scenes))) == 6  # the first and the last are empty
+    for scene in reversed(scenes[:-1]):
+        session.undo()
+        assert session.scene == scene
+    session.undo()  # nothing is left
+    for scene in scenes[1:]:
+        session.redo()
+        assert session.scene == scene
+    session.undo()
+    session.add_point(0.7, 0.7)
+    session.redo()  # what was undone is gone after another step
+    assert session.current.name == "a dog" and len(session.current.points) == 3
+
+
+def test_several_objects(session):
+    session.add_point(0.2, 0.2)
+    session.rename("dog")
+    session.select(1)
+    assert session.current is None
+    session.rename("nothing is marked")
+    session.add_point(0.8, 0.8)
+    session.rename("cat")
+    session.select(0)
+    session.add_point(0.3, 0.3)
+    assert [len(one.points) for one in session.objects] == [2, 1]
+    assert session.result().labels == ["dog", "cat"]
+    session.remove()
+    assert [one.name for one in session.objects] == ["cat"] and session.current.name == "cat"
+    session.remove()
+    session.remove()  # there is none
+    assert session.scene == Scene()
+
+
+def test_what_is_found_takes_the_place_of_what_was_there(session):
+    session.add_point(0.5, 0.5)
+    before = session.scene
+    session.find_everything(**LOOSE)
+    assert session.objects and all(one.finding.method == "everything" for one in session.objects)
+    places = [one.place for one in session.objects]
+    assert places == sorted(set(places))
+    session.undo()
+    assert session.scene == before
+
+    with pytest.raises(NothingFound, match="nothing was found"):
+        session.find(Finding("salient", {}), lambda: session.predictor.segment(boxes=[]))
+    assert session.scene == before
+
+
+def half(session: Session, left: bool) -> SegmentationResult:
+    """What a prompter could find: the left half of the picture, or the right one."""
+    mask = np.zeros((1, HEIGHT, WIDTH), dtype=bool)
+    mask[:, :, slice(0, WIDTH // 2) if left else slice(WIDTH // 2, WIDTH)] = True
+    one = np.ones(1, dtype=np.float32)
+    return SegmentationResult(mask, one, one, np.zeros((1, 4), dtype=np.float32), ["a\ndog"])
+
+
+def test_clicks_on_what_was_found_mark_it_and_new_points_make_new_objects(session):
+    session.find(Finding("text", {}, "a dog"), lambda question: half(session, left=question == "a dog"), "a dog")
+    session.select(1)
+    session.select_at(0.9, 0.5)
+    assert session.current is None
+    session.select_at(0.1, 0.5)
+    assert session.current.name == "a dog"  # in one line, for it stands in a comment of the code
+    session.add_point(0.1, 0.1)
+    assert [one.finding is None for one in session.objects] == [False, True]
+
+
+def test_code_makes_the_same_masks(session, image, tmp_path, monkeypatch):
+    image.save(tmp_path / session.file_name)
+    monkeypatch.chdir(tmp_path)
+    session.find_everything(**LOOSE)
+    session.select(0)
+    session.remove()
+    session.add_point(0.5, 0.25)
+    session.add_point(0.9, 0.9, label=0)
+    session.choose(2)
+    session.select(len(session.objects))
+    session.set_box(0.1, 0.1, 0.6, 0.7)
+    session.add_point(0.3, 0.3)
+    scope = {}
+    exec(session.code(), scope)
+    assert len(scope["masks"]) == len(session.objects) > 2
+    assert (np.stack(scope["masks"]) == session.result().masks).all()
+
+
+def test_files_open_again(session, image):
+    with pytest.raises(ValueError, match="nothing to download yet"):
+        session.file("mask")
+    session.set_box(0.1, 0.1, 0.5, 0.5)
+    session.rename("dog")
+    session.select(1)
+    session.add_point(0.8, 0.8)
+    files = {kind: session.file(kind) for kind in FORMATS}
+    masks = session.result().masks
+    assert {kind: name for kind, (name, _) in files.items()} == {
+        "mask": "photo of a dog_mask.png",
+        "cutout": "photo of a dog_cutout.png",
+        "labels": "photo of a dog_labels.png",
+        "coco": "photo of a dog_coco.json",
+        "rle": "photo of a dog_rle.json",
+    }
+    pictures = {kind: np.asarray(Image.open(io.BytesIO(files[kind][1]))) for kind in ("mask", "cutout", "labels")}
+    assert ((pictures["mask"] == 255) == masks.any(axis=0)).all() and set(np.unique(pictures["mask"])) <= {0, 255}
+    assert (pictures["cutout"][..., :3] == np.asarray(image)).all()
+    assert (pictures["cutout"][..., 3] == pictures["mask"]).all()
+    assert ((pictures["labels"] > 0) == masks.any(axis=0)).all()
+    coco, rle = (json.loads(files[kind][1]) for kind in ("coco", "rle"))
+    assert {one["name"] for one in coco["categories"]} == {"dog", "object"}
+    assert coco["images"][0]["file_name"] == session.file_name
+    for annotations in (coco["annotations"], rle["objects"]):
+        assert all((coco_mask.decode(one["segmentation"]) == masks[i]).all() for i, one in enumerate(annotations))
+
+
+def test_pictures_for_the_page(session, model, tiny_model):
+    session.add_point(0.5, 0.5)
+    session.add_corner(0.1, 0.1)
+    drawn = np.asarray(session.draw())
+    assert drawn.shape == (HEIGHT, WIDTH, 3) and (drawn != np.asarray(session.predictor.image)).any()
+    dark = np.asarray(session.thumbnails()[0])[~session.current.mask(0)]
+    assert dark.max() <= 51
+
+    large = Session(EfficientSamPredictor(*model), str(tiny_model), "large.png", Image.new("RGB", (2048, 1200)))
+    large.set_box(0.25, 0.25, 0.75, 0.75)
+    assert large.draw().size == (1024, 600) and large.result().masks.shape == (1, 1200, 2048)
+
+
+def test_wrong_prompts_change_nothing(session, model, monkeypatch):
+    session.add_point(0.5, 0.5)
+    before = session.scene
+    monkeypatch.setattr(model[0].config.prompt_encoder_config, "background_points", False)
+    with pytest.raises(ValueError, match="takes no background points"):
+        session.add_point(0.1, 0.1, label=0)
+    assert session.scene == before
