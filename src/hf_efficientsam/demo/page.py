@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 EXAMPLES = [HERE / "examples" / name for name in ("elephant.jpg", "bus.jpg", "clock.jpg")]
 MAX_FILE_SIZE = "20mb"
 MAX_WAITING = 32  # requests in the queue; gradio refuses more with a sentence
-MAX_SESSIONS = 200  # the longest unused are forgotten
+MAX_SESSIONS = 50  # the longest unused are forgotten
 SECONDS_OF_FILES, SECONDS_OF_SESSIONS = 15 * 60, 60 * 60  # how long they are kept
 
 # Whatever computes shares one queue: two at a time, in the order in which they came.

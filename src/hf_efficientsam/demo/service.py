@@ -152,7 +152,7 @@ class Demo:
     def act(self, session: Session | None, change: Callable[[Session], None]) -> list:
         """Changes a session and shows it; what was wrong is said in one sentence, and changes nothing."""
         if session is None:
-            raise gr.Error("The picture is gone after an hour; choose it again.", print_exception=False)
+            raise gr.Error("The picture is no longer there; choose it again.", print_exception=False)
         with session.lock:
             problem = ""
             try:

@@ -1,0 +1,99 @@
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_efficientsam.demo.service import Demo
+from hf_efficientsam.demo.session import Finding
+from hf_efficientsam.prompters import Detector
+
+
+@pytest.fixture(scope="module")
+def demo(tiny_model) -> Demo:
+    return Demo(str(tiny_model), max_pixels=20_000)
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("photos") / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def test_visitors_share_the_model_and_nothing_else(demo, photo):
+    first, second = demo.open(photo, "first.png"), demo.open(photo, "second.png")
+    assert first.predictor.model is second.predictor.model
+    assert first.predictor is not second.predictor and first.lock is not second.lock
+    demo.act(first, lambda session: session.add_point(0.5, 0.5))
+    assert len(first.objects) == 1 and not second.objects
+
+
+def test_sentences_about_files(demo, photo, tmp_path):
+    Image.new("RGB", (201, 100)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"^large.png has 201 x 100 pixels; this page takes up to 0.02 million.$"):
+        demo.open(tmp_path / "a.png", "../large.png")
+    (tmp_path / "b.png").write_bytes(photo.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"^broken.png: not an image, or a damaged one"):
+        demo.open(tmp_path / "b.png", "C/broken.png")
+    with pytest.raises(ValueError, match="there is no picture"):
+        demo.open_upload(None)
+
+
+def test_what_is_wrong_is_said_and_changes_nothing(demo, photo):
+    session = demo.open(photo, "photo.png")
+    demo.act(session, lambda session: session.add_point(0.5, 0.5))
+    before = session.scene
+    *_, status, _, _, _ = demo.act(session, lambda session: session.set_box(0.5, 0.5, 0.5, 0.5))
+    assert "A box needs two corners" in status and session.scene == before
+    for call in (lambda: demo.act(None, print), lambda: demo.save(None, "mask")):
+        with pytest.raises(gr.Error, match=r"choose|Choose"):
+            call()
+
+
+def test_modes_that_lack_their_model_say_so(demo, photo, tiny_model):
+    session = demo.open(photo, "photo.png")
+    with pytest.raises(ValueError, match="--saliency NAME"):  # the tiny model has no head
+        demo.find_salient(session, 0.5)
+    with pytest.raises(ValueError, match="--detector NAME"):
+        demo.find_text(session, "a dog", 0.5)
+    with pytest.raises(ValueError, match="no such directory"):
+        Demo(str(tiny_model), detector="./nowhere")
+
+
+class FindsHalves(Detector):
+    """In place of a detector: the first name is on the left, the second on the right."""
+
+    def __init__(self):
+        pass
+
+    def __call__(self, image, names, threshold=None):
+        boxes = [[0, 0, image.width / 2, image.height], [image.width / 2, 0, image.width, image.height]]
+        return torch.tensor(boxes)[: len(names)], torch.tensor([0.9, 0.8])[: len(names)], names
+
+
+def test_text(demo, photo, monkeypatch):
+    session = demo.open(photo, "photo.png")
+    monkeypatch.setattr(demo, "no_detector", "")
+    monkeypatch.setattr(demo, "detector", "some/detector")
+    monkeypatch.setattr(demo, "detector_model", FindsHalves())
+    demo.find_text(session, "a dog, a cat", 0.3)
+    assert [one.name for one in session.objects] == ["a dog", "a cat"]
+    assert [one.score for one in session.objects] == pytest.approx([0.9, 0.8])
+    assert session.objects[0].finding == Finding(
+        "text", {"detector": "some/detector", "threshold": 0.3}, "a dog, a cat"
+    )
+    assert "TextPrompter(predictor, detector='some/detector', threshold=0.3)('a dog, a cat')" in session.code()
+    found = demo.find(demo.find_text, {"path": str(photo), "orig_name": "photo.png"}, "a cat", 0.3)
+    assert [one["name"] for one in found["categories"]] == ["a cat"]
+
+
+def test_a_saliency_map_from_elsewhere(tiny_model, photo):
+    left = np.zeros((60, 90), dtype=np.uint8)
+    left[:, :45] = 255
+    demo = Demo(str(tiny_model), saliency=left)
+    session = demo.open(photo, "photo.png")
+    demo.find_salient(session, 0.5)
+    assert [one.name for one in session.objects] == ["salient object"]
