@@ -34,6 +34,12 @@ MODEL_OF_THE_SPACE = 'os.environ.get("EFFICIENTSAM_MODEL"'  # in app.py
 # Of a checkpoint, beside weights, configurations and code.
 CARRIED = ("README.md", "LICENSE*", "metrics.json", "saliency/metrics.json", "*.png", "*.jpg")
 
+# Folders of a repository, as its card explains them.
+PARTS = {
+    "saliency": "`saliency/`: a head for what stands out: `efficientsam salient photo.jpg --model {name}`.",
+    "onnx": "`onnx/`: encoder and decoder in ONNX, for `EfficientSamOnnxPredictor`, which needs no torch.",
+}
+
 # Begins what runs where the package cannot be imported, as on a machine that has transformers alone.
 NOT_INSTALLED = """
 import sys
@@ -146,6 +152,8 @@ def make_model(directory: Path, name: str, folder: Path, onnx: bool) -> Reposito
     model, processor = load_model(str(directory), dtype="auto")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    if onnx:
+        write_onnx(directory, folder / "onnx")
     if head := load_head(directory, dtype="auto"):
         head.save_pretrained(folder / "saliency")
         for code in (folder / "saliency").glob("*.py"):
@@ -153,14 +161,14 @@ def make_model(directory: Path, name: str, folder: Path, onnx: bool) -> Reposito
     for pattern in CARRIED:
         for source in directory.glob(pattern):
             shutil.copyfile(source, folder / source.relative_to(directory))
-    readme = folder / "README.md"
-    if not readme.exists():
-        model_card(model, name, tags=[]).save(readme)
-    check_card(readme)
+    if not (folder / "README.md").exists():
+        card = model_card(model, name, tags=[])
+        parts = [f"- {text.format(name=name)}" for part, text in PARTS.items() if (folder / part).is_dir()]
+        card.text += "\n".join(["\n## Also in this repository\n", *parts, ""]) if parts else ""
+        card.save(folder / "README.md")
+    check_card(folder / "README.md")
     if not any(folder.glob("LICENSE*")):
         (folder / "LICENSE").write_text(metadata.distribution("hf-efficientsam").read_text("licenses/LICENSE"))
-    if onnx:
-        write_onnx(directory, folder / "onnx")
     return repository
 
 
@@ -194,9 +202,7 @@ def write_onnx(directory: Path, folder: Path) -> None:
 
 def make_space(model: str, name: str, folder: Path) -> Repository:
     """The Space `name`: the web demo on the model repository `model`."""
-    folder.mkdir(parents=True)
-    for file in SPACE_FILES:
-        shutil.copyfile(SPACES / file, folder / file)
+    shutil.copytree(SPACES, folder, ignore=shutil.ignore_patterns("__pycache__"))
     app = (folder / "app.py").read_text()
     before, found, after = app.partition(MODEL_OF_THE_SPACE)
     assert found, f"{SPACES / 'app.py'} no longer asks for its model"
