@@ -36,6 +36,7 @@ from hf_efficientsam import (
 CODE = {
     "configuration_efficientsam.py",
     "image_processing_efficientsam.py",
+    "inputs_efficientsam.py",
     "model_card_efficientsam.py",
     "modeling_efficientsam.py",
     "processing_efficientsam.py",

@@ -11,11 +11,12 @@ from typing import TypedDict
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageInput, SizeDict, load_image
 from transformers.processing_utils import Unpack
+
+from .inputs_efficientsam import infer_data_format, read_picture, resized_size
 
 # The mask decoder enlarges the patch grid (1/16 of the input) four times: a pixel of its masks is 4 x 4 of the input.
 INPUT_PIXELS_PER_MASK_PIXEL = 4
@@ -116,14 +117,11 @@ class EfficientSamImageProcessor(PilBackend):
         Height and width that a picture of `original_size` (height, width) has in `pixel_values` before padding.
         `do_resize`, `size` and `keep_aspect_ratio` may be overridden as in a call.
         """
-        height, width = original_size
         if not kwargs.get("do_resize", self.do_resize):
-            return height, width
+            return tuple(original_size)
         size = self._standardize_kwargs(size=kwargs.get("size", self.size))["size"]
-        if not kwargs.get("keep_aspect_ratio", self.keep_aspect_ratio):
-            return size.height, size.width
-        scale = max(size.height, size.width) / max(height, width)
-        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+        keep_aspect_ratio = kwargs.get("keep_aspect_ratio", self.keep_aspect_ratio)
+        return resized_size(original_size, (size.height, size.width), keep_aspect_ratio)
 
     # ---------------------------------------------------------------------------------- picture -> pixel_values
 
@@ -155,30 +153,13 @@ class EfficientSamImageProcessor(PilBackend):
         One picture as an array [3, H, W]: bytes where the picture has bytes, else float32 in [0, 1] (as given, if
         `do_rescale` is off). `max_image_pixels=None` means no limit. Errors: see the class.
         """
-        if isinstance(image, (str, os.PathLike)):
-            image = Image.open(image) if os.path.exists(image) else load_image(os.fspath(image))
-        if isinstance(image, Image.Image):
-            _check_image_size(image.height, image.width, max_image_pixels)
-            pixels, input_data_format = _pil_to_array(image, do_convert_rgb), "channels_last"
-        elif isinstance(image, torch.Tensor):
+        if isinstance(image, (str, os.PathLike)) and not os.path.exists(image):
+            image = load_image(os.fspath(image))
+        if isinstance(image, torch.Tensor):
             image = image.detach().cpu()
-            pixels = (image.float() if image.is_floating_point() else image).numpy()
-            input_data_format = input_data_format or _infer_data_format(pixels.shape, "channels_first")
-        elif isinstance(image, np.ndarray):
-            pixels = image
-            input_data_format = input_data_format or _infer_data_format(pixels.shape, "channels_last")
-        else:
-            raise TypeError(
-                f"An image must be a PIL image, a path, an array or a tensor, not {type(image).__name__}; pass "
-                "several as a list."
-            )
-        pixels = _to_channels_first(pixels, input_data_format)
-        _check_image_size(*pixels.shape[-2:], max_image_pixels)
-        if do_convert_rgb:
-            pixels = np.repeat(pixels, 3, axis=0) if len(pixels) == 1 else pixels[:3]
-        if len(pixels) != 3:
-            raise ValueError(f"The model needs 3 channels, got {len(pixels)}; set do_convert_rgb=True.")
-        return _to_bytes_or_unit_floats(pixels, do_rescale)
+            image = (image.float() if image.is_floating_point() else image).numpy()
+            input_data_format = input_data_format or infer_data_format(image.shape, "channels_first")
+        return read_picture(image, do_convert_rgb, do_rescale, max_image_pixels, input_data_format)
 
     def _preprocess(
         self,
@@ -392,91 +373,6 @@ def _list_images(images) -> list:
     if not flat:
         raise ValueError("There is no image in the batch; pass at least one.")
     return flat
-
-
-def _check_image_size(height: int, width: int, max_image_pixels: int | None):
-    if height == 0 or width == 0:
-        raise ValueError(f"An image has no pixels: its height is {height} and its width {width}.")
-    if max_image_pixels is not None and height * width > max_image_pixels:
-        raise ValueError(
-            f"An image of {width} x {height} pixels is over the limit of {max_image_pixels} pixels; make it smaller, "
-            "or raise max_image_pixels of the image processor (None lifts the limit)."
-        )
-
-
-def _pil_to_array(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
-    """Upright picture as H x W or H x W x C."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        # 16-bit gray ("I;16..."), or "I", which is how PIL has long opened 16-bit files: convert("RGB") would clip it.
-        pixels = np.array(image)
-        return pixels.astype(np.uint16) if pixels.min() >= 0 and pixels.max() <= 65535 else pixels
-    if image.mode == "F" or not do_convert_rgb:
-        return np.array(image)
-    if "transparency" in image.info:
-        image = image.convert("RGBA")  # PIL asks for this detour for palettes with transparency
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def _infer_data_format(shape: tuple[int, ...], preferred: str) -> str:
-    """Whichever of "channels_first" and "channels_last" has 1, 3 or 4 channels; `preferred` if both do."""
-    if len(shape) == 2:
-        return "channels_last"
-    if len(shape) != 3:
-        raise ValueError(
-            f"An image must be H x W, H x W x C or C x H x W, got an array of shape {tuple(shape)}; pass several as a "
-            "list."
-        )
-    found = [
-        data_format
-        for data_format, channels in (("channels_first", shape[0]), ("channels_last", shape[-1]))
-        if channels in (1, 3, 4)
-    ]
-    if not found:
-        raise ValueError(
-            f"An image must have 1, 3 or 4 channels, first or last, got an array of shape {tuple(shape)}; pass "
-            "several gray images as a list."
-        )
-    return preferred if preferred in found else found[0]
-
-
-def _to_channels_first(pixels: np.ndarray, data_format: str) -> np.ndarray:
-    if pixels.ndim == 2:
-        return pixels[None]
-    if pixels.ndim != 3:
-        raise ValueError(f"An image must have 2 or 3 dimensions, got an array of shape {tuple(pixels.shape)}.")
-    return np.moveaxis(pixels, -1, 0) if str(getattr(data_format, "value", data_format)) == "channels_last" else pixels
-
-
-def _to_bytes_or_unit_floats(pixels: np.ndarray, do_rescale: bool) -> np.ndarray:
-    """Bytes stay, everything else becomes float32 in [0, 1] by the rules in the class's docstring."""
-    kind = pixels.dtype.kind
-    if pixels.dtype == np.uint8:
-        return pixels
-    if kind not in "buif":
-        raise TypeError(f"Pixels must be numbers, got an array of {pixels.dtype}.")
-    if kind == "f" and not np.isfinite(pixels).all():
-        raise ValueError("An image holds NaN or infinite pixels.")
-    if not do_rescale or kind == "b":
-        return pixels.astype(np.float32)
-    low, high = float(pixels.min()), float(pixels.max())
-    if kind == "f":
-        return _floats_to_unit(pixels.astype(np.float32), low, high)
-    if low < 0 or high > 65535:
-        raise ValueError(f"Integer pixels must lie in 0 to 65535, got {low:g} to {high:g}.")
-    return pixels.astype(np.float32) / (65535 if pixels.dtype.type is np.uint16 or high > 255 else 255)
-
-
-def _floats_to_unit(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
-    slack = 1e-3  # rounding of an earlier resize
-    if low >= -slack and high <= 1 + slack:
-        return pixels
-    if low < -slack * 255 or high > 255 * (1 + slack) or high < 2:
-        raise ValueError(
-            f"Float pixels must lie in [0, 1] or in [0, 255], got {low:g} to {high:g}; clip or scale them, or, if the "
-            "image is normalised already, set do_rescale=False and do_normalize=False."
-        )
-    return pixels / 255
 
 
 def _pad_and_stack(images: list[torch.Tensor], divisor: int) -> torch.Tensor:

@@ -533,10 +533,11 @@ class EfficientSamPromptEncoder(nn.Module):
         positions, kinds = self.tokens_of(points, labels, boxes, masks, batch_size)
         positions, kinds, counts = self.fill_slots(positions, kinds)
         height, width = input_size
-        scale = positions.new_tensor([width, height])
         # The official model moves every coordinate to the pixel's centre, padding included.
+        x, y = (positions + 0.5).unbind(dim=-1)
+        places = torch.stack([x / width, y / height], dim=-1)
         tokens = F.embedding(kinds + 1, self.kind_table(kinds.device))
-        tokens = tokens + self.position_embedding((positions + 0.5) / scale).to(tokens.dtype)
+        tokens = tokens + self.position_embedding(places).to(tokens.dtype)
         return tokens, counts, self.dense_prompt(masks, grid_size, kinds.device)
 
     def tokens_of(self, points, labels, boxes, masks, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -700,7 +701,7 @@ class EfficientSamAttention(nn.Module):
 
     def read_shared_image(self, query: torch.Tensor, shared: "SharedImage") -> torch.Tensor:
         """Tokens `[P, T, C]` attend to the one image of all prompts, whose projections are there -> `[P, T, C]`."""
-        num_images = len(shared.key)
+        num_images = shared.key.shape[0]
         read, _ = self.attend(
             self.split_heads(self.q_proj(query).unflatten(0, (num_images, -1)).flatten(1, 2).unsqueeze(1)),
             shared.key,
@@ -823,7 +824,8 @@ class EfficientSamTwoWayLayer(GradientCheckpointingLayer):
 
         query = placed
         if shared:
-            query = shared.query.transpose(2, 3).repeat_interleave(len(tokens) // len(shared.query), dim=0)
+            query = shared.query.transpose(2, 3).unsqueeze(1)
+            query = query.expand(-1, tokens.shape[0] // query.shape[0], -1, -1, -1).flatten(0, 1)
         image = self.image_to_token_attention.write_image(image, query, tokens + token_positions, tokens, log_counts)
         return tokens, self.layernorm4(image)
 
@@ -865,11 +867,8 @@ class EfficientSamMaskUpscaling(nn.Module):
             image = self.activation(self.normalize(norm, self.double(conv, image)))
         # The last doubling is the largest by far and without a norm: where no value is wanted later, in pieces that
         # stay in the cache of a CPU.
-        step = image.shape[1] if torch.is_grad_enabled() else max(1, 2**19 // image[:, 0].numel())
-        masks = [
-            filters @ self.activation(self.double(self.convs[-1], part)).transpose(1, 2)
-            for part in image.split(step, dim=1)
-        ]
+        parts = [image] if torch.is_grad_enabled() else image.split(max(1, 2**19 // image[:, 0].numel()), dim=1)
+        masks = [filters @ self.activation(self.double(self.convs[-1], part)).transpose(1, 2) for part in parts]
         return self.unshuffle(torch.cat(masks, dim=2), grid_size)
 
     def normalize(self, norm: nn.GroupNorm, image: torch.Tensor) -> torch.Tensor:
@@ -963,9 +962,7 @@ class EfficientSamMaskDecoder(nn.Module):
             of the next q prompts, the tokens of the IoU and of the wanted masks `[B, q, 1 + M, C]`, and the image as
             they see it `[B, q, N, C]`.
         """
-        output_tokens = torch.cat([read_rows(x, image.device) for x in (self.iou_token, self.mask_tokens)])
-        tokens = torch.cat([output_tokens.expand(*prompt_tokens.shape[:2], -1, -1), prompt_tokens], dim=2)
-        log_counts = F.pad(counts, (len(output_tokens), 0), value=1).to(image.dtype).log()
+        tokens, log_counts = self.add_output_tokens(prompt_tokens, counts)
         wanted = [0, *self.mask_indices(multimask_output, first=1)]
         num_prompts = tokens.shape[1]
         on_cpu, with_gradients = image.device.type == "cpu", torch.is_grad_enabled()
@@ -992,6 +989,14 @@ class EfficientSamMaskDecoder(nn.Module):
                 wanted,
             )
             yield self.attend_folded(*inputs, shared) if fold else self.attend_plain(*inputs, **kwargs)
+
+    def add_output_tokens(
+        self, prompt_tokens: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All tokens `[B, Q, 1 + masks + T, C]`, and the logarithm of how many times each counts."""
+        output_tokens = torch.cat([read_rows(x, prompt_tokens.device) for x in (self.iou_token, self.mask_tokens)])
+        tokens = torch.cat([output_tokens.expand(*prompt_tokens.shape[:2], -1, -1), prompt_tokens], dim=2)
+        return tokens, F.pad(counts, (len(output_tokens), 0), value=1).to(tokens.dtype).log()
 
     def projections(self) -> Iterator[nn.Module]:
         """What `attend_folded` reads the weights of."""
@@ -1024,8 +1029,10 @@ class EfficientSamMaskDecoder(nn.Module):
         tokens = self.final_layernorm(tokens[:, wanted] + update)
         return tokens.unflatten(0, prompts), image.unflatten(0, prompts)
 
-    def mask_indices(self, multimask_output: bool, first: int = 0) -> range:
-        """Which masks are wanted, counted from `first`: the candidates, or the single one."""
+    def mask_indices(self, multimask_output: bool | None, first: int = 0) -> range:
+        """Which masks are wanted, counted from `first`: the candidates, the single one, or (`None`) it and them."""
+        if multimask_output is None:
+            return range(first, first + len(self.hypernetworks))
         return range(first + 1, first + len(self.hypernetworks)) if multimask_output else range(first, first + 1)
 
     def predict_iou(self, tokens: torch.Tensor, multimask_output: bool) -> torch.Tensor:
@@ -1274,7 +1281,8 @@ def check_prompts(batch_size: int, points, labels, boxes, masks) -> None:
     given = {name: tuple(tensor.shape[:2]) for name, tensor in given.items() if tensor is not None}
     if masks is not None and masks.shape[1] == 1 and len(given) > 1:
         given["input_masks"] = (masks.shape[0], next(iter(given.values()))[1])  # one mask serves all prompts
-    if any(shape[0] != batch_size for shape in given.values()) or len(set(given.values())) > 1:
+    shapes = list(given.values())
+    if any(shape[0] != batch_size or shape != shapes[0] for shape in shapes):
         raise ValueError(
             f"The prompts must be for {batch_size} image(s) and the same number of prompts, but come as "
             f"(images, prompts) {given}. Pad with label -10, or boxes of -10; the processor does."

@@ -1,0 +1,386 @@
+"""Pictures and prompts as arrays: what is read and checked before there are tensors.
+
+Needs numpy and PIL only, so that the ONNX predictor reads as the processors do, without torch.
+"""
+
+import math
+import os
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# Fills the place of a missing point, label or box, as in transformers' SAM processors.
+PAD_VALUE = -10
+VALID_LABELS = (1, 0, -1, PAD_VALUE)  # on the object, on the background, and two that mean "no point"
+
+# How prompts are nested: in full, and with the prompt level left out.
+LEVELS = {
+    "input_points": ("[image][prompt][point][x, y]", "[image][point][x, y]"),
+    "input_labels": ("[image][prompt][point]", "[image][point]"),
+    "input_boxes": ("[image][prompt][x1, y1, x2, y2]", "[image][x1, y1, x2, y2]"),
+}
+DEPTHS = {"input_points": 4, "input_labels": 3, "input_boxes": 3}  # of the full nesting
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def read_picture(
+    image: Image.Image | np.ndarray | str | os.PathLike,
+    do_convert_rgb: bool = True,
+    do_rescale: bool = True,
+    max_image_pixels: int | None = None,
+    input_data_format: str | None = None,
+) -> np.ndarray:
+    """
+    One picture as an array [3, H, W]: bytes where the picture has bytes, else float32 in [0, 1] (as given, if
+    `do_rescale` is off). `max_image_pixels=None` means no limit. Errors: see [`EfficientSamImageProcessor`].
+    """
+    if isinstance(image, (str, os.PathLike)):
+        image = Image.open(image)
+    if isinstance(image, Image.Image):
+        _check_image_size(image.height, image.width, max_image_pixels)
+        pixels, input_data_format = _pil_to_array(image, do_convert_rgb), "channels_last"
+    elif isinstance(image, np.ndarray):
+        pixels = image
+        input_data_format = input_data_format or infer_data_format(pixels.shape, "channels_last")
+    else:
+        raise TypeError(
+            f"An image must be a PIL image, a path, an array or a tensor, not {type(image).__name__}; pass several as "
+            "a list."
+        )
+    pixels = _to_channels_first(pixels, input_data_format)
+    _check_image_size(*pixels.shape[-2:], max_image_pixels)
+    if do_convert_rgb:
+        pixels = np.repeat(pixels, 3, axis=0) if len(pixels) == 1 else pixels[:3]
+    if len(pixels) != 3:
+        raise ValueError(f"The model needs 3 channels, got {len(pixels)}; set do_convert_rgb=True.")
+    return _to_bytes_or_unit_floats(pixels, do_rescale)
+
+
+def _check_image_size(height: int, width: int, max_image_pixels: int | None):
+    if height == 0 or width == 0:
+        raise ValueError(f"An image has no pixels: its height is {height} and its width {width}.")
+    if max_image_pixels is not None and height * width > max_image_pixels:
+        raise ValueError(
+            f"An image of {width} x {height} pixels is over the limit of {max_image_pixels} pixels; make it smaller, "
+            "or raise max_image_pixels of the image processor (None lifts the limit)."
+        )
+
+
+def _pil_to_array(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
+    """Upright picture as H x W or H x W x C."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        # 16-bit gray ("I;16..."), or "I", which is how PIL has long opened 16-bit files: convert("RGB") would clip it.
+        pixels = np.array(image)
+        return pixels.astype(np.uint16) if pixels.min() >= 0 and pixels.max() <= 65535 else pixels
+    if image.mode == "F" or not do_convert_rgb:
+        return np.array(image)
+    if "transparency" in image.info:
+        image = image.convert("RGBA")  # PIL asks for this detour for palettes with transparency
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def infer_data_format(shape: tuple[int, ...], preferred: str) -> str:
+    """Whichever of "channels_first" and "channels_last" has 1, 3 or 4 channels; `preferred` if both do."""
+    if len(shape) == 2:
+        return "channels_last"
+    if len(shape) != 3:
+        raise ValueError(
+            f"An image must be H x W, H x W x C or C x H x W, got an array of shape {tuple(shape)}; pass several as a "
+            "list."
+        )
+    found = [
+        data_format
+        for data_format, channels in (("channels_first", shape[0]), ("channels_last", shape[-1]))
+        if channels in (1, 3, 4)
+    ]
+    if not found:
+        raise ValueError(
+            f"An image must have 1, 3 or 4 channels, first or last, got an array of shape {tuple(shape)}; pass "
+            "several gray images as a list."
+        )
+    return preferred if preferred in found else found[0]
+
+
+def _to_channels_first(pixels: np.ndarray, data_format: str) -> np.ndarray:
+    if pixels.ndim == 2:
+        return pixels[None]
+    if pixels.ndim != 3:
+        raise ValueError(f"An image must have 2 or 3 dimensions, got an array of shape {tuple(pixels.shape)}.")
+    return np.moveaxis(pixels, -1, 0) if str(getattr(data_format, "value", data_format)) == "channels_last" else pixels
+
+
+def _to_bytes_or_unit_floats(pixels: np.ndarray, do_rescale: bool) -> np.ndarray:
+    """Bytes stay, everything else becomes float32 in [0, 1] by the rules in the class's docstring."""
+    kind = pixels.dtype.kind
+    if pixels.dtype == np.uint8:
+        return pixels
+    if kind not in "buif":
+        raise TypeError(f"Pixels must be numbers, got an array of {pixels.dtype}.")
+    if kind == "f" and not np.isfinite(pixels).all():
+        raise ValueError("An image holds NaN or infinite pixels.")
+    if not do_rescale or kind == "b":
+        return pixels.astype(np.float32)
+    low, high = float(pixels.min()), float(pixels.max())
+    if kind == "f":
+        return _floats_to_unit(pixels.astype(np.float32), low, high)
+    if low < 0 or high > 65535:
+        raise ValueError(f"Integer pixels must lie in 0 to 65535, got {low:g} to {high:g}.")
+    return pixels.astype(np.float32) / (65535 if pixels.dtype.type is np.uint16 or high > 255 else 255)
+
+
+def _floats_to_unit(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
+    slack = 1e-3  # rounding of an earlier resize
+    if low >= -slack and high <= 1 + slack:
+        return pixels
+    if low < -slack * 255 or high > 255 * (1 + slack) or high < 2:
+        raise ValueError(
+            f"Float pixels must lie in [0, 1] or in [0, 255], got {low:g} to {high:g}; clip or scale them, or, if the "
+            "image is normalised already, set do_rescale=False and do_normalize=False."
+        )
+    return pixels / 255
+
+
+def resized_size(original_size: tuple[int, int], size: tuple[int, int], keep_aspect_ratio: bool) -> tuple[int, int]:
+    """Height and width of a picture squashed to `size`, or scaled until its longest side is the longest of `size`."""
+    if not keep_aspect_ratio:
+        return size
+    height, width = original_size
+    scale = max(size) / max(height, width)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+# ------------------------------------------------------------------------------------------------ prompts
+
+
+def prepare_prompts(
+    input_points: Any,
+    input_labels: Any,
+    input_boxes: Any,
+    input_masks: Any,
+    original_sizes: list,
+    input_sizes: list,
+) -> dict[str, np.ndarray]:
+    """
+    Prompts in pixels of each picture -> padded arrays in the model frame, as [`EfficientSamProcessor`] documents both.
+
+    Args:
+        original_sizes, input_sizes: height and width of each picture, and of it in the model input before padding.
+    """
+    points = _read_prompts(input_points, "input_points", len(original_sizes))
+    boxes = _read_prompts(input_boxes, "input_boxes", len(original_sizes))
+    masks = _read_masks(input_masks, len(original_sizes))
+    if input_labels is None:
+        labels = [[[1] * len(prompt) for prompt in image] for image in points]
+    else:
+        labels = _read_prompts(input_labels, "input_labels", len(original_sizes))
+    _check_labels(labels, points)
+    _check_points(points, labels, original_sizes)
+    _check_boxes(boxes, original_sizes)
+    _check_masks(masks, points, boxes)
+
+    num_prompts = max(len(image) for image in (*points, *boxes, *masks))
+    scales = [(w_in / w, h_in / h) for (h, w), (h_in, w_in) in zip(original_sizes, input_sizes, strict=True)]
+    return {
+        **_pad_points(points, labels, scales, num_prompts),
+        **_pad_boxes(boxes, scales, num_prompts),
+        **_pad_masks(masks, num_prompts),
+    }
+
+
+def _to_lists(values: Any, name: str) -> Any:
+    """Nested lists of numbers and `None`, whatever they were made of."""
+    if values is None or isinstance(values, (int, float)):
+        return values
+    if hasattr(values, "tolist"):  # an array or a tensor
+        return _to_lists(values.tolist(), name)
+    if isinstance(values, (list, tuple)):
+        return [_to_lists(value, name) for value in values]
+    raise TypeError(f"{name} must hold numbers in lists, tuples, arrays or tensors, not a {type(values).__name__}.")
+
+
+def _depths(values: Any) -> set[int]:
+    """How many lists lie around the numbers; more than one answer if the nesting is uneven, none without numbers."""
+    if values is None:
+        return set()
+    if not isinstance(values, list):
+        return {0}
+    return {depth + 1 for value in values for depth in _depths(value)}
+
+
+def _read_prompts(values: Any, name: str, num_images: int) -> list[list[list]]:
+    """[image][prompt] -> list of points, list of labels, or box; `[]` where there is none."""
+    if values is None:
+        return [[] for _ in range(num_images)]
+    values = _to_lists(values, name)
+    depths = _depths(values)
+    full, short = LEVELS[name]
+    if not isinstance(values, list) or (depths and depths not in ({DEPTHS[name]}, {DEPTHS[name] - 1})):
+        found = " and ".join(map(str, sorted(depths)))
+        raise ValueError(
+            f"{name} must be nested as {full}, or as {short} where every image has one prompt, so {DEPTHS[name]} or "
+            f"{DEPTHS[name] - 1} levels deep, but its numbers lie {found} deep."
+        )
+    if len(values) != num_images:
+        raise ValueError(
+            f"{name} has prompts for {len(values)} images, but there are {num_images} images; its levels are {full}, "
+            f"or {short}."
+        )
+    if depths == {DEPTHS[name] - 1}:
+        values = [[image] if image else [] for image in values]
+    return [[prompt or [] for prompt in image or []] for image in values]
+
+
+def _read_masks(input_masks: Any, num_images: int) -> list[list[np.ndarray]]:
+    """[image][prompt] -> float32 array [h, w]."""
+    if input_masks is None:
+        return [[] for _ in range(num_images)]
+    if len(input_masks) != num_images:
+        raise ValueError(
+            f"input_masks has masks for {len(input_masks)} images, but there are {num_images} images; its levels are "
+            "[image][prompt][h][w]."
+        )
+    return [[_to_array(mask) for mask in (() if image is None else image)] for image in input_masks]
+
+
+def _to_array(mask: Any) -> np.ndarray:
+    if hasattr(mask, "detach"):  # a tensor, which may be on a GPU, in a type that numpy lacks, or carry gradients
+        mask = mask.detach().cpu().float()
+    return np.asarray(mask, dtype=np.float32)
+
+
+def check_sizes(original_sizes: Any) -> list[list]:
+    """`original_sizes` as lists of height and width."""
+    original_sizes = _to_lists(original_sizes, "original_sizes")
+    for i, size in enumerate(original_sizes):
+        if not isinstance(size, list) or len(size) != 2 or not min(size) >= 1:
+            raise ValueError(
+                f"original_sizes must hold a height and a width for each image, but image {i} has {size}."
+            )
+    return original_sizes
+
+
+def _check_labels(labels: list, points: list):
+    for i, (image_labels, image_points) in enumerate(zip(labels, points, strict=True)):
+        if image_labels and not image_points:
+            raise ValueError(f"Image {i} has input_labels but no input_points.")
+        if len(image_labels) != len(image_points):
+            raise ValueError(
+                f"Image {i} has {len(image_points)} prompts in input_points but {len(image_labels)} in input_labels."
+            )
+        for q, (prompt_labels, prompt_points) in enumerate(zip(image_labels, image_points, strict=True)):
+            if len(prompt_labels) != len(prompt_points):
+                raise ValueError(
+                    f"Image {i}, prompt {q} has {len(prompt_points)} points but {len(prompt_labels)} labels."
+                )
+            for label in prompt_labels:
+                if label in (2, 3):
+                    raise ValueError(
+                        f"Image {i}, prompt {q} has the label {label}; pass box corners as input_boxes instead."
+                    )
+                if label not in VALID_LABELS:
+                    raise ValueError(
+                        f"Image {i}, prompt {q} has the label {label}; a label is 1 (on the object), 0 (on the "
+                        "background), or -1 or -10 (no point)."
+                    )
+
+
+def _check_points(points: list, labels: list, original_sizes: list):
+    for i, (image, (height, width)) in enumerate(zip(points, original_sizes, strict=True)):
+        for q, prompt in enumerate(image):
+            for point, label in zip(prompt, labels[i][q], strict=True):
+                if not isinstance(point, list) or len(point) != 2 or None in point:
+                    raise ValueError(f"Image {i}, prompt {q}: a point is a pair x, y, got {point}.")
+                if label < 0:  # padding, wherever it lies
+                    continue
+                if not all(map(math.isfinite, point)):
+                    raise ValueError(f"Image {i}, prompt {q}: the point {point} is not finite.")
+                if not (0 <= point[0] <= width and 0 <= point[1] <= height):
+                    raise ValueError(
+                        f"Image {i}, prompt {q}: the point {point} lies outside the image, which is {width} pixels "
+                        f"wide and {height} high; points are x, y in pixels of the image."
+                    )
+
+
+def _is_missing(box: list) -> bool:
+    return not box or all(value == PAD_VALUE for value in box)
+
+
+def _check_boxes(boxes: list, original_sizes: list):
+    for i, (image, (height, width)) in enumerate(zip(boxes, original_sizes, strict=True)):
+        for q, box in enumerate(image):
+            if box and (len(box) != 4 or None in box):
+                raise ValueError(f"Image {i}, prompt {q}: a box is four numbers x1, y1, x2, y2, got {box}.")
+            if _is_missing(box):
+                continue
+            if not all(map(math.isfinite, box)):
+                raise ValueError(f"Image {i}, prompt {q}: the box {box} is not finite.")
+            x1, y1, x2, y2 = box
+            if x1 >= x2 or y1 >= y2:
+                raise ValueError(
+                    f"Image {i}, prompt {q}: the box {box} has no area; its corners must be x1 < x2 and y1 < y2."
+                )
+            if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
+                raise ValueError(
+                    f"Image {i}, prompt {q}: the box {box} lies entirely outside the image, which is {width} pixels "
+                    f"wide and {height} high; boxes are x1, y1, x2, y2 in pixels of the image."
+                )
+
+
+def _check_masks(masks: list, points: list, boxes: list):
+    if not any(masks):
+        return
+    first = next(mask for image in masks for mask in image)
+    for i, image in enumerate(masks):
+        num_prompts = max(len(points[i]), len(boxes[i]))
+        if len(image) < num_prompts:
+            raise ValueError(
+                f"Image {i} has {num_prompts} prompts but {len(image)} input_masks; each prompt needs one."
+            )
+        for q, mask in enumerate(image):
+            if mask.ndim != 2 or mask.shape != first.shape:
+                raise ValueError(
+                    f"Image {i}, prompt {q}: every mask in input_masks must be [h, w], all of one size, got shape "
+                    f"{mask.shape} after {first.shape}."
+                )
+            if not np.isfinite(mask).all():
+                raise ValueError(f"Image {i}, prompt {q}: the mask in input_masks holds NaN or infinite logits.")
+
+
+def _pad_points(points: list, labels: list, scales: list, num_prompts: int) -> dict[str, np.ndarray]:
+    num_points = max((len(prompt) for image in points for prompt in image), default=0)
+    if num_points == 0:
+        return {}
+    input_points = np.full((len(points), num_prompts, num_points, 2), PAD_VALUE, dtype=np.float32)
+    input_labels = np.full((len(points), num_prompts, num_points), PAD_VALUE, dtype=np.int64)
+    for i, image in enumerate(points):
+        for q, prompt in enumerate(image):
+            if prompt:
+                input_points[i, q, : len(prompt)] = np.float64(prompt) * scales[i]
+                input_labels[i, q, : len(prompt)] = labels[i][q]
+    input_points[input_labels < 0] = PAD_VALUE
+    return {"input_points": input_points, "input_labels": input_labels}
+
+
+def _pad_boxes(boxes: list, scales: list, num_prompts: int) -> dict[str, np.ndarray]:
+    if all(_is_missing(box) for image in boxes for box in image):
+        return {}
+    input_boxes = np.full((len(boxes), num_prompts, 4), PAD_VALUE, dtype=np.float32)
+    for i, image in enumerate(boxes):
+        for q, box in enumerate(image):
+            if not _is_missing(box):
+                input_boxes[i, q] = np.float64(box) * (scales[i] * 2)
+    return {"input_boxes": input_boxes}
+
+
+def _pad_masks(masks: list, num_prompts: int) -> dict[str, np.ndarray]:
+    if not any(masks):
+        return {}
+    shape = next(mask.shape for image in masks for mask in image)
+    input_masks = np.zeros((len(masks), num_prompts, *shape), dtype=np.float32)
+    for i, image in enumerate(masks):
+        if image:
+            input_masks[i, : len(image)] = np.stack(image)
+    return {"input_masks": input_masks}
