@@ -1,8 +1,11 @@
 """Makes a trained model the bundled checkpoint: half precision, measured as it will ship, numbers in its model card.
 
-    python training/bundle_checkpoint.py --model runs/masks/model --curves runs/encoder runs/geometry runs/masks
+    python training/bundle_checkpoint.py --model runs/masks/model --saliency runs/saliency/model \
+        --curves runs/encoder runs/geometry runs/masks
+    python training/bundle_checkpoint.py --saliency runs/saliency/model   # only another saliency head
 
-Everything is made in a folder beside the old checkpoint and then takes its place; the prose of the model card stays.
+Everything is made in a folder beside the old checkpoint and then takes its place; the prose of the model card stays. A
+saliency head knows the encoder that it was trained with: a new model comes with a new head.
 """
 
 import json
@@ -14,32 +17,28 @@ from pathlib import Path
 
 import torch
 
-from hf_efficientsam import EfficientSamModel, EfficientSamProcessor, bundled_checkpoint
+from hf_efficientsam import EfficientSamModel, EfficientSamProcessor, EfficientSamSaliencyHead, bundled_checkpoint
+from hf_efficientsam.model_card_efficientsam import table
 from hf_efficientsam.training.runtime import fill_between, parse_recipe, replaced_folder
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+SALIENCY_BEGIN, SALIENCY_END = "<!-- saliency: begin -->", "<!-- saliency: end -->"
 RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    model: str = field(default="runs/masks/model", metadata={"help": "the trained model"})
+    model: str | None = field(default=None, metadata={"help": "the trained model; by default the present one stays"})
+    saliency: str | None = field(default=None, metadata={"help": "the saliency head trained on its embeddings"})
     annotations: str = field(
         default="../shared/data/coco-val-dev/instances_val.json", metadata={"help": "COCO-style json to measure on"}
+    )
+    salient: str = field(
+        default="../shared/data/saliency", metadata={"help": "folder whose val/ the head is measured on"}
     )
     curves: list[str] = field(
         default_factory=list, metadata={"help": "output_dirs of the runs, whose curves are kept"}
     )
-
-
-def table(results: dict) -> str:
-    """The numbers as Markdown, by size of the object."""
-    groups = list(results["baseline"]["ellipse"])
-    lines = ["| mIoU | " + " | ".join(groups) + " |", "|---" * (len(groups) + 1) + "|"]
-    for prompt, answers in results.items():
-        for answer, means in answers.items():
-            lines.append(f"| {prompt}, {answer} | " + " | ".join(f"{means[g]['miou']:.3f}" for g in groups) + " |")
-    return "\n".join(lines)
 
 
 def fill_card(card: str, report: dict) -> str:
@@ -47,31 +46,77 @@ def fill_card(card: str, report: dict) -> str:
     return fill_between(card, BEGIN, END, measured + table(report["results"]))
 
 
+def saliency_table(results: dict[str, dict]) -> str:
+    """The numbers of `evaluate_saliency.py` as Markdown."""
+    names = {
+        "own": "the head",
+        "whole": "baseline: all of the picture",
+        "prior": "baseline: mean of the training masks",
+    }
+    lines = ["| | map: IoU | best IoU, at | MAE | max F | masks: IoU | MAE |", "|---" * 7 + "|"]
+    for name, result in results.items():
+        numbers, masks = result["map"], result["masks"]
+        best = f"{numbers['best_iou']:.3f}, {numbers['best_threshold']:.2f}"
+        cells = (f"{value:.3f}" for value in (numbers["mae"], numbers["max_f"], masks["iou"], masks["mae"]))
+        lines.append(f"| {names[name]} | {numbers['iou']:.3f} | {best} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     recipe = parse_recipe(Recipe, __doc__)
+    if recipe.saliency is None:
+        print("bundle_checkpoint: Give --saliency a head that train_saliency.py made for the model.", file=sys.stderr)
+        raise SystemExit(2)
     target = Path(bundled_checkpoint())
     RESULTS.mkdir(exist_ok=True)
     for run in map(Path, recipe.curves):
         for kind in ("jsonl", "png"):
             shutil.copy(run / f"curve.{kind}", RESULTS / f"bundled_{run.name}.{kind}")
     with replaced_folder(target) as making:
-        make(recipe, making, (target / "README.md").read_text())
+        if recipe.model is None:
+            shutil.copytree(target, making, dirs_exist_ok=True)
+        else:
+            make(recipe, making, (target / "README.md").read_text())
+        add_saliency(recipe, making)
 
 
 def make(recipe: Recipe, making: Path, card: str) -> None:
-    """Everything of the checkpoint into the folder `making`, with the prose of the model card `card`."""
+    """Everything of the checkpoint but its head into the folder `making`, with the prose of the model card `card`."""
     EfficientSamModel.from_pretrained(recipe.model, dtype=torch.float16).save_pretrained(making)
     EfficientSamProcessor.from_pretrained(recipe.model).save_pretrained(making)
-    for source in making.glob("*.py"):
-        source.unlink()  # the package that it is installed with has them
-
-    evaluate = [sys.executable, Path(__file__).with_name("evaluate_masks.py"), "--model", making]
-    evaluate += ["--annotations", recipe.annotations, "--output", making / "metrics.json"]
-    subprocess.run(map(str, [*evaluate, "--picture", making / "cases.png"]), check=True)
-    report = json.loads((making / "metrics.json").read_text()) | {"model": "bundled"}
-    del report["recipe"]  # all of it but paths of this machine is elsewhere in the report, or the default
+    remove_code(making)
+    evaluate = ["evaluate_masks", "--model", making, "--annotations", recipe.annotations]
+    report = measure(making / "metrics.json", *evaluate, "--picture", making / "cases.png") | {"model": "bundled"}
     (making / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
     (making / "README.md").write_text(fill_card(card, report))
+
+
+def add_saliency(recipe: Recipe, making: Path) -> None:
+    """The head into the folder `saliency` of the checkpoint `making`, and its numbers into the model card."""
+    folder, card = making / "saliency", making / "README.md"
+    EfficientSamSaliencyHead.from_pretrained(recipe.saliency, dtype=torch.float16).save_pretrained(folder)
+    remove_code(folder)
+    evaluate = ["evaluate_saliency", "--model", making, "--data", f"{recipe.salient}/val"]
+    evaluate += ["--saliency", "own", "whole", "prior", "--prior", f"{recipe.salient}/train"]
+    report = measure(folder / "metrics.json", *evaluate)
+    (folder / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
+    measured = f"{report['images']} images.\n\n" + saliency_table(report["results"])
+    card.write_text(fill_between(card.read_text(), SALIENCY_BEGIN, SALIENCY_END, measured))
+
+
+def remove_code(folder: Path) -> None:
+    for source in folder.glob("*.py"):
+        source.unlink()  # the package that it is installed with has them
+
+
+def measure(output: Path, script: str, *arguments) -> dict:
+    """What a script of evaluation reports, without its recipe: all of that but paths of this machine is elsewhere in
+    the report, or the default."""
+    command = [sys.executable, Path(__file__).with_name(f"{script}.py"), *arguments, "--output", output]
+    subprocess.run([*map(str, command)], check=True)
+    report = json.loads(output.read_text())
+    del report["recipe"]
+    return report
 
 
 if __name__ == "__main__":
