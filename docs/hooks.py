@@ -12,6 +12,7 @@ DOCUMENTS = {
     "README.md": "index.md",
     "training/README.md": "training.md",
     "src/hf_efficientsam/checkpoints/efficientsam-ti/README.md": "checkpoint.md",
+    "spaces/README.md": "demo.md",
     "examples/README.md": "examples.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
