@@ -170,6 +170,12 @@ def test_files_describe_themselves(bundled):
     assert description["difference"] == report["encoder.onnx"]["difference"] <= onnx_export.TOLERANCE
 
 
+def test_files_say_nothing_of_this_machine(plain):
+    for file in plain.glob("*.onnx"):
+        content = file.read_bytes()
+        assert b"stack_trace" not in content and str(Path(onnx_export.__file__).parent).encode() not in content
+
+
 @pytest.mark.parametrize(("variant", "share"), [("float16", 0.55), ("int8", 0.32)])
 def test_variants_are_smaller_and_hardly_worse(bundled, variant, share):
     folder, report = bundled

@@ -164,7 +164,16 @@ def export(module: nn.Module, inputs: dict[str, torch.Tensor], outputs: list[str
             dynamic_shapes={name: axes[name] for name in inputs},
             verbose=False,
         )
-    return program.model_proto
+    return without_notes(program.model_proto)
+
+
+def without_notes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Less what the exporter notes down of each node: most of a small file, paths of this machine, another order each
+    time."""
+    graph = model.graph
+    for part in (graph, *graph.input, *graph.output, *graph.node, *graph.initializer, *graph.value_info):
+        part.ClearField("metadata_props")
+    return model
 
 
 def export_encoder(model: EfficientSamModel) -> onnx.ModelProto:
