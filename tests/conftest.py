@@ -1,12 +1,17 @@
 import io
 import json
 import os
+import runpy
 import tarfile
 from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network
+# No test may reach a network, nor may a process that it starts.
+OFFLINE = Path(__file__).parent / "offline"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")]))
+runpy.run_path(str(OFFLINE / "sitecustomize.py"))
 
 
 @pytest.fixture(scope="session")

@@ -51,9 +51,8 @@ TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_nod
 
 def start(script: str, *arguments, python=(), cwd=None, timeout=300, environment=()) -> subprocess.CompletedProcess:
     """The script in a process of its own; `python` is what comes between the interpreter and the script."""
-    environment = dict(environment) | {
-        name: value for name, value in os.environ.items() if not name.startswith("TRACKIO_")
-    }
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TRACKIO_")}
+    environment = inherited | dict(environment)
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, *python, TRAINING / f"{script}.py", *arguments]
     return subprocess.run(

@@ -85,7 +85,8 @@ def test_the_papers_recipes_are_the_papers(size, width):
 def test_with_torchvision(tmp_path):
     """Where its operators do not load, as beside a torch without CUDA, `torchvision_shim.py` stands in for them."""
     minor = int(torch.__version__.split(".")[1])  # torch 2.13 belongs to torchvision 0.28, and so on
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site"]
+    # -E leaves out PYTHONPATH and with it `offline`: this alone needs a network.
+    command = [sys.executable, "-E", "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site"]
     installed = subprocess.run([*command, f"torchvision==0.{minor + 15}.*"], capture_output=True, text=True)
     if installed.returncode:
         pytest.skip(f"torchvision cannot be had from the registry: {installed.stderr.strip().splitlines()[-1]}")
