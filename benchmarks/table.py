@@ -17,10 +17,14 @@ On a GPU the encoder in bfloat16 for 1, 8 and 64 images, and compiled, comes on 
 import argparse
 import functools
 import statistics
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
+import onnx
 import torch
 from decoder_memory import compare as compare_decoder_memory
 from everything import compare as compare_everything
@@ -32,6 +36,8 @@ from transformers import EdgeTamVisionConfig, EdgeTamVisionModel, Sam2VisionConf
 from transformers.models.sam.modeling_sam import SamVisionModel
 
 from hf_efficientsam import EfficientSamConfig, EfficientSamModel
+from hf_efficientsam.onnx_export import export_encoder
+from hf_efficientsam.onnx_predictor import open_session, open_with_openvino
 
 WIDTHS = {"ti": (192, 3), "s": (384, 6)}  # of the encoder, and its heads
 
@@ -67,7 +73,7 @@ def new_model(shape: str, size: int, attention: str) -> EfficientSamModel:
 def print_rows(title: str, seconds: dict[str, float], ours: str, notes: dict[str, str]) -> None:
     print(f"\n{title}")
     for name, value in seconds.items():
-        ratio = "" if name == ours else f"  ours is {seconds[ours] / value:.3f} of it"
+        ratio = "" if name == ours else f"  {ours} is {seconds[ours] / value:.3f} of it"
         print(f"  {name:36}{1000 * value:10.0f} ms{ratio}{notes.get(name, '')}")
 
 
@@ -122,6 +128,30 @@ def decoder(args: argparse.Namespace) -> None:
         print_rows(f"mask decoder, {count} prompt{'s' * (count > 1)}", seconds, "ours", notes)
 
 
+def exported(args: argparse.Namespace) -> None:
+    model, plain = new_model(args.shape, args.size, "sdpa"), new_model(args.shape, args.size, "eager")
+    pixel_values = torch.randn(1, 3, args.size, args.size)
+    threads, inputs = torch.get_num_threads(), {"pixel_values": pixel_values.numpy()}
+    ways = {
+        name: functools.partial(one.get_image_embeddings, pixel_values)
+        for name, one in (("torch", model), ("plain", plain))
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "encoder.onnx")
+        onnx.save(export_encoder(model), file)
+        ways["onnxruntime"] = functools.partial(open_session(file, ["CPUExecutionProvider"], threads), inputs)
+        try:
+            ways["OpenVINO"] = functools.partial(open_with_openvino(file, threads), inputs)
+        except ImportError as error:
+            print(f"no row for OpenVINO: {error}")
+        truth = ways["torch"]().numpy()
+        notes = {name: f", largest difference {np.abs(ways[name]()[0] - truth).max():.1e}" for name in list(ways)[2:]}
+        seconds = args.measure(ways, "exported encoder")
+    for name in ["torch", *list(ways)[2:]]:
+        row = {name: seconds[name], "plain": seconds["plain"]}
+        print_rows(f"encoder in {name}, {args.size} x {args.size}", row, name, notes)
+
+
 def everything(args: argparse.Namespace) -> None:
     options = ["--points-per-side", "8", "--repeats", str(args.repeats), "--image-size", str(args.size)]
     _, result = compare_everything(parse_everything([*options, *["--cpu-time"] * args.cpu_time]))
@@ -164,7 +194,14 @@ def gpu(args: argparse.Namespace) -> None:
         print_rows(f"encoder on {torch.cuda.get_device_name()}, bfloat16, {count} images", seconds, "ours", notes)
 
 
-ROWS = {"encoder": encoder, "decoder": decoder, "everything": everything, "memory": memory, "gpu": gpu}
+ROWS = {
+    "encoder": encoder,
+    "exported": exported,
+    "decoder": decoder,
+    "everything": everything,
+    "memory": memory,
+    "gpu": gpu,
+}
 
 
 @torch.no_grad()
