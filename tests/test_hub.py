@@ -32,6 +32,7 @@ from hf_efficientsam import (
     EfficientSamVisionModel,
     bundled_checkpoint,
 )
+from hf_efficientsam.publish import NOT_INSTALLED
 
 CODE = {
     "configuration_efficientsam.py",
@@ -47,24 +48,6 @@ SAMI_CODE = {
     "modeling_efficientsam.py",
     "modeling_sami.py",
 }
-
-# Begins what runs where the package cannot be imported, as on a machine that has transformers alone.
-NOT_INSTALLED = """
-import sys
-
-class NotInstalled:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_efficientsam":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, NotInstalled())
-try:
-    import hf_efficientsam
-except ImportError:
-    pass
-else:
-    raise SystemExit("the package is not blocked")
-"""
 
 # Loads a folder through every Auto class, checks that all of them give the same numbers, saves them, and writes the
 # masks.
