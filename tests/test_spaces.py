@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import SpaceCard
 from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 from scipy.ndimage import binary_dilation
@@ -478,6 +480,20 @@ def test_api(server, predictor):
         client.predict(image, [], [], [], api_name="/segment")
     with pytest.raises(AppError, match="needs a detector"):
         client.predict(image, "a dog", 0.5, api_name="/text")
+
+
+def test_the_space_starts_what_its_variables_name(tiny_model, monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        "hf_efficientsam.demo.page.launch_demo", lambda demo, **options: started.append((demo, options))
+    )
+    monkeypatch.setenv("EFFICIENTSAM_MODEL", str(tiny_model))
+    card = SpaceCard.load(ROOT / "spaces" / "README.md").data
+    runpy.run_path(str(ROOT / "spaces" / card.app_file), run_name="__main__")
+    ((demo, options),) = started
+    assert demo.checkpoint == str(tiny_model) and options == {"host": "0.0.0.0", "port": 7860}
+    assert f"gradio=={card.sdk_version}" in (ROOT / "constraints.txt").read_text().splitlines()
+    assert "hf-efficientsam[demo]" in (ROOT / "spaces" / "requirements.txt").read_text()
 
 
 def test_command_without_gradio(monkeypatch):

@@ -63,6 +63,22 @@ def test_modes_that_lack_their_model_say_so(demo, photo, tiny_model):
         Demo(str(tiny_model), detector="./nowhere")
 
 
+def test_programs_get_sentences(demo, photo):
+    upload = {"path": str(photo), "orig_name": "photo.png"}
+    for points, labels, boxes, sentence in (
+        (None, None, None, "nothing to segment"),
+        ("everywhere", None, None, "points must be a list"),
+        ([[5, 5]], [1, 0], None, "one label for each of the 1 points"),
+        (None, None, [[1, 2, 3]], "boxes must be a list"),
+        ([[500, 5]], None, None, "outside"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            demo.segment(upload, points, labels, boxes)
+    with pytest.raises(ValueError, match="up to 32 points"):
+        demo.find(demo.find_everything, upload, 1000, 0.5, 0.5)
+    assert len(demo.segment(upload, [[5, 5], [80, 50]], [1, 0], None)["categories"]) == 1
+
+
 class FindsHalves(Detector):
     """In place of a detector: the first name is on the left, the second on the right."""
 

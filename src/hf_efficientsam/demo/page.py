@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import gradio as gr
 
 from .pieces import chips_html, thumbnail_html
-from .service import Demo, as_sentence
+from .service import MAX_POINTS_PER_SIDE, Demo, as_sentence
 from .session import FORMATS, Session
 
 HERE = Path(__file__).parent
@@ -153,7 +153,7 @@ class Page:
     def lay_everything_sliders(self) -> list[gr.Slider]:
         pred_iou, stability = self.demo.everything_thresholds
         return [
-            gr.Slider(4, 32, 12, step=1, label="Points along each side"),
+            gr.Slider(4, MAX_POINTS_PER_SIDE, 12, step=1, label="Points along each side"),
             gr.Slider(0, 1, pred_iou, step=0.01, label="Least predicted IoU"),
             gr.Slider(0, 1, stability, step=0.01, label="Least stability"),
         ]

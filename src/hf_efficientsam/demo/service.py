@@ -1,6 +1,7 @@
 """What the page and the API of the web demo ask for: one model, and a session for each visitor."""
 
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -18,10 +19,11 @@ from ..hub import find_checkpoint, load_model
 from ..mask_generation import EfficientSamMaskGenerator
 from ..predictor import EfficientSamPredictor
 from ..prompters import Detector, HeadSaliency, SalientPrompter, TextPrompter
-from ..segment_files import as_model_sees, group_prompts, read_image, upright_size
+from ..segment_files import as_model_sees, group_prompts, parse_line, read_image, upright_size
 from .pieces import candidates_html, objects_html, stage_html, status_html
 from .session import MAX_PIXELS, Finding, NothingFound, Session
 
+MAX_POINTS_PER_SIDE = 32
 GENERATOR_THRESHOLDS = tuple(
     inspect.signature(EfficientSamMaskGenerator).parameters[name].default
     for name in ("pred_iou_thresh", "stability_score_thresh")
@@ -109,6 +111,8 @@ class Demo:
     def find_everything(
         self, session: Session, points_per_side: float, pred_iou_thresh: float, stability_score_thresh: float
     ) -> None:
+        if not points_per_side <= MAX_POINTS_PER_SIDE:
+            raise ValueError(f"this page lays up to {MAX_POINTS_PER_SIDE} points along each side.")
         session.find_everything(
             points_per_side=int(points_per_side),
             pred_iou_thresh=pred_iou_thresh,
@@ -178,9 +182,10 @@ class Demo:
 
     def segment(self, upload: dict | None, points: list | None, labels: list | None, boxes: list | None) -> dict:
         """The objects that points and boxes show, grouped as by `efficientsam segment`, as a COCO dataset."""
+        asked = {"points": points, "labels": labels, "boxes": boxes}
+        line = json.dumps({"image": "", **{key: value for key, value in asked.items() if value is not None}})
+        objects = group_prompts(*parse_line(line.encode())[1:], separate_points=False)
         session = self.open_upload(upload)
-        points, boxes = points or [], boxes or []
-        objects = group_prompts(points, labels or [1] * len(points), boxes, separate_points=False)
         result = session.predictor.segment(
             points=[one["points"] for one in objects],
             labels=[one["labels"] for one in objects],
