@@ -1,5 +1,5 @@
 # The common commands by name. Each is one line that you can also type.
-.PHONY: install test lint checkpoint
+.PHONY: install test lint docs checkpoint saliency
 
 DATA ?= ../shared/data
 TEACHER ?= ../shared/weights/vit-small-patch14-teacher
@@ -12,6 +12,10 @@ test:
 
 lint:
 	ruff check && ruff format --check
+
+# The site in site/, from the documents and docstrings: pip install -c constraints.txt -e ".[docs]"
+docs:
+	mkdocs build --strict
 
 # Trains the bundled checkpoint anew and puts it in place, with its numbers. Each stage resumes if it was stopped.
 COCO = $(DATA)/coco-train/instances_train.json
@@ -29,5 +33,16 @@ checkpoint:
 	  --model runs/masks/model --output_dir runs/decoder_at_512
 	accelerate launch training/finetune_masks.py --config training/recipes/bundled_5_small_objects.yaml $(MASKS) $(COCO) \
 	  --model runs/decoder_at_512/model --output_dir runs/small_objects
-	python training/bundle_checkpoint.py --model runs/small_objects/model --annotations $(DATA)/coco-val-dev/instances_val.json \
-	  --curves runs/encoder runs/geometry runs/at_256 runs/masks runs/decoder_at_512 runs/small_objects
+	accelerate launch training/train_saliency.py --config training/recipes/saliency.yaml --model runs/small_objects/model \
+	  $(SALIENCY) --output_dir runs/saliency
+	python training/bundle_checkpoint.py --model runs/small_objects/model --saliency runs/saliency/model \
+	  --annotations $(DATA)/coco-val-dev/instances_val.json --salient $(DATA)/saliency \
+	  --curves runs/encoder runs/geometry runs/at_256 runs/masks runs/decoder_at_512 runs/small_objects runs/saliency
+
+# Only a new saliency head for the checkpoint that is there.
+SALIENCY = --train $(DATA)/saliency/train --val $(DATA)/saliency/val
+saliency:
+	accelerate launch training/train_saliency.py --config training/recipes/saliency.yaml $(SALIENCY) \
+	  --output_dir runs/new_head/saliency
+	python training/bundle_checkpoint.py --saliency runs/new_head/saliency/model --salient $(DATA)/saliency \
+	  --curves runs/new_head/saliency
