@@ -298,11 +298,13 @@ def test_openvino_is_given_the_same(plain, monkeypatch):
         EfficientSamOnnxPredictor(plain, runtime="openvino")
 
 
-def test_wrong_files_are_refused(plain, tmp_path):
+def test_wrong_files_are_refused(plain, bundled, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         EfficientSamOnnxPredictor(tmp_path)
     with pytest.raises(ValueError, match=r"encoder_int8.onnx: no such file"):
         EfficientSamOnnxPredictor(plain, "int8")
+    with pytest.raises(ValueError, match="does not run the int8 variant"):
+        EfficientSamOnnxPredictor(bundled[0], "int8", runtime="openvino")
     with pytest.raises(ValueError, match="runtime must be"):
         EfficientSamOnnxPredictor(plain, runtime="tensorrt")
     for part in ("encoder", "decoder"):
