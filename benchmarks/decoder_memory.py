@@ -62,7 +62,7 @@ def compare(image_size: int = 1024, num_prompts: int = 64) -> dict[str, float]:
             # Large blocks go back to the system at once, so that the peak is what was in use and not what was kept.
             environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
             result[way] = json.loads(subprocess.run(command, env=environment, stdout=-1, check=True).stdout)
-        shared, copied = (torch.load(file, mmap=True) for file in files.values())
+        shared, copied = (torch.load(file, mmap=True, weights_only=True) for file in files.values())
         result["largest_difference"] = (shared - copied).abs().max().item()
     result["ratio"] = result["shared"] / result["copied"]
     return result

@@ -306,7 +306,7 @@ def extra_bytes(way: str, scene: Scene, model: str | None, points_per_side: int)
 
 def measure_bytes(way: str, path: str, model_name: str | None) -> int:
     """The other end of `extra_bytes`."""
-    options = torch.load(path)
+    options = torch.load(path, weights_only=True)
     model, processor = load(model_name, options["size"])
     scene = Scene(model, None, **options)
     if way == "naive":

@@ -644,6 +644,7 @@ def test_turned_image_in_a_folder(tmp_path, model):
     [
         ('{"image": "a.png", "points": [[20, 20]', ("not JSON",)),
         ("\udcff", ("not JSON",)),
+        ("[" * 100_000, ("not JSON",)),
         ("[1, 2]", ("must be an object", '"image"')),
         ('{"points": [[20, 20]]}', ("must be an object", '"image"')),
         ({"image": "a.png", "point": [[20, 20]]}, ("unknown key 'point'",)),

@@ -51,7 +51,7 @@ class OneSentenceErrors(typer.core.TyperGroup):
         except BrokenPipeError:  # the reader of our output has gone; typer knows what to do
             raise
         except (ValueError, OSError) as error:
-            typer.echo(f"efficientsam: {explain(error)}", err=True)
+            typer.echo(f"efficientsam: {' '.join(explain(error).splitlines())}", err=True)
             raise typer.Exit(2) from None
 
 

@@ -3,7 +3,6 @@
 Needs numpy and PIL only, so that the ONNX predictor reads as the processors do, without torch.
 """
 
-import math
 import os
 from typing import Any
 
@@ -194,6 +193,8 @@ def _to_lists(values: Any, name: str) -> Any:
     """Nested lists of numbers and `None`, whatever they were made of."""
     if values is None or isinstance(values, (int, float)):
         return values
+    if isinstance(values, np.floating):  # longdouble, which tolist leaves as it is
+        return float(values)
     if hasattr(values, "tolist"):  # an array or a tensor
         return _to_lists(values.tolist(), name)
     if isinstance(values, (list, tuple)):
@@ -248,7 +249,11 @@ def _read_masks(input_masks: Any, num_images: int) -> list[list[np.ndarray]]:
 def _to_array(mask: Any) -> np.ndarray:
     if hasattr(mask, "detach"):  # a tensor, which may be on a GPU, in a type that numpy lacks, or carry gradients
         mask = mask.detach().cpu().float()
-    return np.asarray(mask, dtype=np.float32)
+    try:
+        with np.errstate(over="ignore"):  # what becomes infinite is refused later
+            return np.asarray(mask, dtype=np.float32)
+    except OverflowError:
+        raise ValueError("A mask in input_masks has numbers that are too large.") from None
 
 
 def check_sizes(original_sizes: Any) -> list[list]:
@@ -295,13 +300,18 @@ def _check_points(points: list, labels: list, original_sizes: list):
                     raise ValueError(f"Image {i}, prompt {q}: a point is a pair x, y, got {point}.")
                 if label < 0:  # padding, wherever it lies
                     continue
-                if not all(map(math.isfinite, point)):
+                if not _are_finite(point):
                     raise ValueError(f"Image {i}, prompt {q}: the point {point} is not finite.")
                 if not (0 <= point[0] <= width and 0 <= point[1] <= height):
                     raise ValueError(
                         f"Image {i}, prompt {q}: the point {point} lies outside the image, which is {width} pixels "
                         f"wide and {height} high; points are x, y in pixels of the image."
                     )
+
+
+def _are_finite(values: list) -> bool:
+    """Once they are float32 in the model frame, too; Python's whole numbers may be of any length."""
+    return all(abs(value) < 1e30 for value in values)
 
 
 def _is_missing(box: list) -> bool:
@@ -315,7 +325,7 @@ def _check_boxes(boxes: list, original_sizes: list):
                 raise ValueError(f"Image {i}, prompt {q}: a box is four numbers x1, y1, x2, y2, got {box}.")
             if _is_missing(box):
                 continue
-            if not all(map(math.isfinite, box)):
+            if not _are_finite(box):
                 raise ValueError(f"Image {i}, prompt {q}: the box {box} is not finite.")
             x1, y1, x2, y2 = box
             if x1 >= x2 or y1 >= y2:

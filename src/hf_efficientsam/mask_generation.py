@@ -319,8 +319,15 @@ class EfficientSamMaskGenerator:
             ("min_mask_region_area", min_mask_region_area, 0),
             ("stability_score_offset", stability_score_offset, 0),
         ):
-            if value < least:
+            if not value >= least:
                 raise ValueError(f"{name} must be at least {least}, got {value}.")
+        # A million points, 5461 crops: more is a slip of the hand, and would fill the memory before the first mask.
+        for name, value, most in (
+            ("points_per_side", points_per_side or 0, 1024),
+            ("crop_n_layers", crop_n_layers, 6),
+        ):
+            if value > most:
+                raise ValueError(f"{name} must be at most {most}, got {value}.")
         for name, value in (
             ("pred_iou_thresh", pred_iou_thresh),
             ("stability_score_thresh", stability_score_thresh),

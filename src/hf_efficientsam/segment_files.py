@@ -40,7 +40,7 @@ def parse_line(line: bytes) -> tuple[str, list, list, list]:
     """Image name, points, labels and boxes of one line of a prompts file."""
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"this is not JSON: {error}.") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
         raise ValueError('a line must be an object {"image": "name.jpg", "points": [...], "boxes": [...]}.')

@@ -195,9 +195,16 @@ def test_a_broken_json_is_named(tmp_path):
     nameless = {"id": 1, "file_name": None, "width": 8, "height": 6}
     with pytest.raises(ValueError, match=r"masks\.json has an image without file_name"):
         CocoMasks(write(tmp_path, [], content={"images": [nameless], "annotations": []}))
-    (tmp_path / "masks.json").write_text('{"images": [')
-    with pytest.raises(ValueError, match=r"masks\.json is not valid json"):
-        CocoMasks(tmp_path / "masks.json")
+    for wrong in ({"images": [1], "annotations": []}, {"images": [], "annotations": [None]}, ["images"]):
+        with pytest.raises(ValueError, match=r"masks\.json is not COCO-style"):
+            CocoMasks(write(tmp_path, [], content=wrong))
+    unhashable = nameless | {"id": [1], "file_name": "a.png"}
+    with pytest.raises(ValueError, match=r"masks\.json has an image without id"):
+        CocoMasks(write(tmp_path, [], content={"images": [unhashable], "annotations": []}))
+    for broken in ('{"images": [', "[" * 100_000):
+        (tmp_path / "masks.json").write_text(broken)
+        with pytest.raises(ValueError, match=r"masks\.json is not valid json"):
+            CocoMasks(tmp_path / "masks.json")
 
 
 def test_an_image_that_does_not_fit_is_named(tmp_path):

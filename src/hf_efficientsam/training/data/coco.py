@@ -130,18 +130,19 @@ def read_json(path: Path) -> dict:
         raise FileNotFoundError(f"There is no annotation file {path}.")
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid json ({error}); download or export it again.") from error
-    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
-        raise ValueError(f"{path} is not COCO-style: it needs the lists `images` and `annotations`.")
+    lists = [content.get(key) for key in ("images", "annotations")] if isinstance(content, dict) else [None]
+    if not all(isinstance(entries, list) and all(isinstance(one, dict) for one in entries) for entries in lists):
+        raise ValueError(f"{path} is not COCO-style: it needs the lists `images` and `annotations` of objects.")
     for record in content["images"]:
-        missing = {"id", "width", "height"} - record.keys()
+        missing = {key for key in ("id", "width", "height") if not isinstance(record.get(key), int | float | str)}
         if not any(isinstance(record.get(key), str) for key in ("file_name", "coco_url")):
             missing.add("file_name")
         if missing:
             raise ValueError(f"{path} has an image without {', '.join(sorted(missing))}: {record}.")
         for name in _file_names(record):
-            if os.path.isabs(name) or ".." in Path(os.path.normpath(name)).parts:
+            if Path(name).anchor or ".." in Path(os.path.normpath(name)).parts:
                 raise ValueError(
                     f"{path} names the image {name}, outside the folder of images; make it relative to that."
                 )
