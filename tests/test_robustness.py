@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import logging as transformers_logging
 from typer.testing import CliRunner
 
@@ -291,6 +293,72 @@ def test_prompts_files_stay_in_the_folder(tmp_path, tiny_model, name):
     options = ["--prompts", tmp_path / "prompts.jsonl", "--output", tmp_path / "images/out", "--model", tiny_model]
     assert run("segment", tmp_path / "images", "--only-listed", *options).exit_code == 2
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# ------------------------------------------------------------------------------------------------ the checkpoint
+
+CONFIG, PROCESSOR, WEIGHTS = "config.json", "processor_config.json", "model.safetensors"
+DEEP = "[" * 100_000
+INDEX = json.dumps({"metadata": {}, "weight_map": {"a": "../../secret"}})
+
+
+def changed(text: str, *keys: str, to) -> str:
+    """The json of a config with another value at `keys`."""
+    config = part = json.loads(text)
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = to
+    return json.dumps(config)
+
+
+DAMAGE = {  # file, whole text or keys and value, what must be named
+    "a list": (CONFIG, "[1]", "/model"),
+    "null": (CONFIG, "null", "/model"),
+    "endless": (CONFIG, DEEP, "/model"),
+    "a word for a size": (CONFIG, ("vision_config", "image_size", "large"), "/model"),
+    "no heads": (CONFIG, ("vision_config", "num_attention_heads", 0), "num_attention_heads"),
+    "unknown activation": (CONFIG, ("vision_config", "hidden_act", "none"), "/model"),
+    "unknown dtype": (CONFIG, ("dtype", "float1"), "/model"),
+    "other shapes": (CONFIG, ("mask_decoder_config", "mlp_dim", 8), "/model"),
+    "processor: a list": (PROCESSOR, "[1]", "/model"),
+    "processor: null": (PROCESSOR, "null", "/model"),
+    "processor: endless": (PROCESSOR, DEEP, "/model"),
+    "processor: a number": (PROCESSOR, ("image_processor", 5), "/model"),
+    "negative size": (PROCESSOR, ("image_processor", "size", {"height": -5, "width": 64}), "/model"),
+    "half a pixel": (PROCESSOR, ("image_processor", "size", {"height": 9.5, "width": 64}), "/model"),
+    "divisor of 0": (PROCESSOR, ("image_processor", "size_divisor", 0), "size_divisor"),
+    "std of 0": (PROCESSOR, ("image_processor", "image_std", [1, 0, 1]), "image_std"),
+    "two means": (PROCESSOR, ("image_processor", "image_mean", [0.5, 0.5]), "image_mean"),
+    "a word for a mean": (PROCESSOR, ("image_processor", "image_mean", "mean"), "image_mean"),
+    "empty": (WEIGHTS, "", "/model"),
+    "no header": (WEIGHTS, "\x10\0\0\0\0\0\0\0{}", "/model"),
+    "another folder's": (f"{WEIGHTS}.index.json", INDEX, "/model"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named(tmp_path, tiny_model, damage):
+    name, content, named = DAMAGE[damage]
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    Image.new("RGB", (20, 12)).save(tmp_path / "a.png")
+    (tmp_path / "secret").write_bytes(b"words")
+    if name.endswith(".index.json"):
+        (model / WEIGHTS).rename(model / "part.safetensors")
+    if isinstance(content, tuple):
+        content = changed((model / name).read_text(), *content[:-1], to=content[-1])
+    (model / name).write_text(content)
+    result = run("segment", tmp_path / "a.png", "--point", "5,5", "--model", model)
+    assert result.exit_code == 2 and named in result.stderr, result.stderr
+
+
+def test_weights_that_are_no_numbers_are_named(tmp_path, tiny_model):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / WEIGHTS)
+    weights["mask_decoder.mask_tokens.weight"][0, 0] = math.nan
+    save_file(weights, tmp_path / "model" / WEIGHTS, {"format": "pt"})
+    said = run("info", tmp_path / "model").stderr
+    assert f"{tmp_path / 'model'} has weights that are no finite numbers, in mask_decoder.mask_tokens.weight" in said
 
 
 # ------------------------------------------------------------------------------------------------ code in files

@@ -66,7 +66,7 @@ class EfficientSamVisionConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
-        if self.hidden_size % self.num_attention_heads:
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} cannot be split over {self.num_attention_heads} attention heads; "
                 "choose num_attention_heads so that it divides hidden_size."
@@ -438,7 +438,7 @@ class EfficientSamSaliencyConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
             self.intermediate_size = 2 * self.hidden_size
-        if self.hidden_size % self.num_attention_heads:
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} cannot be split over {self.num_attention_heads} attention heads; "
                 "choose num_attention_heads so that it divides hidden_size."

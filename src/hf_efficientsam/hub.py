@@ -50,8 +50,8 @@ def read_config(name: str) -> dict:
     if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2):
         raise ValueError(f"{name}: no such directory.")
     try:
-        return PreTrainedConfig.get_config_dict(name)[0]
-    except (OSError, ValueError):
+        return dict(PreTrainedConfig.get_config_dict(name)[0])
+    except Exception:  # other kinds of json than an object make transformers raise nearly anything
         raise ValueError(f"{name} is neither a directory with a valid config.json nor a Hub model in reach.") from None
 
 
@@ -61,8 +61,12 @@ def loading(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{name} cannot be loaded: {reason}") from None
+        reason = str(error) or repr(error)
+    except Exception as error:  # transformers raises nearly anything over damaged files, with few words
+        reason = repr(error)
+    else:
+        return
+    raise ValueError(f"{name} cannot be loaded: {' '.join(reason.split())}")
 
 
 def check_complete(name: str, loaded: dict) -> None:
@@ -71,12 +75,13 @@ def check_complete(name: str, loaded: dict) -> None:
         raise ValueError(f"{name} lacks {len(missing)} of the model's weights, such as {min(missing)}.")
 
 
-def load_model(
-    name: str, dtype: torch.dtype | str = torch.float32
-) -> tuple[EfficientSamModel, EfficientSamProcessor]:
+def load_model(name: str, dtype: torch.dtype | str = torch.float32) -> tuple[EfficientSamModel, EfficientSamProcessor]:
     """In float32 whatever was stored, for half precision is slow on CPUs; or in another `dtype`, "auto" as stored."""
     with loading(name):
         processor = EfficientSamProcessor.from_pretrained(name)
         model, loaded = EfficientSamModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
     check_complete(name, loaded)
+    for part, weights in model.state_dict().items():
+        if not weights.isfinite().all():
+            raise ValueError(f"{name} has weights that are no finite numbers, in {part}; take an earlier checkpoint.")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor

@@ -6,6 +6,7 @@ Also the four helpers that `pipeline("mask-generation")` asks of an image proces
 import math
 import os
 from itertools import product
+from numbers import Integral
 from typing import TypedDict
 
 import numpy as np
@@ -99,7 +100,7 @@ class EfficientSamImageProcessor(PilBackend):
     def _standardize_kwargs(self, **kwargs) -> dict:
         kwargs = super()._standardize_kwargs(default_to_square=True, **kwargs)
         size = kwargs["size"]
-        if size is None or not (size.height and size.width):
+        if size is None or not all(isinstance(n, Integral) and n > 0 for n in (size.height, size.width)):
             raise ValueError(
                 f"size needs a height and a width, got {size and dict(size)}; to keep the aspect ratio, give both and "
                 "set keep_aspect_ratio=True."
@@ -107,8 +108,15 @@ class EfficientSamImageProcessor(PilBackend):
         return kwargs
 
     def _validate_preprocess_kwargs(self, size_divisor: int, return_tensors: str | None = None, **kwargs):
-        if size_divisor < 1:
+        if not (isinstance(size_divisor, Integral) and size_divisor >= 1):
             raise ValueError(f"size_divisor must be at least 1, got {size_divisor}.")
+        for name in ("image_mean", "image_std", "rescale_factor"):
+            if (given := kwargs.get(name)) is None:
+                continue
+            values = np.asarray(given)
+            is_number = values.dtype.kind in "iuf" and np.isfinite(values).all() and values.shape in ((), (1,), (3,))
+            if not is_number or (name == "image_std" and not values.all()):
+                raise ValueError(f"{name} must be a number or one for each channel, and image_std not 0, got {given}.")
         if return_tensors not in (None, "pt", "np"):
             raise ValueError(f'return_tensors must be "pt" or "np", got {return_tensors!r}.')
 
