@@ -39,7 +39,7 @@ def read_picture(
         image = Image.open(image)
     if isinstance(image, Image.Image):
         _check_image_size(image.height, image.width, max_image_pixels)
-        pixels, input_data_format = _pil_to_array(image, do_convert_rgb), "channels_last"
+        pixels, input_data_format = _pilread_mask(image, do_convert_rgb), "channels_last"
     elif isinstance(image, np.ndarray):
         pixels = image
         input_data_format = input_data_format or infer_data_format(pixels.shape, "channels_last")
@@ -67,7 +67,7 @@ def _check_image_size(height: int, width: int, max_image_pixels: int | None):
         )
 
 
-def _pil_to_array(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
+def _pilread_mask(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
     """Upright picture as H x W or H x W x C."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
@@ -202,6 +202,11 @@ def _to_lists(values: Any, name: str) -> Any:
     raise TypeError(f"{name} must hold numbers in lists, tuples, arrays or tensors, not a {type(values).__name__}.")
 
 
+def nesting(values: Any, name: str) -> set[int]:
+    """How many lists lie around the numbers of prompts; TypeError if there is something else in them."""
+    return _depths(_to_lists(values, name))
+
+
 def _depths(values: Any) -> set[int]:
     """How many lists lie around the numbers; more than one answer if the nesting is uneven, none without numbers."""
     if values is None:
@@ -243,10 +248,11 @@ def _read_masks(input_masks: Any, num_images: int) -> list[list[np.ndarray]]:
             f"input_masks has masks for {len(input_masks)} images, but there are {num_images} images; its levels are "
             "[image][prompt][h][w]."
         )
-    return [[_to_array(mask) for mask in (() if image is None else image)] for image in input_masks]
+    return [[read_mask(mask) for mask in (() if image is None else image)] for image in input_masks]
 
 
-def _to_array(mask: Any) -> np.ndarray:
+def read_mask(mask: Any) -> np.ndarray:
+    """As float32."""
     if hasattr(mask, "detach"):  # a tensor, which may be on a GPU, in a type that numpy lacks, or carry gradients
         mask = mask.detach().cpu().float()
     try:
@@ -350,13 +356,15 @@ def _check_masks(masks: list, points: list, boxes: list):
                 f"Image {i} has {num_prompts} prompts but {len(image)} input_masks; each prompt needs one."
             )
         for q, mask in enumerate(image):
-            if mask.ndim != 2 or mask.shape != first.shape:
+            if mask.ndim != 2 or mask.shape != first.shape or not mask.size:
                 raise ValueError(
                     f"Image {i}, prompt {q}: every mask in input_masks must be [h, w], all of one size, got shape "
                     f"{mask.shape} after {first.shape}."
                 )
-            if not np.isfinite(mask).all():
-                raise ValueError(f"Image {i}, prompt {q}: the mask in input_masks holds NaN or infinite logits.")
+            if not (np.abs(mask) <= 1e9).all():  # the squares of larger ones do not fit into float32 for long
+                raise ValueError(
+                    f"Image {i}, prompt {q}: the mask in input_masks holds NaN or infinite logits, or some beyond 1e9."
+                )
 
 
 def _pad_points(points: list, labels: list, scales: list, num_prompts: int) -> dict[str, np.ndarray]:

@@ -9,7 +9,25 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .inputs_efficientsam import nesting, read_mask
 from .results import SegmentationResult, tight_boxes
+
+
+def has(prompts: Any, i: int) -> bool:
+    """Whether there is something for the i-th object."""
+    return prompts is not None and i < len(prompts) and prompts[i] is not None and len(prompts[i]) > 0
+
+
+def count_objects(points: Any, boxes: Any, masks: Any) -> int:
+    """How many objects are asked for. ValueError: prompts nested otherwise, or an object without any."""
+    for name, given, form in (("points", points, "[[x, y], ...]"), ("boxes", boxes, "[x1, y1, x2, y2]")):
+        if given is not None and not nesting(given, name) <= {form.count("[") + 1}:
+            raise ValueError(f"{name} must be a list with {form} for each object, not {given}.")
+    num_objects = max((len(given) for given in (points, boxes, masks) if given is not None), default=0)
+    for i in range(num_objects):
+        if not any(has(given, i) for given in (points, boxes, masks)):
+            raise ValueError(f"Nothing is asked for object {i}; give points, a box or a mask.")
+    return num_objects
 
 
 class PredictorBase(ABC):
@@ -94,10 +112,9 @@ class PredictorBase(ABC):
         points = None if point_coords is None else [np.asarray(point_coords).tolist()]
         labels = None if point_labels is None else [np.asarray(point_labels).tolist()]
         boxes = None if box is None else [np.asarray(box).reshape(-1).tolist()]
-        masks = (
-            None if mask_input is None else np.asarray(mask_input, dtype=np.float32).reshape(1, *mask_input.shape[-2:])
-        )
-        if points is None and boxes is None and masks is None:
+        masks = None if mask_input is None else read_mask(mask_input)
+        masks = None if masks is None else masks.reshape(1, *masks.shape[-2:])
+        if not count_objects(points, boxes, masks):
             raise ValueError("Nothing is asked for; give points, a box or a mask.")
         logits, scores = self._decode(points, labels, boxes, masks, multimask_output)
         masks = self._enlarge(logits, binarize=not return_logits)
@@ -130,7 +147,7 @@ class PredictorBase(ABC):
             RuntimeError, ValueError: as `predict`.
         """
         self._check_image()
-        num_objects = max((len(one) for one in (points, boxes, masks) if one is not None), default=0)
+        num_objects = count_objects(points, boxes, masks)
         if not num_objects:
             empty = np.zeros(0, dtype=np.float32)
             return SegmentationResult(np.zeros((0, *self.original_size), bool), empty, empty, empty.reshape(0, 4), [])
@@ -139,8 +156,7 @@ class PredictorBase(ABC):
         found = np.take_along_axis(logits, best[..., None, None], axis=1)
         found = self._enlarge(found, binarize=True)[:, 0]
         tight = tight_boxes(found)
-        asked = boxes if boxes is not None else [None] * num_objects
-        result_boxes = np.stack([tight[i] if box is None else np.float32(box) for i, box in enumerate(asked)])
+        result_boxes = np.stack([np.float32(boxes[i]) if has(boxes, i) else tight[i] for i in range(num_objects)])
         iou_scores = scores.max(axis=1).clip(0, 1)
         return SegmentationResult(found, iou_scores, iou_scores, result_boxes, list(names or ["object"] * num_objects))
 
