@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 from tars import write_shard
 from torch.utils.data import DataLoader
 
@@ -90,8 +91,19 @@ def test_a_missing_or_damaged_part_is_named(folder):
         with pytest.raises(ValueError, match=r"view_0001/part_000000\.safetensors is missing; run"):
             read()
     cache.read("b", 0)
-    (folder / "index.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"index\.safetensors is damaged"):
+    path.write_bytes(save({"other": torch.zeros(2)}))
+    with pytest.raises(ValueError, match=r"part_000000\.safetensors is damaged"):
+        cache.read("b", 1)
+    for content in (b"half", save({"key_hashes": torch.zeros(2, dtype=torch.int64)})):
+        (folder / "index.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=r"index\.safetensors is damaged"):
+            FeatureCache(folder, {})
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "null", "[" * 100_000, "{}", '{"views": "2", "width": 3}'])
+def test_a_damaged_manifest_is_named(folder, content):
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=r"manifest\.json .*; start a new cache"):
         FeatureCache(folder, {})
     (folder / "manifest.json").write_text('{"teach')
     with pytest.raises(ValueError, match=r"manifest\.json cannot be read"):

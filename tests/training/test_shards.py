@@ -103,12 +103,20 @@ def test_the_members_that_are_needed_are_read_in_any_order(tmp_path, monkeypatch
         "../../2.txt": b"two",
         "3.txt": b"",
         "3.json": b"",
+        f"{tmp_path}/6.txt": b"absolute",
+        f"{tmp_path}/6.json": b"{6}",
+        "C:\\7.txt": b"on a drive",
+        "C:\\7.json": b"{7}",
+        f"{'x' * 5000}.txt": b"a long name",
+        f"{'x' * 5000}.json": b"{8}",
     }
     (tmp_path / "a/b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a/b")
     path = write_shard("a.tar", members)
     with tarfile.open(path, "a") as tar:
-        for name, kind in [("4.txt", tarfile.SYMTYPE), ("4.json", tarfile.LNKTYPE), ("5.txt", tarfile.DIRTYPE)]:
+        links = [("4.txt", tarfile.SYMTYPE), ("4.json", tarfile.LNKTYPE)]
+        others = [("5.txt", tarfile.DIRTYPE), ("5.json", tarfile.CHRTYPE), ("9.txt", tarfile.FIFOTYPE)]
+        for name, kind in [*links, *others, ("9.json", tarfile.BLKTYPE)]:
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, "3.txt"
             tar.addfile(member)
@@ -116,7 +124,14 @@ def test_the_members_that_are_needed_are_read_in_any_order(tmp_path, monkeypatch
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read = dict(source.read(0))
-    assert read == {"a.b/1": (b"one", b"{1}"), "../../2": (b"two", b"{2}"), "3": (b"", b"")}
+    assert read == {
+        "a.b/1": (b"one", b"{1}"),
+        "../../2": (b"two", b"{2}"),
+        "3": (b"", b""),
+        f"{tmp_path}/6": (b"absolute", b"{6}"),
+        "C:\\7": (b"on a drive", b"{7}"),
+        "x" * 5000: (b"a long name", b"{8}"),
+    }
     files = [file.name for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".lock"]
     assert files == ["a.tar"], "nothing is unpacked"
 

@@ -12,6 +12,7 @@ cut out of the features of the whole image, because only so does the cache hold 
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -52,13 +53,19 @@ class FeatureCache:
         if self.manifest is None:
             raise ValueError(f"{folder} holds no feature cache; make one with training/cache_features.py.")
         _compare(self.folder, self.manifest, expected)
-        self.views, self.width = self.manifest["views"], self.manifest["width"]
+        self.views, self.width = (self.manifest.get(name) for name in ("views", "width"))
+        if not isinstance(self.views, int) or not isinstance(self.width, int):
+            raise ValueError(
+                f"{self.folder / 'manifest.json'} lacks the number of views or the width; start a new cache."
+            )
         try:
             self.index = load_arrays(self.folder / "index.safetensors")
         except FileNotFoundError:
             raise ValueError(f"The feature cache {folder} is not complete; {AGAIN}.") from None
         except SafetensorError as error:
             raise ValueError(f"{self.folder / 'index.safetensors'} is damaged ({error}); {AGAIN}.") from None
+        if self.index.keys() != {"key_hashes", "parts", "rows"} or len({len(one) for one in self.index.values()}) > 1:
+            raise ValueError(f"{self.folder / 'index.safetensors'} is damaged; {AGAIN}.")
 
     def __len__(self) -> int:
         """The number of images."""
@@ -209,10 +216,13 @@ def _hash_key(key: str) -> int:
 
 def _read_manifest(folder: Path) -> dict | None:
     try:
-        return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError("it holds no object")
+        return manifest
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder / 'manifest.json'} cannot be read ({error}); start a new cache.") from None
 
 
@@ -238,12 +248,15 @@ def _flatten(values: dict, prefix: str = "") -> dict:
     return flat
 
 
-def _open_part(path: Path) -> safe_open:
+@contextmanager
+def _open_part(path: Path) -> Iterator[safe_open]:
+    """A ValueError if there is none, or if what is read from it is not there."""
     try:
-        return safe_open(path, "pt")
+        with safe_open(path, "pt") as part:
+            yield part
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; {AGAIN}.") from None
-    except SafetensorError as error:
+    except (SafetensorError, IndexError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and {AGAIN}.") from None
 
 
