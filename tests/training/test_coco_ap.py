@@ -255,6 +255,7 @@ def test_boxes_of_an_image(tmp_path):
     [
         (None, "There is no file of detections"),
         ("[{", "is not valid json"),
+        ("[" * 100_000, "is not valid json"),
         ('{"annotations": []}', "does not hold detections: it must be a flat list of"),
         ("[]", "has no detections"),
         ('[{"image_id": 1, "category_id": 1}]', "Detection 0 of .* has no bbox, score"),
@@ -263,6 +264,8 @@ def test_boxes_of_an_image(tmp_path):
         ([1, 1, {"score": None}], "one as score"),
         ([1, 1, {"bbox": [9, 9, -3, 3]}], "of negative size"),
         ([77, 1, {}], "has the image_id 77, which .*truth.json lacks"),
+        ([[1], 1, {}], r"has the image_id \[1\], which .*truth.json lacks"),
+        ([1, 1, {"bbox": [1, 2, 10**400, 3]}], "needs four numbers as bbox"),
         ([1, 77, {}], "has the category_id 77, which .*truth.json lacks"),
     ],
 )

@@ -244,7 +244,7 @@ def _read_detections(path: str, truth: dict, annotations: str) -> list[dict]:
         raise FileNotFoundError(f"There is no file of detections {path}.")
     try:
         detections = json.loads(Path(path).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid json ({error}); export it again.") from error
     form = "a flat list of {image_id, category_id, bbox [x, y, width, height], score}"
     if not isinstance(detections, list) or not all(isinstance(one, dict) for one in detections):
@@ -259,13 +259,13 @@ def _read_detections(path: str, truth: dict, annotations: str) -> list[dict]:
             raise ValueError(f"{name} has no {', '.join(sorted(missing))}; the file must be {form}.")
         box = detection["bbox"]
         numbers = [*box, detection["score"]] if isinstance(box, list) else []
-        if len(numbers) != 5 or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+        if len(numbers) != 5 or not all(isinstance(n, int | float) and abs(n) < 1e30 for n in numbers):
             raise ValueError(
                 f"{name} needs four numbers as bbox and one as score, but has {box}, {detection['score']}."
             )
         if min(box[2:]) < 0:
             raise ValueError(f"{name} has the bbox {box} of negative size; it must be [x, y, width, height].")
         for what, known in (("image_id", images), ("category_id", categories)):
-            if detection[what] not in known:
+            if not isinstance(detection[what], int | float | str) or detection[what] not in known:
                 raise ValueError(f"{name} has the {what} {detection[what]}, which {annotations} lacks; give its own.")
     return detections
