@@ -16,6 +16,11 @@ def demo(tiny_model) -> Demo:
     return Demo(str(tiny_model), max_pixels=20_000)
 
 
+@pytest.fixture(autouse=True)
+def upload_folder(photo, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(photo.parent))
+
+
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("photos") / "photo.png"
@@ -40,6 +45,9 @@ def test_sentences_about_files(demo, photo, tmp_path):
         demo.open(tmp_path / "b.png", "C/broken.png")
     with pytest.raises(ValueError, match="there is no picture"):
         demo.open_upload(None)
+    for other in ({"path": str(tmp_path / "a.png")}, {"path": None}, {}, "a.png"):  # of this computer, or nonsense
+        with pytest.raises(ValueError, match=r"^(the picture must be uploaded first|there is no picture)"):
+            demo.open_upload(other)
 
 
 def test_what_is_wrong_is_said_and_changes_nothing(demo, photo):

@@ -13,7 +13,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
-from gradio.utils import get_upload_folder
+from gradio.utils import get_upload_folder, is_in_or_equal
 
 from ..hub import find_checkpoint, load_model
 from ..mask_generation import EfficientSamMaskGenerator
@@ -101,9 +101,17 @@ class Demo:
         return Session(EfficientSamPredictor(self.model, self.processor), self.checkpoint, name, image)
 
     def open_upload(self, upload: dict | None) -> Session:
-        """`upload` as gradio's page and clients send a file; gradio has checked that it is one of its uploads."""
+        """
+        `upload` as gradio's page and clients send a file.
+
+        Raises:
+            ValueError: as `open`; or there is none, or it is another file of this computer than an upload. (gradio
+                checks that only of what the visitor calls a file.)
+        """
         if not upload:
             raise ValueError("there is no picture; choose one.")
+        if not isinstance(upload, dict) or not is_in_or_equal(str(upload.get("path")), get_upload_folder()):
+            raise ValueError("the picture must be uploaded first.")
         return self.open(upload["path"], upload.get("orig_name") or Path(upload["path"]).name)
 
     # ---------------------------------------------------------------------------------------------- finding
