@@ -39,7 +39,7 @@ def read_picture(
         image = Image.open(image)
     if isinstance(image, Image.Image):
         _check_image_size(image.height, image.width, max_image_pixels)
-        pixels, input_data_format = _pilread_mask(image, do_convert_rgb), "channels_last"
+        pixels, input_data_format = _pil_to_array(image, do_convert_rgb), "channels_last"
     elif isinstance(image, np.ndarray):
         pixels = image
         input_data_format = input_data_format or infer_data_format(pixels.shape, "channels_last")
@@ -67,7 +67,7 @@ def _check_image_size(height: int, width: int, max_image_pixels: int | None):
         )
 
 
-def _pilread_mask(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
+def _pil_to_array(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
     """Upright picture as H x W or H x W x C."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
