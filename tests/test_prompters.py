@@ -8,7 +8,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scipy import ndimage
 from transformers import (
     CLIPTokenizer,
@@ -162,6 +162,15 @@ def test_a_checkpoint_without_head_says_what_to_do(predictor):
 def test_a_head_of_another_encoder(predictor, tmp_path):
     EfficientSamSaliencyHead(EfficientSamSaliencyConfig(input_channels=16, hidden_size=24)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"16 channels.*32"):
+        SalientPrompter(predictor, str(tmp_path))
+
+
+def test_a_head_without_all_of_its_weights(predictor, tmp_path):
+    EfficientSamSaliencyHead(EfficientSamSaliencyConfig(input_channels=32, hidden_size=24)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("classifier.weight")
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 of the model's weights, such as classifier.weight"):
         SalientPrompter(predictor, str(tmp_path))
 
 

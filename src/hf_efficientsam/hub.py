@@ -11,6 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_efficientsam import EfficientSamConfig
 from .modeling_efficientsam import EfficientSamModel
+from .modeling_saliency import EfficientSamSaliencyHead
 from .processing_efficientsam import EfficientSamProcessor
 
 
@@ -73,6 +74,16 @@ def check_complete(name: str, loaded: dict) -> None:
     """Raises a ValueError if weights were made up, as `output_loading_info` of `from_pretrained` tells."""
     if missing := loaded["missing_keys"]:
         raise ValueError(f"{name} lacks {len(missing)} of the model's weights, such as {min(missing)}.")
+
+
+def load_head(name: str, dtype: torch.dtype | str = torch.float32, subfolder: str = "") -> EfficientSamSaliencyHead:
+    """A saliency head, in a `dtype` as of `load_model`, on the CPU."""
+    with loading(name):
+        head, loaded = EfficientSamSaliencyHead.from_pretrained(
+            name, subfolder=subfolder, dtype=dtype, output_loading_info=True
+        )
+    check_complete(name, loaded)
+    return head
 
 
 def load_model(name: str, dtype: torch.dtype | str = torch.float32) -> tuple[EfficientSamModel, EfficientSamProcessor]:

@@ -27,9 +27,10 @@ from transformers import (
     AutoProcessor,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageInput
+from transformers.utils import cached_file
 
 from .configuration_efficientsam import EfficientSamSaliencyConfig
-from .hub import loading, read_config
+from .hub import load_head, loading, read_config
 from .image_processing_efficientsam import non_maximum_suppression
 from .modeling_saliency import EfficientSamSaliencyHead
 from .predictor import EfficientSamPredictor
@@ -121,8 +122,8 @@ def load_saliency(
         read_config(name)
         with loading(name):
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-            if isinstance(config, EfficientSamSaliencyConfig):
-                return HeadSaliency(predictor, EfficientSamSaliencyHead.from_pretrained(name))
+        if isinstance(config, EfficientSamSaliencyConfig):
+            return HeadSaliency(predictor, load_head(name))
         return ModelSaliency(name, config, trust_remote_code, predictor.device)
     if callable(saliency):
         return saliency
@@ -132,12 +133,15 @@ def load_saliency(
 def load_own_head(predictor: EfficientSamPredictor) -> EfficientSamSaliencyHead:
     name = predictor.model.name_or_path
     try:
-        return EfficientSamSaliencyHead.from_pretrained(name, subfolder="saliency")
+        has_head = cached_file(name, "config.json", subfolder="saliency") is not None
     except OSError:
+        has_head = False
+    if not has_head:
         raise ValueError(
             f"{name or 'the model'} has no saliency head; name a saliency model (--saliency), or train a head with "
             "training/train_saliency.py."
-        ) from None
+        )
+    return load_head(name, subfolder="saliency")
 
 
 class HeadSaliency:
@@ -252,7 +256,11 @@ class OnnxSaliency:
         self.size = tuple(side if isinstance(side, int) else 320 for side in first.shape[2:])
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        outputs = self.session.run(None, {self.input: squash(image, self.size)})
+        try:
+            outputs = self.session.run(None, {self.input: squash(image, self.size)})
+        except Exception as error:  # as above
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{self.path} does not run at {self.size[0]} x {self.size[1]} pixels: {reason}") from None
         return pick_map([torch.from_numpy(np.asarray(output)) for output in outputs], self.path)
 
 

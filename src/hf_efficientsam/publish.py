@@ -24,9 +24,8 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 
 from . import __version__
-from .hub import check_complete, find_checkpoint, load_model, loading
+from .hub import find_checkpoint, load_head, load_model
 from .model_card_efficientsam import model_card
-from .modeling_saliency import EfficientSamSaliencyHead
 
 SPACES = Path(__file__).resolve().parents[2] / "spaces"  # in a checkout; not installed with the package
 SPACE_FILES = ("app.py", "README.md", "requirements.txt")
@@ -154,8 +153,8 @@ def make_model(directory: Path, name: str, folder: Path, onnx: bool) -> Reposito
     processor.save_pretrained(folder)
     if onnx:
         write_onnx(directory, folder / "onnx")
-    if head := load_head(directory, dtype="auto"):
-        head.save_pretrained(folder / "saliency")
+    if (directory / "saliency").is_dir():
+        load_head(str(directory / "saliency"), dtype="auto").save_pretrained(folder / "saliency")
         for code in (folder / "saliency").glob("*.py"):
             code.replace(folder / code.name)  # where transformers looks for it
     for pattern in CARRIED:
@@ -170,17 +169,6 @@ def make_model(directory: Path, name: str, folder: Path, onnx: bool) -> Reposito
     if not any(folder.glob("LICENSE*")):
         (folder / "LICENSE").write_text(metadata.distribution("hf-efficientsam").read_text("licenses/LICENSE"))
     return repository
-
-
-def load_head(directory: Path, dtype: torch.dtype | str) -> EfficientSamSaliencyHead | None:
-    """The checkpoint's saliency head, if it has one."""
-    name = str(directory / "saliency")
-    if not Path(name).is_dir():
-        return None
-    with loading(name):
-        head, loaded = EfficientSamSaliencyHead.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    check_complete(name, loaded)
-    return head
 
 
 def check_card(readme: Path) -> None:
@@ -239,7 +227,7 @@ def verify(directory: Path, repository: Repository) -> None:
         ValueError: if it cannot be loaded there or answers otherwise than the checkpoint does here.
     """
     model, processor = load_model(str(directory))
-    head = load_head(directory, dtype=torch.float32)
+    head = load_head(str(directory / "saliency")) if (directory / "saliency").is_dir() else None
     expected = answer(model.cpu(), processor, head)
     script = NOT_INSTALLED + STRANGER.format(answer=inspect.getsource(answer))
     with tempfile.TemporaryDirectory() as temporary:
