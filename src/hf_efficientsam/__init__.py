@@ -1,7 +1,7 @@
 """
 EfficientSAM as a transformers model family. Importing this registers it with transformers' Auto classes.
 
-Where torch is not installed there is [`EfficientSamOnnxPredictor`] all the same, for exported models.
+Where torch or transformers is not installed there is [`EfficientSamOnnxPredictor`] all the same, for exported models.
 """
 
 from importlib.util import find_spec
@@ -38,7 +38,7 @@ __all__ = [
     "bundled_checkpoint",
 ]
 
-if find_spec("torch") is None:
+if not (find_spec("torch") and find_spec("transformers")):
 
     def __getattr__(name: str):
         if name in __all__:

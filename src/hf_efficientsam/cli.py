@@ -281,7 +281,7 @@ def salient(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the code that the saliency model brings along.")
     ] = False,
-    threshold: Annotated[float, typer.Option(help="What is salient, from 0 (all) to 1 (nothing).")] = 0.5,
+    threshold: Annotated[float, typer.Option(help="What is salient: at least 0 (all), below 1.")] = 0.5,
     min_area: Annotated[
         float, typer.Option(help="Leave out objects of less than this share of the largest one's area, 0 to 1.")
     ] = 0.05,
