@@ -60,7 +60,11 @@ class PredictorBase(ABC):
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f'image_format must be "RGB" or "BGR", not {image_format!r}.')
         if image_format == "BGR":
-            image = np.asarray(image)[..., ::-1]
+            image = np.asarray(image)
+            if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[-1] not in (1, 3, 4)):
+                raise ValueError(f"A BGR picture is an array [height, width, 1, 3 or 4], not {list(image.shape)}.")
+            if image.ndim == 3 and image.shape[-1] > 1:  # alpha stays behind
+                image = image[..., [2, 1, 0, *range(3, image.shape[-1])]]
         self.reset_image()
         pixels = self._read_image(image)
         features, input_size = self._encode(pixels)
