@@ -8,7 +8,7 @@ from PIL import Image
 
 from hf_efficientsam.demo.service import Demo
 from hf_efficientsam.demo.session import Finding
-from hf_efficientsam.prompters import Detector
+from hf_efficientsam.prompters import Detector, SalientPrompter
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +121,5 @@ def test_a_saliency_map_from_elsewhere(tiny_model, photo):
     session = demo.open(photo, "photo.png")
     demo.find_salient(session, 0.5)
     assert [one.name for one in session.objects] == ["salient object"]
+    found, expected = session.result(), SalientPrompter(session.predictor, left)()
+    assert found.scores == pytest.approx(expected.scores) and found.iou_scores == pytest.approx(expected.iou_scores)

@@ -81,6 +81,7 @@ class SceneObject:
         candidates: compressed RLE of each candidate mask, in the model's order; none before there is an answer.
         scores: their scores.
         chosen: which of them is meant.
+        iou: the model's estimate of its mask's IoU, if that is not its score.
         finding, place: what found it, and its number there from 0, if it has no prompts.
     """
 
@@ -91,6 +92,7 @@ class SceneObject:
     candidates: tuple[dict, ...] = ()
     scores: tuple[float, ...] = ()
     chosen: int = 0
+    iou: float | None = None
     finding: Finding | None = None
     place: int = 0
 
@@ -250,7 +252,7 @@ class Session:
         records = generator.generate(self.predictor.image)
         rles = [record["segmentation"] for record in records]
         scores = [record["predicted_iou"] for record in records]
-        self._take(Finding("everything", options), rles, scores, ["object"] * len(rles), start)
+        self._take(Finding("everything", options), rles, scores, scores, ["object"] * len(rles), start)
 
     def find(self, finding: Finding, prompter, *question) -> None:
         """
@@ -262,18 +264,19 @@ class Session:
         """
         start = perf_counter()
         result = prompter(*question)
-        self._take(finding, result.rles(), result.scores, result.labels, start)
+        self._take(finding, result.rles(), result.scores, result.iou_scores.tolist(), result.labels, start)
 
-    def _take(self, finding: Finding, rles: list, scores, names: list[str], start: float) -> None:
+    def _take(self, finding: Finding, rles: list, scores, ious, names: list[str], start: float) -> None:
         objects = [
             SceneObject(
                 " ".join(name.split()),
                 candidates=(rle,),
                 scores=(min(max(0.0, float(score)), 1.0),),
+                iou=min(max(0.0, iou), 1.0),
                 finding=finding,
                 place=i,
             )
-            for i, (rle, score, name) in enumerate(zip(rles, scores, names, strict=True))
+            for i, (rle, score, iou, name) in enumerate(zip(rles, scores, ious, names, strict=True))
             if coco_mask.area(rle)
         ]
         self.answer_seconds = perf_counter() - start
@@ -288,10 +291,11 @@ class Session:
         done = [one for one in self.objects if one.candidates]
         masks = np.array([one.mask() for one in done], dtype=bool).reshape(-1, self.height, self.width)
         scores = np.array([one.score for one in done], dtype=np.float32)
+        ious = np.array([one.score if one.iou is None else one.iou for one in done], dtype=np.float32)
         boxes = tight_boxes(masks)
         for box, one in zip(boxes, done, strict=True):
             box[:] = box if one.box is None else one.box
-        return SegmentationResult(masks, scores, scores, boxes, [one.name for one in done])
+        return SegmentationResult(masks, scores, ious, boxes, [one.name for one in done])
 
     def draw(self) -> Image.Image:
         """The picture, small enough for a page, with all objects and their prompts."""
