@@ -401,9 +401,3 @@ def test_pixel_limit_can_be_lifted(photos, out, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     limited = save(tmp_path / "limited", max_image_pixels=1000)
     annotate_well(photos / "a.png", out, model=limited, max_pixels=90 * 61, crop_n_layers=1, points_per_side=1)
-
-
-def test_missing_library(photos, out, model, monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    result = annotate(photos, out, model=model, min_mask_region_area=9)
-    assert_refused(result, "min_mask_region_area needs scipy", "pip install scipy")

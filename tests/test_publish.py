@@ -113,7 +113,7 @@ def test_repository_has_what_the_checkpoint_has(checkpoint, tmp_path):
     folder = publish.make_model(checkpoint, "someone/tiny", tmp_path / "model", onnx=False).folder
     names = set(read_files(folder))
     assert {name for name in names if not name.endswith(".py")} == {
-        "LICENSE",
+        "LICENSE-CODE",
         "README.md",
         "config.json",
         "metrics.json",
@@ -130,6 +130,12 @@ def test_repository_has_what_the_checkpoint_has(checkpoint, tmp_path):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
         # The Fourier frequencies are always in float32.
         assert {theirs[key].dtype for key in ours if "frequencies" not in key} == {torch.float16}
+    assert "Apache License" in (folder / "LICENSE-CODE").read_text()  # nothing is known of the weights' terms
+    (checkpoint / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    try:
+        folder = publish.make_model(checkpoint, "someone/tiny", tmp_path / "free", onnx=False).folder
+    finally:
+        (checkpoint / "README.md").unlink()
     assert "Apache License" in (folder / "LICENSE").read_text()
 
 

@@ -363,7 +363,7 @@ def everything(
         int, typer.Option(help="For small objects: layer i also looks at 4**i crops of the image.")
     ] = GENERATOR_DEFAULTS["crop_n_layers"],
     min_mask_region_area: Annotated[
-        int, typer.Option(help="Fill holes and remove islands of fewer pixels in masks (needs scipy).")
+        int, typer.Option(help="Fill holes and remove islands of fewer pixels in masks.")
     ] = GENERATOR_DEFAULTS["min_mask_region_area"],
     overlay: Annotated[bool, typer.Option("--overlay/--no-overlay", help="Draw the masks over each image.")] = True,
     model: Annotated[
@@ -528,6 +528,8 @@ def export_onnx(
     """
     if output.is_file():
         raise ValueError(f"{output} is a file; give the name of a directory.")
+    if not variants and (images is not None or allow_loss):
+        raise ValueError("--images and --allow-loss are for variants; add --variant float16 or --variant int8.")
     if variants and images is None:
         raise ValueError("variants are measured on images; pass a folder of them with --images.")
     name = find_checkpoint(model)

@@ -58,14 +58,9 @@ class Annotator:
     ) -> "Annotator":
         model, processor = load_model(name)
         processor.image_processor.max_image_pixels = max_pixels
-        try:
-            generator = EfficientSamMaskGenerator(
-                model, processor, points_per_batch=points_per_batch, output_mode="coco_rle", **options
-            )
-        except ImportError as error:
-            raise ValueError(
-                f"min_mask_region_area needs {error.name}, which is not installed; pip install {error.name}."
-            ) from None
+        generator = EfficientSamMaskGenerator(
+            model, processor, points_per_batch=points_per_batch, output_mode="coco_rle", **options
+        )
         return cls(name, generator, options, max_pixels, crop_progress)
 
     def __call__(self, path: Path) -> tuple[Image.Image, list[dict]]:

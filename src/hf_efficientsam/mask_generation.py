@@ -22,6 +22,8 @@ from itertools import groupby, islice
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pycocotools import mask as coco_mask
+from scipy import ndimage
 from tqdm import tqdm
 from transformers.image_utils import ImageInput
 
@@ -281,14 +283,13 @@ class EfficientSamMaskGenerator:
             `points_per_side` and `point_layout`.
         point_layout: "cell_centers" as segment-anything lays the grid, or "official" as the official EfficientSAM
             notebook does, from the top left corner.
-        min_mask_region_area: holes and islands of fewer pixels are filled and removed (needs scipy); 0 leaves all.
+        min_mask_region_area: holes and islands of fewer pixels are filled and removed; 0 leaves all.
         multimask_output: three candidates for each point, or one.
         output_mode: what `segmentation` is: "binary_mask", a bool array `[height, width]`; "uncompressed_rle", a dict
             with COCO's `size` and `counts` as numbers; "coco_rle", with `counts` as pycocotools' string.
 
     Raises:
         ValueError: an option out of range.
-        ImportError: `min_mask_region_area` without scipy, `output_mode="coco_rle"` without pycocotools.
     """
 
     def __init__(
@@ -342,10 +343,6 @@ class EfficientSamMaskGenerator:
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
-        if min_mask_region_area:
-            import scipy.ndimage  # noqa: F401
-        if output_mode == "coco_rle":
-            import pycocotools.mask  # noqa: F401
         if point_grids is None:
             if points_per_side is None or points_per_side < 1:
                 raise ValueError(f"points_per_side must be at least 1, got {points_per_side}; or give point_grids.")
@@ -550,8 +547,6 @@ class EfficientSamMaskGenerator:
             return segmentation
         if self.output_mode == "uncompressed_rle":
             return masks_to_rles(torch.from_numpy(segmentation)[None])[0]
-        from pycocotools import mask as coco_mask
-
         rle = coco_mask.encode(np.asfortranarray(segmentation.view(np.uint8)))
         return {"size": rle["size"], "counts": rle["counts"].decode()}
 
@@ -576,8 +571,6 @@ def remove_small_regions(mask: np.ndarray, area: int, holes: bool) -> tuple[np.n
     Fills the holes, or removes the islands, of fewer than `area` pixels, corners connected; the largest island
     stays in any case. Returns the mask `[height, width]` and whether anything changed.
     """
-    from scipy import ndimage
-
     regions, count = ndimage.label(mask != holes, structure=np.ones((3, 3)))
     areas = np.bincount(regions.ravel(), minlength=count + 1)
     small = areas < area

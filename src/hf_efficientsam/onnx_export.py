@@ -383,6 +383,7 @@ def export_onnx(
 ) -> dict[str, dict]:
     """
     Writes `encoder.onnx` and `decoder.onnx` of a checkpoint, and both in each of `variants`, if all of it is right.
+    Other variants that lie there from before are removed.
 
     Args:
         name: directory or Hub name.
@@ -433,6 +434,8 @@ def export_onnx(
                 report[file.name] = {"mask_iou": iou}
         contents = {output / file: Path(folder, file).read_bytes() for file in report}
     write_files(contents)
+    for stale in {output / file_name(part, variant) for part in parts for variant in VARIANTS} - contents.keys():
+        stale.unlink(missing_ok=True)  # of another model, or another state of this one
     return {file: {"bytes": len(contents[output / file]), **found} for file, found in report.items()}
 
 

@@ -166,8 +166,9 @@ def make_model(directory: Path, name: str, folder: Path, onnx: bool) -> Reposito
         card.text += "\n".join(["\n## Also in this repository\n", *parts, ""]) if parts else ""
         card.save(folder / "README.md")
     check_card(folder / "README.md")
-    if not any(folder.glob("LICENSE*")):
-        (folder / "LICENSE").write_text(metadata.distribution("hf-efficientsam").read_text("licenses/LICENSE"))
+    if not any(folder.glob("LICENSE*")):  # ours is of the code; the card may say something else of the weights
+        name = "LICENSE" if ModelCard.load(folder / "README.md").data.license == "apache-2.0" else "LICENSE-CODE"
+        (folder / name).write_text(metadata.distribution("hf-efficientsam").read_text("licenses/LICENSE"))
     return repository
 
 

@@ -174,6 +174,9 @@ def test_files_open_again(session, image):
         "coco": "photo of a dog_coco.json",
         "rle": "photo of a dog_rle.json",
     }
+    session.file_name = 'a "quoted" <name>' + 200 * "x" + ".png"  # no page shows it as more than text
+    assert session.file("mask")[0] == ("a _quoted_ _name_" + 200 * "x")[:80] + "_mask.png"
+    session.file_name = "photo of a dog.png"
     pictures = {kind: np.asarray(Image.open(io.BytesIO(files[kind][1]))) for kind in ("mask", "cutout", "labels")}
     assert ((pictures["mask"] == 255) == masks.any(axis=0)).all() and set(np.unique(pictures["mask"])) <= {0, 255}
     assert (pictures["cutout"][..., :3] == np.asarray(image)).all()

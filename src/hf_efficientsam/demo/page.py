@@ -319,15 +319,11 @@ def launch_demo(demo: Demo, host: str = "127.0.0.1", port: int | None = None, sh
     with TemporaryDirectory(prefix="efficientsam_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         blocks = Page(demo).blocks.queue(max_size=MAX_WAITING)
-        blocks.launch(
-            server_name=host,
-            server_port=port,
-            share=share,
-            max_file_size=MAX_FILE_SIZE,
-            state_session_capacity=MAX_SESSIONS,
-            ssr_mode=False,  # needs node
-            run_history=False,
-            footer_links=["api", "settings"],
-            theme=THEME,
-            css=(HERE / "style.css").read_text(),
-        )
+        options = {"theme": THEME, "css": (HERE / "style.css").read_text(), "footer_links": ["api", "settings"]}
+        limits = {"max_file_size": MAX_FILE_SIZE, "state_session_capacity": MAX_SESSIONS, "run_history": False}
+        try:
+            # ssr_mode needs node
+            blocks.launch(server_name=host, server_port=port, share=share, ssr_mode=False, **options, **limits)
+        except OSError:
+            place = host if port is None else f"port {port} of {host}"
+            raise ValueError(f"{place} cannot be had; choose another --port or --host.") from None

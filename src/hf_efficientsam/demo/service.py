@@ -9,7 +9,7 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path, PurePath
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
@@ -24,6 +24,7 @@ from .pieces import candidates_html, objects_html, stage_html, status_html
 from .session import MAX_PIXELS, Finding, NothingFound, Session
 
 MAX_POINTS_PER_SIDE = 32
+MAX_OBJECTS = 64  # of one question to the API: each has a mask of the picture's size
 GENERATOR_THRESHOLDS = tuple(
     inspect.signature(EfficientSamMaskGenerator).parameters[name].default
     for name in ("pred_iou_thresh", "stability_score_thresh")
@@ -33,6 +34,11 @@ GENERATOR_THRESHOLDS = tuple(
 def as_sentence(error: Exception) -> str:
     text = str(error)
     return text[:1].upper() + text[1:]
+
+
+def check_numbers(*values) -> None:
+    if not all(isinstance(value, int | float) for value in values):
+        raise ValueError(f"points a side and thresholds must be numbers, not {', '.join(map(repr, values))}.")
 
 
 class Demo:
@@ -119,6 +125,7 @@ class Demo:
     def find_everything(
         self, session: Session, points_per_side: float, pred_iou_thresh: float, stability_score_thresh: float
     ) -> None:
+        check_numbers(points_per_side, pred_iou_thresh, stability_score_thresh)
         if not points_per_side <= MAX_POINTS_PER_SIDE:
             raise ValueError(f"this page lays up to {MAX_POINTS_PER_SIDE} points along each side.")
         session.find_everything(
@@ -128,6 +135,7 @@ class Demo:
         )
 
     def find_salient(self, session: Session, threshold: float) -> None:
+        check_numbers(threshold)
         if self.no_saliency:
             raise ValueError(self.no_saliency)
         options = (
@@ -140,6 +148,7 @@ class Demo:
         session.find(Finding("salient", options), prompter)
 
     def find_text(self, session: Session, text: str, threshold: float) -> None:
+        check_numbers(threshold)
         if self.no_detector:
             raise ValueError(self.no_detector)
         options = {"detector": self.detector, "threshold": threshold}
@@ -193,6 +202,8 @@ class Demo:
         asked = {"points": points, "labels": labels, "boxes": boxes}
         line = json.dumps({"image": "", **{key: value for key, value in asked.items() if value is not None}})
         objects = group_prompts(*parse_line(line.encode())[1:], separate_points=False)
+        if len(objects) > MAX_OBJECTS:
+            raise ValueError(f"this page segments up to {MAX_OBJECTS} objects at a time, not {len(objects)}.")
         session = self.open_upload(upload)
         result = session.predictor.segment(
             points=[one["points"] for one in objects],

@@ -6,6 +6,7 @@ be undone is a `Scene`, which is never changed but followed by another.
 
 import io
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from threading import Lock
@@ -339,7 +340,7 @@ class Session:
         result = self.result()
         if not len(result):
             raise ValueError("there is nothing to download yet; click on an object first.")
-        stem = PurePath(self.file_name).stem or "picture"
+        stem = re.sub(r"[^\w. -]+", "_", PurePath(self.file_name).stem)[:80] or "picture"
         if kind == "coco":
             return f"{stem}_coco.json", json.dumps(result.coco(self.file_name)).encode()
         if kind == "rle":
