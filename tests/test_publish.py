@@ -260,6 +260,8 @@ def test_nothing_is_uploaded_unless_asked(checkpoint, monkeypatch, unproved, tmp
 def test_push_makes_one_commit_a_repository(checkpoint, monkeypatch, unproved, tmp_path):
     hub = FakeHub(monkeypatch)
     arguments = (checkpoint, "someone/tiny", "--space", "someone/show", "--output", tmp_path / "kept")
+    code, _, stderr = call(*arguments, "--private")
+    assert code == 2 and "--private is for new repositories" in stderr
     code, stdout, _ = call(*arguments, "--push", "--private")
     assert code == 0 and "uploaded to https://huggingface.co/someone/tiny\n" in stdout
     made = {"private": True, "exist_ok": True}

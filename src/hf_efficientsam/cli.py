@@ -575,6 +575,8 @@ def publish(
     name are replaced, others stay. The token is that of `hf auth login` or HF_TOKEN. A Space needs one of its own, as
     the secret HF_TOKEN, to read a private model. Its files are in a checkout of the project only, not in the package.
     """
+    if private and not push:
+        raise ValueError("--private is for new repositories that --push makes; give both, or neither.")
     if push:
         check_hub_in_reach()
     if demo and space is None:

@@ -50,6 +50,12 @@ def test_sentences_about_files(demo, photo, tmp_path):
             demo.open_upload(other)
 
 
+def test_files_that_other_programs_would_read(demo, photo, tmp_path):
+    Image.open(photo).save(tmp_path / "a.eps")
+    with pytest.raises(ValueError, match=r"a\.png: not an image, or a damaged one \(EPS is not taken here; AVIF, BMP"):
+        demo.open(tmp_path / "a.eps", "a.png")
+
+
 def test_what_is_wrong_is_said_and_changes_nothing(demo, photo):
     session = demo.open(photo, "photo.png")
     demo.act(session, lambda session: session.add_point(0.5, 0.5))

@@ -14,6 +14,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder, is_in_or_equal
+from PIL import Image
 
 from ..hub import find_checkpoint, load_model
 from ..mask_generation import EfficientSamMaskGenerator
@@ -24,6 +25,8 @@ from .pieces import candidates_html, objects_html, stage_html, status_html
 from .session import MAX_PIXELS, Finding, NothingFound, Session
 
 MAX_POINTS_PER_SIDE = 32
+# PIL reads more; some, such as EPS, through other programs, which is not for files of strangers.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
 MAX_OBJECTS = 64  # of one question to the API: each has a mask of the picture's size
 GENERATOR_THRESHOLDS = tuple(
     inspect.signature(EfficientSamMaskGenerator).parameters[name].default
@@ -34,6 +37,12 @@ GENERATOR_THRESHOLDS = tuple(
 def as_sentence(error: Exception) -> str:
     text = str(error)
     return text[:1].upper() + text[1:]
+
+
+def size_of_photograph(image: Image.Image) -> tuple[int, int]:
+    if image.format not in FORMATS:
+        raise ValueError(f"{image.format} is not taken here; {', '.join(FORMATS)} are")
+    return upright_size(image)
 
 
 def check_numbers(*values) -> None:
@@ -95,7 +104,7 @@ class Demo:
         """
         name = PurePath(name).name
         try:
-            width, height = read_image(Path(path), sys.maxsize, upright_size)
+            width, height = read_image(Path(path), sys.maxsize, size_of_photograph)
             if width * height > self.max_pixels:
                 raise ValueError(
                     f"{name} has {width} x {height} pixels; this page takes up to {self.max_pixels / 1e6:g} million."
