@@ -22,7 +22,6 @@ from itertools import groupby, islice
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pycocotools import mask as coco_mask
 from scipy import ndimage
 from tqdm import tqdm
 from transformers.image_utils import ImageInput
@@ -42,6 +41,7 @@ from .image_processing_efficientsam import (
 )
 from .modeling_efficientsam import EfficientSamModel
 from .processing_efficientsam import EfficientSamProcessor
+from .results import mask_rles
 
 OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
 
@@ -547,8 +547,7 @@ class EfficientSamMaskGenerator:
             return segmentation
         if self.output_mode == "uncompressed_rle":
             return masks_to_rles(torch.from_numpy(segmentation)[None])[0]
-        rle = coco_mask.encode(np.asfortranarray(segmentation.view(np.uint8)))
-        return {"size": rle["size"], "counts": rle["counts"].decode()}
+        return mask_rles(segmentation[None])[0]
 
 
 @dataclass

@@ -30,6 +30,12 @@ def count_objects(points: Any, boxes: Any, masks: Any) -> int:
     return num_objects
 
 
+def to_picture(pixels: np.ndarray) -> Image.Image:
+    """`[3, height, width]`, bytes or floats in [0, 1], as the image processor reads a picture -> that in RGB."""
+    pixels = pixels if pixels.dtype == np.uint8 else (255 * pixels + 0.5).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+
 class PredictorBase(ABC):
     """A picture is encoded once and then asked as often as one likes. How that is done the last four methods say."""
 
@@ -68,8 +74,7 @@ class PredictorBase(ABC):
         self.reset_image()
         pixels = self._read_image(image)
         features, input_size = self._encode(pixels)
-        pixels = pixels if pixels.dtype == np.uint8 else (255 * pixels + 0.5).astype(np.uint8)
-        self.image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+        self.image = to_picture(pixels)
         self.original_size, self.input_size = pixels.shape[-2:], input_size
         self.features = features
 
@@ -183,4 +188,4 @@ class PredictorBase(ABC):
         """Low-resolution logits `[Q, M, h, w]` -> `[Q, M, height, width]`, float32 or bool."""
 
 
-__all__ = ["PredictorBase"]
+__all__ = ["PredictorBase", "to_picture"]

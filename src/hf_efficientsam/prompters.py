@@ -548,9 +548,8 @@ def spread_points(region: np.ndarray, count: int) -> list[list[float]]:
     rows, columns = np.indices(region.shape)
     left, near, points = region.copy(), region.sum() / 4, []
     while left.any() and len(points) < count:
-        depth = ndimage.distance_transform_edt(np.pad(left, 1))[
-            1:-1, 1:-1
-        ]  # what is outside the picture counts as off
+        # What is outside the picture counts as off.
+        depth = ndimage.distance_transform_edt(np.pad(left, 1))[1:-1, 1:-1]
         row, column = np.unravel_index(depth.argmax(), depth.shape)
         points.append([column + 0.5, row + 0.5])
         left &= (rows - row) ** 2 + (columns - column) ** 2 > near

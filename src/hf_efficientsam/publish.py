@@ -165,17 +165,17 @@ def make_model(directory: Path, name: str, folder: Path, onnx: bool) -> Reposito
         parts = [f"- {text.format(name=name)}" for part, text in PARTS.items() if (folder / part).is_dir()]
         card.text += "\n".join(["\n## Also in this repository\n", *parts, ""]) if parts else ""
         card.save(folder / "README.md")
-    check_card(folder / "README.md")
+    card = load_card(folder / "README.md")
     if not any(folder.glob("LICENSE*")):  # ours is of the code; the card may say something else of the weights
-        name = "LICENSE" if ModelCard.load(folder / "README.md").data.license == "apache-2.0" else "LICENSE-CODE"
+        name = "LICENSE" if card.data.license == "apache-2.0" else "LICENSE-CODE"
         (folder / name).write_text(metadata.distribution("hf-efficientsam").read_text("licenses/LICENSE"))
     return repository
 
 
-def check_card(readme: Path) -> None:
+def load_card(readme: Path) -> ModelCard:
     """The Hub refuses a card whose front matter is no YAML, after the upload has begun."""
     try:
-        ModelCard.load(readme)
+        return ModelCard.load(readme)
     except Exception as error:  # of YAML, of the text's encoding, or of the fields
         reason = " ".join(str(error).split())
         raise ValueError(f"the front matter of the checkpoint's {readme.name} cannot be read: {reason}") from None

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from .image_processing_efficientsam import EfficientSamImageProcessor
 from .modeling_efficientsam import EfficientSamModel
 from .predictor import EfficientSamPredictor
+from .predictor_base import to_picture
 from .processing_efficientsam import EfficientSamProcessor
 from .results import SegmentationResult, tight_boxes
 from .visualize import draw_masks
@@ -154,9 +155,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 def as_model_sees(image: Image.Image, image_processor: EfficientSamImageProcessor) -> Image.Image:
     """The picture in RGB, upright, as the model sees it: PIL's own conversion turns 16-bit pictures white."""
-    pixels = image_processor.process_image(image)
-    pixels = pixels if pixels.dtype == np.uint8 else (255 * pixels + 0.5).astype(np.uint8)
-    return Image.fromarray(pixels.transpose(1, 2, 0))
+    return to_picture(image_processor.process_image(image))
 
 
 def find_images(folder: Path, results: list[Path]) -> list[Path]:
