@@ -47,16 +47,17 @@ from transformers import SamConfig, SamModel, pipeline
 from transformers.image_utils import SizeDict
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
-from hf_efficientsam import EfficientSamModel, mask_generation
-from hf_efficientsam.hub import find_checkpoint, load_model
-from hf_efficientsam.image_processing_efficientsam import (
+from hf_efficientsam import EfficientSamModel
+from hf_efficientsam.inference import mask_generation
+from hf_efficientsam.inference.loading import find_checkpoint, load_model
+from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
+from hf_efficientsam.model.image_processing_efficientsam import (
     mask_to_box,
     non_maximum_suppression,
     point_grid,
     resize_masks,
     stability_score,
 )
-from hf_efficientsam.mask_generation import EfficientSamMaskGenerator
 
 IMAGE = Path(__file__).parents[1] / "examples" / "bus.jpg"
 

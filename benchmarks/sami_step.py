@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from hf_efficientsam import EfficientSamForPreTraining, EfficientSamSamiConfig
-from hf_efficientsam.training.feature_cache import FeatureCache, open_manifest, write_index, write_part
-from hf_efficientsam.training.teachers import load_teacher
+from hf_efficientsam.training.sami.feature_cache import FeatureCache, open_manifest, write_index, write_part
+from hf_efficientsam.training.sami.teachers import load_teacher
 
 
 class EncodesAllPatches(EfficientSamForPreTraining):

@@ -36,8 +36,8 @@ from transformers import EdgeTamVisionConfig, EdgeTamVisionModel, Sam2VisionConf
 from transformers.models.sam.modeling_sam import SamVisionModel
 
 from hf_efficientsam import EfficientSamConfig, EfficientSamModel
-from hf_efficientsam.onnx_export import export_encoder
-from hf_efficientsam.onnx_predictor import open_session, open_with_openvino
+from hf_efficientsam.export.onnx_export import export_encoder
+from hf_efficientsam.inference.onnx_predictor import open_session, open_with_openvino
 
 WIDTHS = {"ti": (192, 3), "s": (384, 6)}  # of the encoder, and its heads
 

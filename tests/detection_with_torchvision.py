@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from scripts import TWO_PROCESSES, assert_close, assert_equal, curve, run, start, steps_saved, stopped_after
+from script_runs import TWO_PROCESSES, assert_close, assert_equal, curve, run, start, steps_saved, stopped_after
 
 from hf_efficientsam import EfficientSamBackbone, EfficientSamForPreTraining, EfficientSamSamiConfig
-from hf_efficientsam.training.detection import load_detector
+from hf_efficientsam.training.detection.mask_rcnn import load_detector
 
 STEPS = 6
 RECIPE = f"""

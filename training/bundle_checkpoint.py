@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from hf_efficientsam import EfficientSamModel, EfficientSamProcessor, EfficientSamSaliencyHead, bundled_checkpoint
-from hf_efficientsam.model_card_efficientsam import table
-from hf_efficientsam.training.runtime import fill_between, parse_recipe, replaced_folder
+from hf_efficientsam.model.model_card_efficientsam import table
+from hf_efficientsam.training.engine.runtime import fill_between, parse_recipe, replaced_folder
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 SALIENCY_BEGIN, SALIENCY_END = "<!-- saliency: begin -->", "<!-- saliency: end -->"

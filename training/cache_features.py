@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_efficientsam.training.data.images import ImageOptions, ImageViews, StreamedViews, open_images
-from hf_efficientsam.training.feature_cache import ViewParts, open_manifest, part_path, write_index, write_part
-from hf_efficientsam.training.runtime import parse_recipe, run_script
-from hf_efficientsam.training.teachers import Teacher, load_teacher
+from hf_efficientsam.training.engine.runtime import parse_recipe, run_script
+from hf_efficientsam.training.sami.feature_cache import ViewParts, open_manifest, part_path, write_index, write_part
+from hf_efficientsam.training.sami.teachers import Teacher, load_teacher
 
 
 @dataclass(frozen=True)

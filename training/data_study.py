@@ -5,15 +5,15 @@
 
 All runs start from the bundled checkpoint's encoder, which stays as it is, and one new decoder that has seen ellipses
 alone, and take the same number of steps. (The encoder has seen all the images and their masks; the decoder none of the
-masks.) Stopping, going on and where the numbers go: see `hf_efficientsam.training.study`.
+masks.) Stopping, going on and where the numbers go: see `hf_efficientsam.training.engine.study`.
 """
 
 import json
 from pathlib import Path
 
 from hf_efficientsam import bundled_checkpoint
-from hf_efficientsam.training.runtime import parse_recipe, run_script
-from hf_efficientsam.training.study import Study, StudyOptions
+from hf_efficientsam.training.engine.runtime import parse_recipe, run_script
+from hf_efficientsam.training.engine.study import Study, StudyOptions
 
 HERE = Path(__file__).parent
 RECIPES = HERE / "recipes"

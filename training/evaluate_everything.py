@@ -16,11 +16,11 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from hf_efficientsam import EfficientSamModel, EfficientSamProcessor
-from hf_efficientsam.hub import find_checkpoint, load_model
-from hf_efficientsam.mask_generation import EfficientSamMaskGenerator
-from hf_efficientsam.training.coco_ar import NAMES, PROTOCOL, average_recall
+from hf_efficientsam.inference.loading import find_checkpoint, load_model
+from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.training.data.coco import CocoMasks
-from hf_efficientsam.training.runtime import last_line, parse_recipe, replace_text, write_with_versions
+from hf_efficientsam.training.engine.runtime import last_line, parse_recipe, replace_text, write_with_versions
+from hf_efficientsam.training.masks.coco_ar import NAMES, PROTOCOL, average_recall
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,12 @@ from matplotlib.patches import Rectangle
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from hf_efficientsam.training.coco_ap import CANDIDATES, Detections, RleEncoder, segment_detections
 from hf_efficientsam.training.data.coco import CocoMasks, decode, with_folders
 from hf_efficientsam.training.data.sa1b import Sa1bShards
 from hf_efficientsam.training.data.saliency import SaliencyMasks
-from hf_efficientsam.training.evaluation import (
+from hf_efficientsam.training.engine.runtime import last_line, parse_recipe, replace_text, write_with_versions
+from hf_efficientsam.training.masks.coco_ap import CANDIDATES, Detections, RleEncoder, segment_detections
+from hf_efficientsam.training.masks.evaluation import (
     PROTOCOLS,
     ImageBatches,
     Item,
@@ -48,8 +49,7 @@ from hf_efficientsam.training.evaluation import (
     mean_ious,
     num_clicks,
 )
-from hf_efficientsam.training.predictors import Predictor, load_predictor, prepare_image
-from hf_efficientsam.training.runtime import last_line, parse_recipe, replace_text, write_with_versions
+from hf_efficientsam.training.masks.predictors import Predictor, load_predictor, prepare_image
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from hf_efficientsam import EfficientSamPredictor
-from hf_efficientsam.hub import find_checkpoint, load_model
-from hf_efficientsam.prompters import SalientPrompter
+from hf_efficientsam.inference.drawing import draw_masks, picture_table
+from hf_efficientsam.inference.loading import find_checkpoint, load_model
+from hf_efficientsam.inference.prompters import SalientPrompter
 from hf_efficientsam.training.data.coco import decode
 from hf_efficientsam.training.data.saliency import SaliencyMasks, UnitedMasks, open_saliency
-from hf_efficientsam.training.runtime import last_line, parse_recipe, write_with_versions
-from hf_efficientsam.training.saliency import mean_scores, score_map
-from hf_efficientsam.visualize import draw_masks, picture_table
+from hf_efficientsam.training.engine.runtime import last_line, parse_recipe, write_with_versions
+from hf_efficientsam.training.saliency.encoded_images import mean_scores, score_map
 
 PRIOR_SIDE = 128  # pixels of the mean mask, high and wide
 

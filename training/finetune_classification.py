@@ -30,7 +30,8 @@ from transformers import AutoImageProcessor, BitImageProcessorPil, get_cosine_sc
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_efficientsam import EfficientSamForImageClassification, EfficientSamVisionConfig
-from hf_efficientsam.training.classification import TopAccuracy, mix_neighbors
+from hf_efficientsam.inference.drawing import picture_table
+from hf_efficientsam.training.classification.mixup import TopAccuracy, mix_neighbors
 from hf_efficientsam.training.data.classification import (
     ClassOptions,
     ClassViews,
@@ -42,7 +43,7 @@ from hf_efficientsam.training.data.classification import (
     open_train,
 )
 from hf_efficientsam.training.data.images import normalize, to_image
-from hf_efficientsam.training.runtime import (
+from hf_efficientsam.training.engine.runtime import (
     Checkpoints,
     Curve,
     Log,
@@ -60,8 +61,7 @@ from hf_efficientsam.training.runtime import (
     step_batches,
     write_with_versions,
 )
-from hf_efficientsam.training.warm_start import EncoderOptions, load_around_encoder
-from hf_efficientsam.visualize import picture_table
+from hf_efficientsam.training.engine.warm_start import EncoderOptions, load_around_encoder
 
 MINIATURE = Path(__file__).parent / "recipes" / "classification_miniature.yaml"
 SHOWN = 6  # images in a picture

@@ -12,9 +12,9 @@
 
 A run that is started again in the same `--output_dir` goes on where it stopped. The result is `OUTPUT_DIR/model`: a
 directory of `EfficientSamBackbone`, and with what lies beside its weights what `load_detector` of
-hf_efficientsam.training.detection takes. AP of boxes and masks is in `OUTPUT_DIR/metrics.json`, the boxes themselves
-in `detections.json`, the curves and pictures beside them. Several GPUs and machines: training/accelerate/ddp.yaml and
-multi_node.yaml.
+hf_efficientsam.training.detection.mask_rcnn takes. AP of boxes and masks is in `OUTPUT_DIR/metrics.json`, the boxes
+themselves in `detections.json`, the curves and pictures beside them. Several GPUs and machines:
+training/accelerate/ddp.yaml and multi_node.yaml.
 """
 
 import sys
@@ -47,10 +47,9 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from hf_efficientsam import EfficientSamBackbone, EfficientSamBackboneConfig
-from hf_efficientsam.training.coco_ap import Truth
 from hf_efficientsam.training.data.coco import CocoMasks, decode
 from hf_efficientsam.training.data.images import to_image
-from hf_efficientsam.training.detection import (
+from hf_efficientsam.training.detection.mask_rcnn import (
     PROTOCOL,
     STRIDES,
     DetectionViews,
@@ -65,7 +64,7 @@ from hf_efficientsam.training.detection import (
     results_of,
     save_detector,
 )
-from hf_efficientsam.training.runtime import (
+from hf_efficientsam.training.engine.runtime import (
     Checkpoints,
     Curve,
     Log,
@@ -84,7 +83,8 @@ from hf_efficientsam.training.runtime import (
     step_batches,
     write_with_versions,
 )
-from hf_efficientsam.training.warm_start import EncoderOptions, load_around_encoder
+from hf_efficientsam.training.engine.warm_start import EncoderOptions, load_around_encoder
+from hf_efficientsam.training.masks.coco_ap import Truth
 
 MINIATURE = Path(__file__).parent / "recipes" / "detection_miniature.yaml"
 SHOWN = 4  # images in a picture

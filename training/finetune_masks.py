@@ -34,25 +34,10 @@ from hf_efficientsam import (
     EfficientSamProcessor,
     EfficientSamVisionConfig,
 )
-from hf_efficientsam.hub import find_checkpoint, load_model
-from hf_efficientsam.training.batch import (
-    Batch,
-    MaskOptions,
-    MaskTrainingSet,
-    StreamedMasks,
-    collate,
-    open_masks,
-)
+from hf_efficientsam.inference.drawing import draw_masks, picture_table
+from hf_efficientsam.inference.loading import find_checkpoint, load_model
 from hf_efficientsam.training.data.images import to_image
-from hf_efficientsam.training.interactive import (
-    EmbeddingMemory,
-    InteractiveSegmentation,
-    PromptOptions,
-    most_confident,
-)
-from hf_efficientsam.training.losses import MaskLoss
-from hf_efficientsam.training.prompts import boxes_from_masks
-from hf_efficientsam.training.runtime import (
+from hf_efficientsam.training.engine.runtime import (
     Checkpoints,
     Log,
     Optimization,
@@ -67,8 +52,23 @@ from hf_efficientsam.training.runtime import (
     start_accelerator,
     step_batches,
 )
-from hf_efficientsam.training.warm_start import load_encoder
-from hf_efficientsam.visualize import draw_masks, picture_table
+from hf_efficientsam.training.engine.warm_start import load_encoder
+from hf_efficientsam.training.masks.batch import (
+    Batch,
+    MaskOptions,
+    MaskTrainingSet,
+    StreamedMasks,
+    collate,
+    open_masks,
+)
+from hf_efficientsam.training.masks.interactive import (
+    EmbeddingMemory,
+    InteractiveSegmentation,
+    PromptOptions,
+    most_confident,
+)
+from hf_efficientsam.training.masks.losses import MaskLoss
+from hf_efficientsam.training.masks.prompts import boxes_from_masks
 
 MINIATURE = Path(__file__).parent / "recipes" / "masks_miniature.yaml"
 PARTS = ("vision_encoder", "prompt_encoder", "mask_decoder")

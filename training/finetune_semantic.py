@@ -41,6 +41,7 @@ from transformers import (
 )
 
 from hf_efficientsam import EfficientSamBackbone, EfficientSamBackboneConfig
+from hf_efficientsam.inference.drawing import draw_classes, picture_table
 from hf_efficientsam.training.data.semantic import (
     NO_CLASS,
     CropOptions,
@@ -50,7 +51,7 @@ from hf_efficientsam.training.data.semantic import (
     Source,
     open_source,
 )
-from hf_efficientsam.training.runtime import (
+from hf_efficientsam.training.engine.runtime import (
     Checkpoints,
     Curve,
     Log,
@@ -68,7 +69,8 @@ from hf_efficientsam.training.runtime import (
     step_batches,
     write_with_versions,
 )
-from hf_efficientsam.training.semantic import (
+from hf_efficientsam.training.engine.warm_start import EncoderOptions, load_around_encoder
+from hf_efficientsam.training.semantic.losses import (
     MaskLoss,
     MeanIoU,
     PixelLoss,
@@ -76,8 +78,6 @@ from hf_efficientsam.training.semantic import (
     confusion_matrix,
     sliding_scores,
 )
-from hf_efficientsam.training.warm_start import EncoderOptions, load_around_encoder
-from hf_efficientsam.visualize import draw_classes, picture_table
 
 MINIATURE = Path(__file__).parent / "recipes" / "semantic_miniature.yaml"
 HEADS = {"mask2former": Mask2FormerForUniversalSegmentation, "upernet": UperNetForSemanticSegmentation}

@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 
 from hf_efficientsam.training.data.classification import ClassFolders
 from hf_efficientsam.training.data.images import normalize
-from hf_efficientsam.training.runtime import parse_recipe, write_with_versions
-from hf_efficientsam.training.warm_start import load_encoder
+from hf_efficientsam.training.engine.runtime import parse_recipe, write_with_versions
+from hf_efficientsam.training.engine.warm_start import load_encoder
 
 
 @dataclass(frozen=True)

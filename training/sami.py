@@ -21,9 +21,9 @@ from PIL import Image
 from transformers import AutoModel, get_cosine_schedule_with_warmup
 
 from hf_efficientsam import EfficientSamForPreTraining, EfficientSamSamiConfig
+from hf_efficientsam.inference.drawing import feature_picture
 from hf_efficientsam.training.data.images import ImageOptions, ImageViews, StreamedViews, normalize, open_images
-from hf_efficientsam.training.feature_cache import FeatureCache
-from hf_efficientsam.training.runtime import (
+from hf_efficientsam.training.engine.runtime import (
     Checkpoints,
     Log,
     Optimization,
@@ -37,9 +37,9 @@ from hf_efficientsam.training.runtime import (
     start_accelerator,
     step_batches,
 )
-from hf_efficientsam.training.teachers import Teacher, load_teacher
-from hf_efficientsam.training.warm_start import select_weights
-from hf_efficientsam.visualize import feature_picture
+from hf_efficientsam.training.engine.warm_start import select_weights
+from hf_efficientsam.training.sami.feature_cache import FeatureCache
+from hf_efficientsam.training.sami.teachers import Teacher, load_teacher
 
 MINIATURE = Path(__file__).parent / "recipes" / "sami_miniature.yaml"
 

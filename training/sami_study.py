@@ -6,7 +6,7 @@
 Each arm is pretrained by `sami.py` on the same images for the same number of steps, then scored twice: frozen, by
 `probe_encoder.py`, and as the start of the same short mask fine-tuning (`finetune_masks.py`, `evaluate_masks.py`).
 What is done is kept under `--output_dir`, the numbers in `results/sami_study.json` and .png, the table goes into
-`training/README.md`; see `hf_efficientsam.training.study` for how to stop, go on and measure anew.
+`training/README.md`; see `hf_efficientsam.training.engine.study` for how to stop, go on and measure anew.
 """
 
 import json
@@ -17,8 +17,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from hf_efficientsam.training.data.images import FolderImages
-from hf_efficientsam.training.runtime import parse_recipe, replaced_folder, run_script
-from hf_efficientsam.training.study import Study, StudyOptions
+from hf_efficientsam.training.engine.runtime import parse_recipe, replaced_folder, run_script
+from hf_efficientsam.training.engine.study import Study, StudyOptions
 
 HERE = Path(__file__).parent
 PRETRAINING, FINETUNING = HERE / "recipes" / "sami_study.yaml", HERE / "recipes" / "sami_study_masks.yaml"

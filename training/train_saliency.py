@@ -31,9 +31,10 @@ from hf_efficientsam import (
     EfficientSamSaliencyConfig,
     EfficientSamSaliencyHead,
 )
-from hf_efficientsam.hub import find_checkpoint, load_model
+from hf_efficientsam.inference.drawing import picture_table
+from hf_efficientsam.inference.loading import find_checkpoint, load_model
 from hf_efficientsam.training.data.saliency import open_saliency
-from hf_efficientsam.training.runtime import (
+from hf_efficientsam.training.engine.runtime import (
     Checkpoints,
     Curve,
     Log,
@@ -49,7 +50,7 @@ from hf_efficientsam.training.runtime import (
     step_batches,
     write_with_versions,
 )
-from hf_efficientsam.training.saliency import (
+from hf_efficientsam.training.saliency.encoded_images import (
     EncodedImages,
     MirroredEmbeddings,
     mean_scores,
@@ -57,7 +58,6 @@ from hf_efficientsam.training.saliency import (
     score_map,
     whiten,
 )
-from hf_efficientsam.visualize import picture_table
 
 MINIATURE = Path(__file__).parent / "recipes" / "saliency_miniature.yaml"
 SHOWN = 4  # images in a picture

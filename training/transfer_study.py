@@ -5,7 +5,8 @@
 
 One encoder is pretrained as the arm `sami` of sami_study.py, and then fine-tuned with each seed by the same recipes as
 one from scratch: on the CIFAR-10 subset (recipes/classification_study.yaml) and on the CamVid subset
-(recipes/semantic_study.yaml). Stopping, going on and where the numbers go: see `hf_efficientsam.training.study`.
+(recipes/semantic_study.yaml). Stopping, going on and where the numbers go: see
+`hf_efficientsam.training.engine.study`.
 """
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from sami_study import Recipe, SamiStudy
 
-from hf_efficientsam.training.runtime import parse_recipe, run_script
+from hf_efficientsam.training.engine.runtime import parse_recipe, run_script
 
 HERE = Path(__file__).parent
 

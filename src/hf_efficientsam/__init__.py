@@ -6,8 +6,8 @@ Where torch or transformers is not installed there is [`EfficientSamOnnxPredicto
 
 from importlib.util import find_spec
 
-from .onnx_predictor import EfficientSamOnnxPredictor
-from .results import SegmentationResult
+from .inference.onnx_predictor import EfficientSamOnnxPredictor
+from .inference.results import SegmentationResult
 
 __version__ = "0.1.0"
 
@@ -59,7 +59,11 @@ else:
         AutoProcessor,
     )
 
-    from .configuration_efficientsam import (
+    from .inference.loading import bundled_checkpoint
+    from .inference.mask_generation import EfficientSamMaskGenerator
+    from .inference.predictor import EfficientSamPredictor
+    from .inference.prompters import RoughPrompter, SalientPrompter, TextPrompter
+    from .model.configuration_efficientsam import (
         EfficientSamBackboneConfig,
         EfficientSamConfig,
         EfficientSamMaskDecoderConfig,
@@ -68,21 +72,17 @@ else:
         EfficientSamSamiConfig,
         EfficientSamVisionConfig,
     )
-    from .hub import bundled_checkpoint
-    from .image_processing_efficientsam import EfficientSamImageProcessor
-    from .mask_generation import EfficientSamMaskGenerator
-    from .modeling_efficientsam import (
+    from .model.image_processing_efficientsam import EfficientSamImageProcessor
+    from .model.modeling_efficientsam import (
         EfficientSamBackbone,
         EfficientSamForImageClassification,
         EfficientSamModel,
         EfficientSamPreTrainedModel,
         EfficientSamVisionModel,
     )
-    from .modeling_saliency import EfficientSamSaliencyHead
-    from .modeling_sami import EfficientSamForPreTraining
-    from .predictor import EfficientSamPredictor
-    from .processing_efficientsam import EfficientSamProcessor
-    from .prompters import RoughPrompter, SalientPrompter, TextPrompter
+    from .model.modeling_saliency import EfficientSamSaliencyHead
+    from .model.modeling_sami import EfficientSamForPreTraining
+    from .model.processing_efficientsam import EfficientSamProcessor
 
     # What these save is a self-contained Hub repository: transformers copies the code of classes registered like this.
     for _class in (

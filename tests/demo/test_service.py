@@ -8,7 +8,7 @@ from PIL import Image
 
 from hf_efficientsam.demo.service import Demo
 from hf_efficientsam.demo.session import Finding
-from hf_efficientsam.prompters import Detector, SalientPrompter
+from hf_efficientsam.inference.prompters import Detector, SalientPrompter
 
 
 @pytest.fixture(scope="module")

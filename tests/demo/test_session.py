@@ -8,7 +8,7 @@ from pycocotools import mask as coco_mask
 
 from hf_efficientsam import EfficientSamPredictor, SegmentationResult
 from hf_efficientsam.demo.session import FORMATS, Finding, NothingFound, Scene, Session
-from hf_efficientsam.hub import load_model
+from hf_efficientsam.inference.loading import load_model
 
 WIDTH, HEIGHT = 90, 60
 LOOSE = {"points_per_side": 3, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}

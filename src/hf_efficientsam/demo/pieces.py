@@ -7,7 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..visualize import color_of, ink_on
+from hf_efficientsam.inference.drawing import color_of, ink_on
+
 from .session import THUMBNAIL_SIDE, Session
 
 

@@ -16,11 +16,12 @@ from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder, is_in_or_equal
 from PIL import Image
 
-from ..hub import find_checkpoint, load_model
-from ..mask_generation import EfficientSamMaskGenerator
-from ..predictor import EfficientSamPredictor
-from ..prompters import Detector, HeadSaliency, SalientPrompter, TextPrompter
-from ..segment_files import as_model_sees, group_prompts, parse_line, read_image, upright_size
+from hf_efficientsam.inference.loading import find_checkpoint, load_model
+from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
+from hf_efficientsam.inference.predictor import EfficientSamPredictor
+from hf_efficientsam.inference.prompters import Detector, HeadSaliency, SalientPrompter, TextPrompter
+from hf_efficientsam.inference.segment_files import as_model_sees, group_prompts, parse_line, read_image, upright_size
+
 from .pieces import candidates_html, objects_html, stage_html, status_html
 from .session import MAX_PIXELS, Finding, NothingFound, Session
 

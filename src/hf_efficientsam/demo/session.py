@@ -17,11 +17,11 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from ..mask_generation import EfficientSamMaskGenerator
-from ..predictor import EfficientSamPredictor
-from ..results import SegmentationResult, mask_rles, tight_boxes
-from ..segment_files import check_objects
-from ..visualize import draw_masks
+from hf_efficientsam.inference.drawing import draw_masks
+from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
+from hf_efficientsam.inference.predictor import EfficientSamPredictor
+from hf_efficientsam.inference.results import SegmentationResult, mask_rles, tight_boxes
+from hf_efficientsam.inference.segment_files import check_objects
 
 MAX_PIXELS = 24_000_000  # larger pictures are refused, if nobody says otherwise
 SHOWN_SIDE = 1024  # pixels: the longer side of the picture on the page
@@ -257,7 +257,7 @@ class Session:
 
     def find(self, finding: Finding, prompter, *question) -> None:
         """
-        What a prompter of `hf_efficientsam.prompters` finds, in place of the objects that are there.
+        What a prompter of `hf_efficientsam.inference.prompters` finds, in place of the objects that are there.
 
         Args:
             finding: how to write it in `code`.

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..augment import random_resized_crop
+from .augment import random_resized_crop
 from .images import DatasetImages, FolderImages, hash_key, load_split
 from .reading import IMAGE_SUFFIXES, read_image
 from .shards import Shards, Streamed, shared_number

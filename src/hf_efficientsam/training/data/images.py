@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch.utils import data
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ..augment import random_resized_crop
+from .augment import random_resized_crop
 from .reading import IMAGE_SUFFIXES, read_image
 from .shards import Shards, Streamed, hash_lines, shared_number
 

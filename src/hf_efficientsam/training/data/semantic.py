@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import Dataset
 
-from ..augment import jitter_color
+from .augment import jitter_color
 from .images import FolderImages, hash_key, normalize
 from .shards import shared_number
 

@@ -1,0 +1,1 @@
+"""From a checkpoint to other formats and places: official weights, ONNX, the Hub."""

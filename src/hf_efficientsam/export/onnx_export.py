@@ -1,0 +1,442 @@
+"""EfficientSAM -> ONNX: encoder and decoder apart, checked against torch, whole or as smaller variants.
+
+encoder: pixel_values `[B, 3, H, W]` -> image_embeddings `[B, C, H / 16, W / 16]`
+decoder: image_embeddings, input_points `[B, Q, P, 2]`, input_labels `[B, Q, P]`, input_boxes `[B, Q, 4]` and, where
+    the model takes them, input_masks `[B, Q, H / 4, W / 4]` with has_input_masks `[B, Q]`, bool
+    -> pred_masks `[B, Q, 1 + M, H / 4, W / 4]` and iou_scores `[B, Q, 1 + M]`, the single mask before the M candidates
+
+B, Q, P, H and W are free. Coordinates, labels and padding are those of [`EfficientSamModel`]; a label or a box of -10
+stands where there is none. Both files hold what the model takes and its preprocessing, as json in `metadata_props`.
+"""
+
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+import torch.nn.functional as F
+from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+from PIL import Image, ImageOps
+from torch import nn
+from torch.export import Dim
+
+from hf_efficientsam import __version__
+from hf_efficientsam.inference.loading import load_model
+from hf_efficientsam.inference.onnx_predictor import METADATA_KEY, EfficientSamOnnxPredictor, file_name, open_session
+from hf_efficientsam.inference.segment_files import find_images, read_image, write_files
+from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
+from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
+from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
+
+OPSET = 18
+TOLERANCE = 1e-4  # of the largest value, where that is above 1
+LARGEST_LOSS = 0.005  # of a variant's mask IoU
+PREPROCESSING = (
+    "do_resize",
+    "keep_aspect_ratio",
+    "size_divisor",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "max_image_pixels",
+)
+
+
+# ------------------------------------------------------------------------------------------------ what is traced
+
+
+class ExportedEncoder(nn.Module):
+    """The vision encoder with its position table interpolated for every size, its own included, which changes none."""
+
+    def __init__(self, model: EfficientSamModel):
+        super().__init__()
+        self.encoder = model.vision_encoder
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        embeddings = self.encoder.embeddings
+        patches = embeddings.projection(pixel_values)
+        side = embeddings.pretrain_grid
+        table = embeddings.position_embeddings[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        table = F.interpolate(table, size=patches.shape[-2:], mode="bicubic", align_corners=False)
+        hidden_states = (patches + table).flatten(2).transpose(1, 2)
+        for layer in self.encoder.layers:
+            hidden_states = layer(hidden_states)
+        return self.encoder.neck(hidden_states, *patches.shape[-2:])
+
+
+class ExportedDecoder(nn.Module):
+    """Prompt encoder and mask decoder, for all prompts at once and with all masks."""
+
+    def __init__(self, model: EfficientSamModel):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        image_embeddings: torch.Tensor,
+        input_points: torch.Tensor,
+        input_labels: torch.Tensor,
+        input_boxes: torch.Tensor,
+        input_masks: torch.Tensor | None = None,
+        has_input_masks: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        decoder = self.model.mask_decoder
+        prompts = (input_points, input_labels, input_boxes, input_masks)
+        image, positions, prompt_tokens, counts = self.model.prompt(image_embeddings, *prompts)
+        if input_masks is not None:
+            unasked = self.model.prompt(image_embeddings, None, None, None, None)[0]
+            image = torch.where(has_input_masks[..., None, None], image, unasked)
+        shared = decoder.layers[0].share(image, positions) if input_masks is None else None
+        tokens, log_counts = decoder.add_output_tokens(prompt_tokens, counts)
+        wanted = [0, *decoder.mask_indices(None, first=1)]
+        tokens, image = decoder.attend_folded(image, positions, tokens, log_counts, wanted, shared)
+        grid_size = tuple(image_embeddings.shape[-2:])
+        return decoder.predict_masks(tokens, image, grid_size, None), decoder.predict_iou(tokens, None)
+
+
+def encoder_inputs(model: EfficientSamModel, batch: int, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Noise for `grid` patches down and across."""
+    config = model.config.vision_config
+    height, width = (config.patch_size * n for n in grid)
+    return {"pixel_values": torch.randn(batch, config.num_channels, height, width)}
+
+
+def decoder_inputs(
+    model: EfficientSamModel, batch: int, prompts: int, points: int, grid: tuple[int, int]
+) -> dict[str, torch.Tensor]:
+    """Noise, with points, boxes and masks of every kind that the model takes, and some missing."""
+    config = model.config
+    height, width = grid
+    sides = torch.tensor([width, height]) * config.vision_config.patch_size
+    labels = torch.tensor([1, 0, -10] if config.prompt_encoder_config.background_points else [1, -10])
+    corners = torch.rand(batch, prompts, 2, 2).sort(dim=2).values * sides
+    missing = torch.rand(batch, prompts, 1) < 0.3
+    inputs = {
+        "image_embeddings": torch.randn(batch, config.vision_config.output_channels, height, width),
+        "input_points": torch.rand(batch, prompts, points, 2) * sides,
+        "input_labels": labels[torch.randint(len(labels), (batch, prompts, points))],
+        "input_boxes": corners.flatten(2).masked_fill(missing, -10),
+    }
+    if config.prompt_encoder_config.mask_prompts:
+        inputs["input_masks"] = 10 * torch.randn(batch, prompts, 4 * height, 4 * width)
+        inputs["has_input_masks"] = torch.rand(batch, prompts) < 0.5
+    return inputs
+
+
+# ------------------------------------------------------------------------------------------------ export and check
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The exporter warns of torchvision, which is not needed, and of names of axes that are the same."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def export(module: nn.Module, inputs: dict[str, torch.Tensor], outputs: list[str], axes: dict) -> onnx.ModelProto:
+    """
+    Args:
+        inputs: an example.
+        outputs: their names.
+        axes: name of an input -> its free axes.
+    """
+    with quiet():
+        program = torch.onnx.export(
+            module.eval(),
+            kwargs=inputs,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_shapes={name: axes[name] for name in inputs},
+            verbose=False,
+        )
+    return without_notes(program.model_proto)
+
+
+def without_notes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Less what the exporter notes down of each node: most of a small file, paths of this machine, another order each
+    time."""
+    graph = model.graph
+    for part in (graph, *graph.input, *graph.output, *graph.node, *graph.initializer, *graph.value_info):
+        part.ClearField("metadata_props")
+    return model
+
+
+def export_encoder(model: EfficientSamModel) -> onnx.ModelProto:
+    side = model.config.vision_config.patch_size
+    axes = {"pixel_values": {0: Dim("batch"), 2: side * Dim("rows"), 3: side * Dim("columns")}}
+    return export(ExportedEncoder(model), encoder_inputs(model, 2, (3, 4)), ["image_embeddings"], axes)
+
+
+def export_decoder(model: EfficientSamModel) -> onnx.ModelProto:
+    batch, prompts, points, rows, columns = map(Dim, ("batch", "prompts", "points", "rows", "columns"))
+    axes = {
+        "image_embeddings": {0: batch, 2: rows, 3: columns},
+        "input_points": {0: batch, 1: prompts, 2: points},
+        "input_labels": {0: batch, 1: prompts, 2: points},
+        "input_boxes": {0: batch, 1: prompts},
+        "input_masks": {0: batch, 1: prompts, 2: 4 * rows, 3: 4 * columns},
+        "has_input_masks": {0: batch, 1: prompts},
+    }
+    inputs = decoder_inputs(model, 2, 3, 4, (5, 6))
+    return export(ExportedDecoder(model), inputs, ["pred_masks", "iou_scores"], axes)
+
+
+@torch.no_grad()
+def encode(model: EfficientSamModel, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    return [model.get_image_embeddings(**inputs)]
+
+
+@torch.no_grad()
+def decode(model: EfficientSamModel, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """What the exported decoder must give, by the model's own forward."""
+    inputs = dict(inputs)
+    masks, has_masks = inputs.pop("input_masks", None), inputs.pop("has_input_masks", None)
+
+    def all_masks(**more) -> list[torch.Tensor]:
+        answers = [model(**inputs, **more, multimask_output=many) for many in (False, True)]
+        return [torch.cat([answer[name] for answer in answers], dim=2) for name in ("pred_masks", "iou_scores")]
+
+    expected = all_masks()
+    if masks is None:
+        return expected
+    asked = all_masks(input_masks=masks)
+    return [
+        torch.where(has_masks.view(*has_masks.shape, *[1] * (a.ndim - 2)), a, b)
+        for a, b in zip(asked, expected, strict=True)
+    ]
+
+
+def check(file: Path, expect, cases: Iterable[dict[str, torch.Tensor]]) -> float:
+    """
+    The largest difference between an exported file and `expect(inputs)`, as `TOLERANCE` measures it.
+
+    Raises:
+        ValueError: if it is above `TOLERANCE`.
+    """
+    run, largest = open_session(file, ["CPUExecutionProvider"], num_threads=torch.get_num_threads()), 0.0
+    for inputs in cases:
+        found = run({name: tensor.numpy() for name, tensor in inputs.items()})
+        for ours, theirs in zip(found, expect(inputs), strict=True):
+            theirs = theirs.numpy()
+            difference = float(np.abs(ours - theirs).max() / max(1, np.abs(theirs).max()))
+            if not difference <= TOLERANCE:  # NaN is no number to pass
+                shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
+                raise ValueError(
+                    f"{file.name} differs from torch by {difference:.1e} for {shapes}, more than {TOLERANCE:g}; "
+                    "nothing was written."
+                )
+            largest = max(largest, difference)
+    return largest
+
+
+def random_cases(model: EfficientSamModel, size: tuple[int, int]) -> tuple[list[dict], list[dict]]:
+    """Inputs of encoder and decoder: of random shapes, and of the model's own `size` in pixels."""
+    own = tuple(n // model.config.vision_config.patch_size for n in size)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        grids = [tuple(grid) for grid in torch.randint(1, 12, (4, 2)).tolist()]
+        counts = torch.randint(1, 6, (4, 3)).tolist()
+        encoder = [encoder_inputs(model, batch, grid) for (batch, *_), grid in zip(counts, grids, strict=True)]
+        decoder = [decoder_inputs(model, *count, grid) for count, grid in zip(counts, grids, strict=True)]
+        return [*encoder, encoder_inputs(model, 1, own)], [*decoder, decoder_inputs(model, 1, 1, 1, own)]
+
+
+# ------------------------------------------------------------------------------------------------ variants
+
+
+def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Weights and values in half precision, but for inputs, outputs and positions."""
+    producers = {output: node for node in model.graph.node for output in node.output}
+    exact = {}  # a phase of many cycles has no digits left in half precision
+    queue = [node for node in model.graph.node if node.op_type in ("Sin", "Cos")]
+    while queue:
+        node = queue.pop()
+        if node.name not in exact:
+            exact[node.name] = node
+            queue += [producers[name] for name in node.input if name in producers]
+    return convert_float_to_float16(
+        model, keep_io_types=True, node_block_list=list(exact), op_block_list=DEFAULT_OP_BLOCK_LIST
+    )
+
+
+def to_int8(model: onnx.ModelProto) -> onnx.ModelProto:
+    """
+    Weights as 8-bit integers with a scale a channel, values in float32. onnxruntime's own tools take only matrices or
+    quantise values too, which loses more and gains nothing on a CPU.
+    """
+    smaller = onnx.ModelProto()
+    smaller.CopyFrom(model)
+    graph = smaller.graph
+    weights = [x for x in graph.initializer if x.data_type == onnx.TensorProto.FLOAT and len(x.dims) > 1]
+    for tensor in weights:
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.size < 1024:  # nothing to be gained
+            continue
+        axis, integers, scales = min(
+            (quantize(values, axis) for axis in {0, values.ndim - 1}),
+            key=lambda one: np.square(restore(*one) - values).sum(),
+        )
+        stored, scale = tensor.name + "_int8", tensor.name + "_scale"
+        graph.initializer.append(onnx.numpy_helper.from_array(integers, stored))
+        graph.initializer.append(onnx.numpy_helper.from_array(scales, scale))
+        graph.node.insert(
+            0, onnx.helper.make_node("DequantizeLinear", [stored, scale], [tensor.name], stored, axis=axis)
+        )
+        graph.initializer.remove(tensor)
+    return smaller
+
+
+def quantize(values: np.ndarray, axis: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """`axis`, integers from -127 to 127, and the scale of each channel along `axis`."""
+    others = tuple(i for i in range(values.ndim) if i != axis)
+    scales = np.abs(values).max(axis=others) / 127
+    scales = np.where(scales == 0, 1, scales).astype(np.float32)
+    return axis, np.rint(values / np.expand_dims(scales, others)).astype(np.int8), scales
+
+
+def restore(axis: int, integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    return integers * np.expand_dims(scales, tuple(i for i in range(integers.ndim) if i != axis))
+
+
+VARIANTS = {"float16": to_float16, "int8": to_int8}
+
+
+def laid_boxes(width: int, height: int) -> Iterator[np.ndarray]:
+    """Nine boxes half as wide and high as the picture, and the nine of a third that lie side by side."""
+    for side, step in ((1 / 2, 1 / 4), (1 / 3, 1 / 3)):
+        for y in range(3):
+            for x in range(3):
+                box = np.array([x * step, y * step, x * step + side, y * step + side])
+                yield box * (width, height, width, height)
+
+
+def measure(exact: EfficientSamOnnxPredictor, variant: EfficientSamOnnxPredictor, images: list[Image.Image]) -> float:
+    """Mean IoU of a variant's masks, all candidates, with those of float32, for the `laid_boxes` of each image."""
+    ious = []
+    for image in images:
+        for predictor in (exact, variant):
+            predictor.set_image(image)
+        for box in laid_boxes(*image.size):
+            a, b = (predictor.predict(box=box)[0] for predictor in (exact, variant))
+            union = (a | b).sum(axis=(1, 2))
+            ious.append(np.where(union, (a & b).sum(axis=(1, 2)) / np.maximum(union, 1), 1))
+    return float(np.mean(ious))
+
+
+# ------------------------------------------------------------------------------------------------ the whole
+
+
+def describe(name: str, model: EfficientSamModel, processor: EfficientSamProcessor) -> dict:
+    """What the files' metadata say: all that is needed to run them."""
+    image_processor, prompts = processor.image_processor, model.config.prompt_encoder_config
+    options = {key: getattr(image_processor, key) for key in PREPROCESSING}
+    return {
+        "model": Path(name).name,
+        "background_points": prompts.background_points,
+        "mask_prompts": prompts.mask_prompts,
+        "preprocessing": {"size": [image_processor.size.height, image_processor.size.width], **options},
+        "opset": OPSET,
+        "versions": {"hf_efficientsam": __version__, "torch": torch.__version__, "onnx": onnx.__version__},
+    }
+
+
+def save(model: onnx.ModelProto, file: Path, description: dict) -> None:
+    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(description)})
+    onnx.save(model, file)
+
+
+def load_images(folder: Path) -> list[Image.Image]:
+    images = [
+        read_image(folder / name, EfficientSamImageProcessor.max_image_pixels, upright)
+        for name in find_images(folder, [])
+    ]
+    if not images:
+        raise ValueError(f"{folder} holds no images to measure variants on.")
+    return images
+
+
+def upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def export_onnx(
+    name: str,
+    output: Path,
+    variants: Sequence[str] = (),
+    images: Path | None = None,
+    allow_loss: bool = False,
+) -> dict[str, dict]:
+    """
+    Writes `encoder.onnx` and `decoder.onnx` of a checkpoint, and both in each of `variants`, if all of it is right.
+    Other variants that lie there from before are removed.
+
+    Args:
+        name: directory or Hub name.
+        output: folder, which is made.
+        variants: of `VARIANTS`.
+        images: folder of images on which these are measured.
+        allow_loss: write variants even if they lose more than `LARGEST_LOSS`.
+
+    Returns:
+        file name -> `bytes`, and `difference` from torch, or `mask_iou` with float32. The files' metadata have the
+        latter two as well.
+
+    Raises:
+        ValueError: a file differs from torch by more than `TOLERANCE`, or a variant loses too much.
+    """
+    pictures = load_images(images) if variants else []
+    model, processor = load_model(name)
+    model = model.cpu()
+    model.set_attn_implementation("sdpa")
+    description = describe(name, model, processor)
+    encoder_cases, decoder_cases = random_cases(model, description["preprocessing"]["size"])
+    parts = {
+        "encoder": (export_encoder(model), lambda inputs: encode(model, inputs), encoder_cases),
+        "decoder": (export_decoder(model), lambda inputs: decode(model, inputs), decoder_cases),
+    }
+    report = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for part, (proto, expect, cases) in parts.items():
+            file = Path(folder, file_name(part, "float32"))
+            save(proto, file, description)
+            difference = check(file, expect, cases)
+            report[file.name] = {"difference": difference}
+            save(proto, file, {**description, "difference": difference})
+        exact = EfficientSamOnnxPredictor(folder, num_threads=torch.get_num_threads())
+        for variant in variants:
+            files = {Path(folder, file_name(part, variant)): VARIANTS[variant](parts[part][0]) for part in parts}
+            for file, proto in files.items():
+                save(proto, file, description)
+            smaller = EfficientSamOnnxPredictor(folder, variant, num_threads=torch.get_num_threads())
+            iou = measure(exact, smaller, pictures)
+            if not allow_loss and not iou >= 1 - LARGEST_LOSS:
+                raise ValueError(
+                    f"{variant} gives masks of IoU {iou:.4f} with those of float32, a loss of more than "
+                    f"{LARGEST_LOSS:.1%}; leave it out, or pass --allow-loss. Nothing was written."
+                )
+            for file, proto in files.items():
+                save(proto, file, {**description, "mask_iou": iou, "images": len(pictures)})
+                report[file.name] = {"mask_iou": iou}
+        contents = {output / file: Path(folder, file).read_bytes() for file in report}
+    write_files(contents)
+    for stale in {output / file_name(part, variant) for part in parts for variant in VARIANTS} - contents.keys():
+        stale.unlink(missing_ok=True)  # of another model, or another state of this one
+    return {file: {"bytes": len(contents[output / file]), **found} for file, found in report.items()}
+
+
+__all__ = ["export_onnx"]

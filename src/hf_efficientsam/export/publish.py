@@ -1,0 +1,336 @@
+"""A checkpoint -> a Hub repository that needs nothing but transformers, and a Space: what `efficientsam publish` does.
+
+All is made in a folder, tried from there in a process without this package, and only then uploaded. The same
+checkpoint and versions give the same bytes. Wrong input is a ValueError of one sentence.
+"""
+
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import HfApi, ModelCard, SpaceCard, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+from safetensors.torch import load_file
+
+from hf_efficientsam import __version__
+from hf_efficientsam.inference.loading import find_checkpoint, load_head, load_model
+from hf_efficientsam.model.model_card_efficientsam import model_card
+
+SPACES = Path(__file__).resolve().parents[3] / "spaces"  # in a checkout; not installed with the package
+SPACE_FILES = ("app.py", "README.md", "requirements.txt")
+MODEL_OF_THE_SPACE = 'os.environ.get("EFFICIENTSAM_MODEL"'  # in app.py
+# Of a checkpoint, beside weights, configurations and code.
+CARRIED = ("README.md", "LICENSE*", "metrics.json", "saliency/metrics.json", "*.png", "*.jpg")
+
+# Folders of a repository, as its card explains them.
+PARTS = {
+    "saliency": "`saliency/`: a head for what stands out: `efficientsam salient photo.jpg --model {name}`.",
+    "onnx": "`onnx/`: encoder and decoder in ONNX, for `EfficientSamOnnxPredictor`, which needs no torch.",
+}
+
+# Begins what runs where the package cannot be imported, as on a machine that has transformers alone.
+NOT_INSTALLED = """
+import sys
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_efficientsam":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NotInstalled())
+try:
+    import hf_efficientsam
+except ImportError:
+    pass
+else:
+    raise SystemExit("the package is not blocked")
+"""
+
+STRANGER = """
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForMaskGeneration, AutoProcessor
+
+{answer}
+
+folder, has_head, threads, output = sys.argv[1:]
+torch.set_num_threads(int(threads))
+options = {{"trust_remote_code": True, "dtype": torch.float32}}
+model = AutoModelForMaskGeneration.from_pretrained(folder, **options).eval()
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+head = AutoModel.from_pretrained(folder, subfolder="saliency", **options).eval() if has_head == "True" else None
+save_file(answer(model, processor, head), output)
+"""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """
+    What becomes one repository of the Hub.
+
+    Attributes:
+        name: `"org/name"`.
+        kind: `"model"` or `"space"`.
+        folder: its files.
+    """
+
+    name: str
+    kind: str
+    folder: Path
+
+    def files(self) -> dict[str, int]:
+        """Path, relative to the folder and sorted -> size in bytes."""
+        found = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in found}
+
+
+# ------------------------------------------------------------------------------------------------ checks before
+
+
+def check_repository_name(name: str) -> None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        name_is_valid = False
+    else:
+        name_is_valid = name.count("/") == 1
+    if not name_is_valid:
+        raise ValueError(
+            f"{name!r} is no name of a repository; it must be org/name, of letters, digits, '-', '_' and '.'."
+        )
+
+
+def check_output(output: Path, directory: Path) -> None:
+    if output.resolve().is_relative_to(directory.resolve()):
+        raise ValueError(f"{output} lies in the checkpoint {directory}; choose another folder.")
+    if output.is_file():
+        raise ValueError(f"{output} is a file; give the name of a folder.")
+    if output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty; choose another folder.")
+
+
+def check_space_files() -> None:
+    if missing := [SPACES / file for file in SPACE_FILES if not (SPACES / file).is_file()]:
+        raise ValueError(
+            f"the Space's files are not installed with the package ({missing[0]} is missing); run this from a "
+            "checkout of the project that was installed with `pip install -e .`, or publish without a Space."
+        )
+
+
+def check_hub_in_reach() -> None:
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError("nothing can be uploaded while HF_HUB_OFFLINE is set; unset it, or leave out --push.")
+    if get_token() is None:
+        raise ValueError(
+            "nothing can be uploaded without a token of the Hub; log in with `hf auth login`, or set HF_TOKEN."
+        )
+
+
+# ------------------------------------------------------------------------------------------------ the folders
+
+
+def make_model(directory: Path, name: str, folder: Path, onnx: bool) -> Repository:
+    """
+    The model repository `name`: weights in the checkpoint's own precision, the code, the saliency head if there is
+    one, ONNX files if wanted, and the checkpoint's own model card or one that states its metrics.json.
+    """
+    repository = Repository(name, "model", folder)
+    folder.mkdir(parents=True)
+    model, processor = load_model(str(directory), dtype="auto")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    if onnx:
+        write_onnx(directory, folder / "onnx")
+    if (directory / "saliency").is_dir():
+        load_head(str(directory / "saliency"), dtype="auto").save_pretrained(folder / "saliency")
+        for code in (folder / "saliency").glob("*.py"):
+            code.replace(folder / code.name)  # where transformers looks for it
+    for pattern in CARRIED:
+        for source in directory.glob(pattern):
+            shutil.copyfile(source, folder / source.relative_to(directory))
+    if not (folder / "README.md").exists():
+        card = model_card(model, name, tags=[])
+        parts = [f"- {text.format(name=name)}" for part, text in PARTS.items() if (folder / part).is_dir()]
+        card.text += "\n".join(["\n## Also in this repository\n", *parts, ""]) if parts else ""
+        card.save(folder / "README.md")
+    card = load_card(folder / "README.md")
+    if not any(folder.glob("LICENSE*")):  # ours is of the code; the card may say something else of the weights
+        name = "LICENSE" if card.data.license == "apache-2.0" else "LICENSE-CODE"
+        (folder / name).write_text(metadata.distribution("hf-efficientsam").read_text("licenses/LICENSE"))
+    return repository
+
+
+def load_card(readme: Path) -> ModelCard:
+    """The Hub refuses a card whose front matter is no YAML, after the upload has begun."""
+    try:
+        return ModelCard.load(readme)
+    except Exception as error:  # of YAML, of the text's encoding, or of the fields
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the front matter of the checkpoint's {readme.name} cannot be read: {reason}") from None
+
+
+def write_onnx(directory: Path, folder: Path) -> None:
+    try:
+        from .onnx_export import export_onnx
+    except ImportError as error:
+        raise ValueError(f"--onnx needs {error.name}; install hf-efficientsam[onnx].") from None
+    export_onnx(str(directory), folder)
+
+
+def make_space(model: str, name: str, folder: Path) -> Repository:
+    """The Space `name`: the web demo on the model repository `model`."""
+    shutil.copytree(SPACES, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    app = (folder / "app.py").read_text()
+    before, found, after = app.partition(MODEL_OF_THE_SPACE)
+    assert found, f"{SPACES / 'app.py'} no longer asks for its model"
+    (folder / "app.py").write_text(f'{before}{found}, "{model}"{after}')
+    card = SpaceCard.load(folder / "README.md")
+    card.data.title = name.split("/")[-1]
+    card.data.models = [model]
+    card.save(folder / "README.md")
+    return Repository(name, "space", folder)
+
+
+# ------------------------------------------------------------------------------------------------ the proof
+
+
+@torch.no_grad()
+def answer(model, processor, head) -> dict[str, torch.Tensor]:
+    """What a model says to fixed questions about a fixed picture, and its saliency head if there is one."""
+    image = (np.arange(60 * 80 * 3) * 7919 % 256).astype(np.uint8).reshape(60, 80, 3)
+    inputs = processor(image, input_points=[[[[40, 30]], [[10, 20], [12, 25]]]], input_boxes=[[[5, 5, 60, 50], None]])
+    outputs = model(**inputs)
+    sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
+    masks = processor.post_process_masks(outputs.pred_masks, *sizes)[0]
+    answers = {"pred_masks": outputs.pred_masks, "iou_scores": outputs.iou_scores, "masks": masks}
+    if head is not None:
+        answers["saliency"] = head(model.get_image_embeddings(inputs["pixel_values"])).logits
+    return answers
+
+
+def verify(directory: Path, repository: Repository) -> None:
+    """
+    Loads a model repository in a process that has transformers but not this package and no network.
+
+    Raises:
+        ValueError: if it cannot be loaded there or answers otherwise than the checkpoint does here.
+    """
+    model, processor = load_model(str(directory))
+    head = load_head(str(directory / "saliency")) if (directory / "saliency").is_dir() else None
+    expected = answer(model.cpu(), processor, head)
+    script = NOT_INSTALLED + STRANGER.format(answer=inspect.getsource(answer))
+    with tempfile.TemporaryDirectory() as temporary:
+        output = Path(temporary, "answers.safetensors")
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": temporary, "CUDA_VISIBLE_DEVICES": ""}
+        environment.pop("PYTHONPATH", None)
+        arguments = [repository.folder.resolve(), head is not None, torch.get_num_threads(), output]
+        process = subprocess.run(
+            [sys.executable, "-c", script, *map(str, arguments)],
+            cwd=temporary,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        if process.returncode:
+            reason = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+            raise ValueError(f"{repository.name} would not load without this package, so it is not uploaded: {reason}")
+        found = load_file(output)
+    for key, value in expected.items():
+        if found[key].shape != value.shape or not torch.allclose(found[key].float(), value.float(), atol=1e-4):
+            raise ValueError(
+                f"{repository.name} would give other {key} without this package than {directory} gives here, so it "
+                "is not uploaded."
+            )
+
+
+# ------------------------------------------------------------------------------------------------ the whole
+
+
+@contextmanager
+def made_repositories(
+    directory: Path, name: str, space: str | None = None, onnx: bool = False, output: Path | None = None
+) -> Iterator[list[Repository]]:
+    """
+    What is to be uploaded, made and proved; it is gone afterwards unless there is an `output`.
+
+    Args:
+        directory: of a checkpoint.
+        name: `"org/name"` of the model repository.
+        space: name of the Space, if there is to be one.
+        onnx: also export the model into `onnx/`.
+        output: an empty or new folder, where `model` and `space` appear once all is right.
+
+    Raises:
+        ValueError: a name is none, the checkpoint cannot be loaded, or its repository does not work by itself.
+    """
+    for one in (name, space):
+        if one is not None:
+            check_repository_name(one)
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such directory.")
+    find_checkpoint(str(directory))
+    if space is not None:
+        check_space_files()
+    if output is not None:
+        check_output(output, directory)
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output and output.parent, prefix=".efficientsam.") as temporary:
+        folder = Path(temporary, "made")
+        repositories = [make_model(directory, name, folder / "model", onnx)]
+        if space is not None:
+            repositories.append(make_space(name, space, folder / "space"))
+        verify(directory, repositories[0])
+        if output is not None:
+            if output.is_dir():
+                output.rmdir()
+            folder.rename(output)
+            repositories = [replace(one, folder=output / one.folder.name) for one in repositories]
+        yield repositories
+
+
+# ------------------------------------------------------------------------------------------------ upload
+
+
+def upload(repository: Repository, private: bool) -> str:
+    """
+    Uploads a repository in one commit. Files of the same name are replaced, others stay.
+
+    Args:
+        private: only its owners may see it, if it is new.
+
+    Returns:
+        its address.
+
+    Raises:
+        ValueError: if the Hub is not in reach or refuses.
+    """
+    api, space_sdk = HfApi(), "gradio" if repository.kind == "space" else None
+    options = {"repo_id": repository.name, "repo_type": repository.kind}
+    try:
+        url = api.create_repo(**options, space_sdk=space_sdk, private=private or None, exist_ok=True)
+        message = f"Published by hf_efficientsam {__version__}"
+        api.upload_folder(**options, folder_path=repository.folder, commit_message=message)
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise ValueError(
+                f"the Hub does not let this token write to {repository.name}; log in with `hf auth login`, by a token "
+                "that may write there."
+            ) from None
+        raise ValueError(f"the Hub refused {repository.name}: {' '.join(str(error).split())}") from None
+    except (HTTPError, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{repository.name} could not be uploaded: {reason}") from None
+    return str(url)

@@ -1,0 +1,1 @@
+"""From a checkpoint and an image to masks: loading, predictors, mask generation, prompters, results, drawing."""

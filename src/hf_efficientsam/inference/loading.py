@@ -1,0 +1,98 @@
+"""Where checkpoints live and how they are loaded: the bundled one, directories, Hub repositories."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers.configuration_utils import PreTrainedConfig
+
+from hf_efficientsam.model.configuration_efficientsam import EfficientSamConfig
+from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
+from hf_efficientsam.model.modeling_saliency import EfficientSamSaliencyHead
+from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
+
+
+def bundled_checkpoint() -> str:
+    """
+    Directory of the checkpoint that is installed with the package: model and processor, for `from_pretrained`.
+
+    EfficientSAM-Ti at 512 pixels, trained by this project; its README.md says on what and how well it does.
+    """
+    return str(Path(__file__).parents[1] / "checkpoints" / "efficientsam-ti")
+
+
+def find_checkpoint(name: str | None) -> str:
+    """The directory or Hub name to load, after all checks that can be made without loading."""
+    if name is None:
+        name = bundled_checkpoint()
+        if not Path(name).is_dir():
+            raise ValueError(f"the bundled checkpoint is missing at {name}; reinstall the package, or use --model.")
+    path = Path(name)
+    if path.is_file():
+        raise ValueError(f"{name} is a file; a checkpoint is a directory, as `efficientsam convert` makes it.")
+    if path.is_dir():
+        for pattern, what in (("config.json", "config.json"), ("*.safetensors", "weights (model.safetensors)")):
+            if not any(path.glob(pattern)):
+                raise ValueError(f"{name} is no checkpoint: the directory holds no {what}.")
+    model_type = read_config(name).get("model_type")
+    if model_type != EfficientSamConfig.model_type:
+        raise ValueError(
+            f"{name} holds a model of type {model_type!r}, but {EfficientSamConfig.model_type!r} is needed."
+        )
+    return name
+
+
+def read_config(name: str) -> dict:
+    """The config.json of any model's directory or Hub repository."""
+    path = Path(name)
+    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2):
+        raise ValueError(f"{name}: no such directory.")
+    try:
+        return dict(PreTrainedConfig.get_config_dict(name)[0])
+    except Exception:  # other kinds of json than an object make transformers raise nearly anything
+        raise ValueError(f"{name} is neither a directory with a valid config.json nor a Hub model in reach.") from None
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """What goes wrong while `name` is loaded, in one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
+        reason = str(error) or repr(error)
+    except Exception as error:  # transformers raises nearly anything over damaged files, with few words
+        reason = repr(error)
+    else:
+        return
+    raise ValueError(f"{name} cannot be loaded: {' '.join(reason.split())}")
+
+
+def check_complete(name: str, loaded: dict) -> None:
+    """Raises a ValueError if weights were made up, as `output_loading_info` of `from_pretrained` tells."""
+    if missing := loaded["missing_keys"]:
+        raise ValueError(f"{name} lacks {len(missing)} of the model's weights, such as {min(missing)}.")
+
+
+def load_head(name: str, dtype: torch.dtype | str = torch.float32, subfolder: str = "") -> EfficientSamSaliencyHead:
+    """A saliency head, in a `dtype` as of `load_model`, on the CPU."""
+    with loading(name):
+        head, loaded = EfficientSamSaliencyHead.from_pretrained(
+            name, subfolder=subfolder, dtype=dtype, output_loading_info=True
+        )
+    check_complete(name, loaded)
+    return head
+
+
+def load_model(name: str, dtype: torch.dtype | str = torch.float32) -> tuple[EfficientSamModel, EfficientSamProcessor]:
+    """In float32 whatever was stored, for half precision is slow on CPUs; or in another `dtype`, "auto" as stored."""
+    with loading(name):
+        processor = EfficientSamProcessor.from_pretrained(name)
+        model, loaded = EfficientSamModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    check_complete(name, loaded)
+    for part, weights in model.state_dict().items():
+        if not weights.isfinite().all():
+            raise ValueError(f"{name} has weights that are no finite numbers, in {part}; take an earlier checkpoint.")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor

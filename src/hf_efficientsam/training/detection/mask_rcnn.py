@@ -1,0 +1,430 @@
+"""Detection and instance segmentation: torchvision's Mask R-CNN around our backbone, what it is fed and measured by.
+
+Only the functions that need torchvision import it: it is an extra, and where it is broken half of transformers is.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import Dataset
+
+from hf_efficientsam.inference.drawing import draw_masks, picture_table
+from hf_efficientsam.model.modeling_efficientsam import EfficientSamBackbone
+from hf_efficientsam.training.data.coco import CocoMasks, decode
+from hf_efficientsam.training.data.images import normalize
+from hf_efficientsam.training.data.shards import shared_number
+from hf_efficientsam.training.masks.coco_ap import Truth, encode
+from hf_efficientsam.training.masks.prompts import boxes_from_masks
+
+STRIDES = (4, 8, 16, 32, 64)  # of ViTDet's pyramid; boxes are proposed on all, and looked at on all but the last
+# torchvision's names of the losses, and ours.
+LOSSES = {"loss_objectness": "objectness", "loss_rpn_box_reg": "proposals", "loss_classifier": "classes"}
+LOSSES |= {"loss_box_reg": "boxes", "loss_mask": "masks"}
+PROTOCOL = (
+    "COCO AP of boxes and of masks through faster-coco-eval; images are resized to {size} pixels on the longer side "
+    "and padded to a square, and the 100 detections of an image with the best score, at least {score}, are counted."
+)
+
+
+def check_torchvision() -> None:
+    """
+    Raises:
+        ValueError: if torchvision is not there or its operators do not work, with what to do about it.
+    """
+    try:
+        from torchvision.ops import nms
+
+        nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"Detection needs a torchvision that works with torch {torch.__version__} ({error}); install the one that "
+            "belongs to it: pip install 'hf-efficientsam[detection]', for a torch without CUDA from its own index."
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------ the detector
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """What a detector is beside its backbone.
+
+    Args:
+        categories: `{id, name}` of each; the label of the first is 1, as 0 is the background.
+        image_size: side S in pixels of the square that an image is fitted into, a multiple of 64.
+        anchor_scale: side of an anchor as a multiple of its level's stride: 8 is Mask R-CNN's 32 to 512 pixels.
+        sampled_boxes: of so many proposals of an image the heads learn.
+        min_score: detections of a lower score are left out.
+    """
+
+    categories: list[dict]
+    image_size: int = 1024
+    anchor_scale: float = 8.0
+    sampled_boxes: int = 512
+    min_score: float = 0.05
+
+
+class Detector(nn.Module):
+    """
+    Mask R-CNN with ViTDet's heads (arXiv 2203.16527): two convolutions before the proposals, four with a layer
+    normalisation each before boxes and masks.
+
+    Args:
+        backbone: with a pyramid of `STRIDES`; the heads are as wide as it.
+        config: see there.
+
+    Raises:
+        ValueError: without a torchvision that works.
+    """
+
+    def __init__(self, backbone: EfficientSamBackbone, config: DetectorConfig):
+        super().__init__()
+        self.config = config
+        self.rcnn = mask_rcnn(backbone, config)
+
+    @property
+    def backbone(self) -> EfficientSamBackbone:
+        return self.rcnn.backbone.body
+
+    def forward(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        """
+        The losses of some images, to be trained on.
+
+        Each image's losses are of its own boxes, and the mean is over the images, as in ViTDet's training with one
+        image a GPU. Chance (which boxes are sampled) is the image's own too. So it does not matter how a step's images
+        are split into batches and processes, but for drop path, which is drawn for a batch.
+
+        Args:
+            items: of `DetectionViews`, all of one size.
+
+        Returns:
+            means `[]` by the names in `LOSSES`, and their sum as `loss`.
+        """
+        pixel_values = torch.stack([item["pixel_values"] for item in items])
+        size = tuple(pixel_values.shape[-2:])
+        with seeded(items[0]["seed"], pixel_values.device):  # stochastic depth
+            features = self.rcnn.backbone(pixel_values)
+        losses = []
+        for number, item in enumerate(items):
+            own = {name: level[number : number + 1] for name, level in features.items()}
+            with seeded(item["seed"], pixel_values.device):
+                losses.append(self._heads(own, pixel_values[number : number + 1], [size], [item])[1])
+        means = {name: torch.stack([one[theirs] for one in losses]).mean() for theirs, name in LOSSES.items()}
+        return {"loss": torch.stack(list(means.values())).sum(), **means}
+
+    @torch.no_grad()
+    def detect(self, images: list[Image.Image]) -> list[dict[str, torch.Tensor]]:
+        """
+        What is on some images.
+
+        Args:
+            images: upright and RGB, of any sizes.
+
+        Returns:
+            for each, the best first: `boxes` float32 `[N, 4]` (left, top, right, bottom in pixels of the image),
+            `labels` int64 `[N]` (n is `config.categories[n - 1]`), `scores` float32 `[N]` and `masks` bool
+            `[N, height, width]`, on the CPU.
+        """
+        training = self.training
+        self.eval()
+        fitted = [fit(image, self.config.image_size) for image in images]
+        pixel_values = torch.stack([pixels for pixels, _ in fitted]).to(next(self.parameters()).device)
+        sizes = [size for _, size in fitted]
+        found, _ = self._heads(self.rcnn.backbone(pixel_values), pixel_values, sizes)
+        found = self.rcnn.transform.postprocess(found, sizes, [(image.height, image.width) for image in images])
+        self.train(training)
+        return [
+            {name: value[:, 0] > 0.5 if name == "masks" else value for name, value in to_cpu(one).items()}
+            for one in found
+        ]
+
+    def _heads(self, features: dict, pixel_values: torch.Tensor, sizes: list, targets: list | None = None) -> tuple:
+        from torchvision.models.detection.image_list import ImageList
+
+        features = {name: level.float() for name, level in features.items()}
+        with torch.autocast(pixel_values.device.type, enabled=False):  # half precision is too coarse for a box
+            proposals, losses = self.rcnn.rpn(ImageList(pixel_values, sizes), features, targets)
+            found, more = self.rcnn.roi_heads(features, proposals, sizes, targets)
+        return found, losses | more
+
+
+class NamedPyramid(nn.Module):
+    """The backbone's feature maps by name, as torchvision wants them."""
+
+    def __init__(self, backbone: EfficientSamBackbone):
+        super().__init__()
+        self.body, self.out_channels = backbone, backbone.config.pyramid_channels
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        return dict(zip(self.body.config.out_features, self.body(pixel_values).feature_maps, strict=True))
+
+
+def mask_rcnn(backbone: EfficientSamBackbone, config: DetectorConfig) -> nn.Module:
+    """torchvision's `MaskRCNN`; see `Detector`."""
+    check_torchvision()
+    from torchvision.models.convnext import LayerNorm2d
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+    from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
+    from torchvision.models.detection.rpn import RPNHead
+    from torchvision.ops import MultiScaleRoIAlign
+    from torchvision.ops.poolers import LevelMapper
+
+    if tuple(backbone.config.pyramid_strides or ()) != STRIDES:
+        raise ValueError(f"The backbone has the pyramid {backbone.config.pyramid_strides}; it must be {STRIDES}.")
+    pyramid, channels, classes = NamedPyramid(backbone), backbone.config.pyramid_channels, len(config.categories) + 1
+
+    def align(side: int) -> MultiScaleRoIAlign:
+        pool = MultiScaleRoIAlign(backbone.config.out_features[:-1], side, sampling_ratio=2)
+        # By itself it guesses the strides from the first images' sizes, without their padding.
+        pool.scales = [1 / stride for stride in STRIDES[:-1]]
+        pool.map_levels = LevelMapper(2, 5, canonical_scale=28 * config.anchor_scale)  # 224 for anchors of 8 strides
+        return pool
+
+    return MaskRCNN(
+        pyramid,
+        rpn_anchor_generator=AnchorGenerator(
+            sizes=tuple((config.anchor_scale * stride,) for stride in STRIDES),
+            aspect_ratios=((0.5, 1.0, 2.0),) * len(STRIDES),
+        ),
+        rpn_head=RPNHead(channels, 3, conv_depth=2),
+        box_roi_pool=align(7),
+        box_head=FastRCNNConvFCHead((channels, 7, 7), 4 * [channels], [4 * channels], LayerNorm2d),
+        box_predictor=FastRCNNPredictor(4 * channels, classes),
+        box_score_thresh=config.min_score,
+        box_batch_size_per_image=config.sampled_boxes,
+        mask_roi_pool=align(14),
+        mask_head=MaskRCNNHeads(channels, 4 * [channels], 1, LayerNorm2d),
+        mask_predictor=MaskRCNNPredictor(channels, channels, classes),
+    )
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Chance as it follows from the seed, and afterwards as if nothing had been drawn."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def to_cpu(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.cpu() for name, value in values.items()}
+
+
+def save_detector(detector: Detector, folder: Path) -> None:
+    """
+    Writes the backbone as `save_pretrained` does, so that the folder is a backbone's for all that takes one, and
+    beside it `heads.safetensors` and `detector.json`, which `load_detector` needs too.
+    """
+    detector.backbone.save_pretrained(folder)
+    heads = {name: value.cpu().contiguous() for name, value in detector.state_dict().items() if not of_backbone(name)}
+    save_file(heads, folder / "heads.safetensors")
+    (folder / "detector.json").write_text(json.dumps(dataclasses.asdict(detector.config), indent=1) + "\n")
+
+
+def load_detector(folder: str | Path) -> Detector:
+    """
+    The detector that `save_detector` wrote, ready for `detect`, in float32 on the CPU.
+
+        detector = load_detector("runs/detection/model")
+        (found,) = detector.detect([Image.open("street.jpg")])
+
+    Raises:
+        ValueError: if there is none, or without a torchvision that works.
+    """
+    check_torchvision()
+    try:
+        config = DetectorConfig(**json.loads(Path(folder, "detector.json").read_text()))
+        detector = Detector(EfficientSamBackbone.from_pretrained(folder, dtype=torch.float32), config)
+        missing, unexpected = detector.load_state_dict(load_file(Path(folder, "heads.safetensors")), strict=False)
+    except (OSError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder} holds no detector of finetune_detection.py: {error}") from error
+    if wrong := [*unexpected, *(name for name in missing if not of_backbone(name))]:
+        raise ValueError(f"{folder}/heads.safetensors does not fit detector.json: see {wrong[0]}.")
+    return detector.eval()
+
+
+def of_backbone(name: str) -> bool:
+    """Whether a detector's parameter is its backbone's."""
+    return name.startswith("rcnn.backbone.body.")
+
+
+# ------------------------------------------------------------------------------------------ images for it
+
+
+def fit(image: Image.Image, size: int) -> tuple[torch.Tensor, tuple[int, int]]:
+    """An image as the detector sees it: normalised `[3, size, size]`, zeros below and right of it, and the height and
+    width that the image itself takes of that."""
+    ratio = size / max(image.size)
+    width, height = (max(1, round(side * ratio)) for side in image.size)
+    pixels = _pixels(image.resize((width, height), Image.Resampling.BILINEAR))
+    return F.pad(pixels, (0, size - width, 0, size - height)), (height, width)
+
+
+def large_scale_jitter(
+    image: Image.Image,
+    rles: list[dict],
+    size: int,
+    generator: torch.Generator,
+    scale: tuple[float, float] = (0.1, 2.0),
+    flip: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    An image much smaller or larger than it is (arXiv 2012.07177): what is too large for the square is cropped at
+    random, what is too small padded below and to the right.
+
+    Args:
+        image: RGB.
+        rles: compressed COCO RLEs at the image's size, at least one.
+        size: side S of the square in pixels.
+        generator: source of all randomness, on the CPU.
+        scale: least and greatest length of the image's longer side, as a share of S; uniform between.
+        flip: mirrored half of the time.
+
+    Returns:
+        image float32 `[3, S, S]`, normalised, zeros where it is padded; masks uint8 `[N, S, S]` of 0 and 1, none
+        empty; and which of the `rles` they are, int64 `[N]`. N may be 0.
+    """
+    if not 0 < scale[0] <= scale[1]:
+        raise ValueError(f"scale is a range of sizes, 0 < least <= greatest: got {scale}.")
+    share, x, y, mirror = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+    ratio = (scale[0] + share * (scale[1] - scale[0])) * size / max(image.size)
+    shown = [min(side, max(1, round(size / ratio))) for side in image.size]  # width and height in pixels of the image
+    width, height = (min(size, max(1, round(side * ratio))) for side in shown)
+    left, top = (int(place * (side - part + 1)) for place, side, part in zip((x, y), image.size, shown, strict=True))
+    right, bottom = left + shown[0], top + shown[1]
+
+    pixels = _pixels(image.crop((left, top, right, bottom)).resize((width, height), Image.Resampling.BILINEAR))
+    masks = torch.from_numpy(decode(rles))[:, None, top:bottom, left:right]
+    masks = F.interpolate(masks * 255, (height, width), mode="bilinear", antialias=True)[:, 0] >= 128
+    kept = masks.flatten(1).any(1).nonzero()[:, 0]
+    masks = masks[kept].byte()
+    if flip and mirror < 0.5:
+        pixels, masks = pixels.flip(-1), masks.flip(-1)
+    padding = (0, size - width, 0, size - height)
+    return F.pad(pixels, padding), F.pad(masks, padding), kept
+
+
+def _pixels(image: Image.Image) -> torch.Tensor:
+    return normalize(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
+class DetectionViews(Dataset):
+    """
+    The images of a json with their objects, jittered; an item depends on (seed, epoch, index) and on nothing else.
+    Call `set_epoch` before each epoch. Crowds are left out.
+
+    Args:
+        source: whose annotations have categories.
+        size, scale, flip: see `large_scale_jitter`.
+        seed: of all chance.
+
+    Raises:
+        ValueError: if there is no image, or an object has no category or one that the json does not list.
+    """
+
+    def __init__(
+        self, source: CocoMasks, size: int, scale: tuple[float, float] = (0.1, 2.0), flip: bool = True, seed: int = 0
+    ):
+        if not len(source):
+            raise ValueError(f"There is no object to learn in {source.annotations}; check the file.")
+        self.source, self.size, self.scale, self.flip, self.seed = source, size, scale, flip, seed
+        self.categories = categories_of(source)
+        self.label_of = {category["id"]: label for label, category in enumerate(self.categories, start=1)}
+        if unknown := {one for ids in source.category_ids for one in ids} - self.label_of.keys():
+            raise ValueError(
+                f"{source.annotations} has objects of the category {unknown.pop()}, which it does not list."
+            )
+        self.epoch = shared_number()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict:
+        """`pixel_values` and `masks` as of `large_scale_jitter`, `boxes` float32 `[N, 4]` (left, top, right, bottom)
+        and `labels` int64 `[N]` of the masks, `key`, the image's name, and `seed`, for what is drawn later."""
+        sample = self.source[index]
+        seed = int(np.random.SeedSequence([self.seed, self.epoch.item(), index]).generate_state(1)[0])
+        pixel_values, masks, kept = large_scale_jitter(
+            sample.image, sample.rles, self.size, torch.Generator().manual_seed(seed), self.scale, self.flip
+        )
+        labels = torch.tensor([self.label_of[one] for one in self.source.category_ids[index]])[kept]
+        item = {"pixel_values": pixel_values, "masks": masks, "boxes": boxes_from_masks(masks), "labels": labels}
+        return {**item, "key": f"{sample.source}/{sample.image_id}", "seed": seed}
+
+
+def categories_of(source: CocoMasks) -> list[dict]:
+    """`{id, name}` of a json's categories by id; of those that its annotations name where it has no list of them."""
+    named = source.categories or [{"id": one} for one in {one for ids in source.category_ids for one in ids}]
+    categories = [{"id": one["id"], "name": str(one.get("name", one["id"]))} for one in named if one["id"] is not None]
+    return sorted(categories, key=lambda category: category["id"])
+
+
+# ------------------------------------------------------------------------------------------ measuring it
+
+
+def match_categories(categories: list[dict], truth: Truth) -> dict[int, int]:
+    """
+    Labels of a detector's categories to the ids that a json has for them: of the same name, as two files may number
+    them differently. Those that the json lacks are left out.
+
+    Raises:
+        ValueError: if it has none of them.
+    """
+    ids = {str(one.get("name", one["id"])): one["id"] for one in truth.truth["categories"]}
+    matched = {label: ids[one["name"]] for label, one in enumerate(categories, start=1) if one["name"] in ids}
+    if not matched:
+        theirs = ", ".join(sorted(ids)[:3])
+        raise ValueError(f"{truth.annotations} has none of the detector's categories, but {theirs}; choose another.")
+    return matched
+
+
+def results_of(found: dict[str, torch.Tensor], image_id: int, ids: dict[int, int]) -> list[dict]:
+    """Of an image, what `Detector.detect` gives -> `{image_id, category_id, bbox, score, segmentation}` for each
+    detection whose label is among `ids`."""
+    boxes = torch.cat([found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]], 1).tolist()
+    rles = encode(found["masks"].transpose(1, 2).byte().contiguous().numpy())
+    return [
+        {"image_id": image_id, "category_id": ids[label], "bbox": box, "score": score, "segmentation": rle}
+        for label, box, score, rle in zip(found["labels"].tolist(), boxes, found["scores"].tolist(), rles, strict=True)
+        if label in ids
+    ]
+
+
+def average_precision(results: list[dict], truth: Truth) -> dict[str, dict[str, float | None]]:
+    """`box` and `mask`: AP and AR of what `results_of` gives for the images of `truth`, by their usual names."""
+    # A result with `bbox` would have the box's area where masks are measured.
+    masks = [{name: value for name, value in one.items() if name != "bbox"} for one in results]
+    return {"box": truth.box_ap(boxes_alone(results)), "mask": truth.mask_ap(masks)}
+
+
+def boxes_alone(results: list[dict]) -> list[dict]:
+    """What `evaluate_masks.py --detections` reads."""
+    return [{name: value for name, value in one.items() if name != "segmentation"} for one in results]
+
+
+def draw_detections(detector: Detector, images: Sequence[Image.Image], masks: Sequence) -> Image.Image:
+    """A row for each image: itself, its objects (masks `[N, height, width]`), and of what the detector finds the best,
+    as many as there are objects, with boxes and scores."""
+    columns = {"images": [], "objects": [], "detections": []}
+    for image, true, found in zip(images, masks, detector.detect(list(images)), strict=True):
+        best = slice(max(1, len(true)))
+        boxes, scores = found["boxes"][best].tolist(), found["scores"][best].tolist()
+        shown = draw_masks(image, found["masks"][best], boxes=boxes, scores=scores)
+        for cells, cell in zip(columns.values(), (image, draw_masks(image, true), shown), strict=True):
+            cells.append(ImageOps.pad(cell, (320, 320), Image.Resampling.BICUBIC, "white"))
+    return picture_table(columns)

@@ -1,0 +1,140 @@
+"""What a vision encoder starts from: pretraining, or a trained ViT's weights (weight selection, arXiv 2311.18823)."""
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_efficientsam.model.modeling_efficientsam import EfficientSamVisionEncoder, EfficientSamVisionModel
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """The fields by which a recipe chooses the encoder that it fine-tunes; the defaults are EfficientSAM-Ti."""
+
+    encoder: str | None = field(
+        default=None, metadata={"help": "start from this encoder (of sami.py, or any EfficientSAM); else from scratch"}
+    )
+    hidden_size: int = field(default=192, metadata={"help": "width of a new encoder: 192 (Ti), 384 (S), 768 (B)"})
+    num_attention_heads: int = field(default=3, metadata={"help": "its heads: 3, 6, 12"})
+    num_hidden_layers: int = field(default=12, metadata={"help": "its layers"})
+    drop_path: float = field(
+        default=0.0, metadata={"help": "share of the images that skip the last layer; less in earlier ones"}
+    )
+
+
+def load_around_encoder(model_class: type[PreTrainedModel], name: str, **options) -> tuple[PreTrainedModel, list[str]]:
+    """
+    A model of a class such as `EfficientSamBackbone` around the encoder of a directory or Hub repository, which may
+    be a pretraining (`sami.py`) or any EfficientSAM model. In float32.
+
+    Args:
+        model_class: of the model room, with a `vision_encoder`.
+        name: the directory or repository.
+        options: for the config, as `from_pretrained` takes them.
+
+    Returns:
+        the model, and the names of its weights that are new: what the directory lacks, or has in another size, such
+        as the classifier of other classes.
+
+    Raises:
+        ValueError: if it cannot be loaded, or weights of the encoder's embeddings or layers would be new.
+    """
+    options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    try:
+        model, loading = model_class.from_pretrained(name, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise ValueError(f"The encoder {name} cannot be loaded: {' '.join(str(error).split())}") from None
+    new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
+    if lacking := [key for key in new if re.match(r"vision_encoder\.(embeddings|layers)\.", key)]:
+        raise ValueError(
+            f"{name} lacks weights of the encoder, such as {lacking[0]}, or has them in another size; choose another "
+            "directory."
+        )
+    return model, new
+
+
+def load_encoder(name: str) -> tuple[EfficientSamVisionModel, bool]:
+    """
+    The encoder of a directory or Hub repository, in float32 and without drop path (a classifier's training may have
+    left one), and whether it has a trained neck: pretraining has none.
+
+    Raises:
+        ValueError: see `load_around_encoder`.
+    """
+    encoder, new = load_around_encoder(EfficientSamVisionModel, name, drop_path_rate=0.0)
+    return encoder, not new
+
+
+@torch.no_grad()
+def select_weights(teacher: nn.Module, student: EfficientSamVisionEncoder) -> None:
+    """
+    Copies evenly spaced channels, heads and MLP units of a transformers `Dinov2Model` into `student`.
+
+    The teacher must have as many layers, heads of the same width, and a width that is a multiple of the student's;
+    with equal widths this copies everything. Layer scale is folded into the output projections, the patch kernel is
+    resampled to the student's patch size (and scaled by the ratio of areas, so that its responses keep their size),
+    the position table to the student's pretraining grid. The neck has no counterpart and is left as it is.
+
+    Raises:
+        ValueError: if the two do not fit.
+    """
+    ours, theirs = student.config, teacher.config
+    if theirs.model_type != "dinov2" or theirs.use_swiglu_ffn or not theirs.qkv_bias:
+        raise ValueError(
+            f"The teacher is not built like the student (model type {theirs.model_type}); choose a teacher that is a "
+            "Dinov2Model with plain MLPs and biases."
+        )
+    step = theirs.hidden_size // ours.hidden_size
+    if (
+        theirs.hidden_size != step * ours.hidden_size
+        or theirs.num_attention_heads != step * ours.num_attention_heads
+        or theirs.hidden_size * theirs.mlp_ratio != step * ours.intermediate_size
+        or theirs.num_hidden_layers != ours.num_hidden_layers
+    ):
+        raise ValueError(
+            f"A teacher of width {theirs.hidden_size}, {theirs.num_attention_heads} heads and "
+            f"{theirs.num_hidden_layers} layers has no evenly spaced part of width {ours.hidden_size}, "
+            f"{ours.num_attention_heads} heads and {ours.num_hidden_layers} layers; choose a teacher whose width and "
+            "heads are the same multiple of the student's and whose depth is equal."
+        )
+    channels = torch.arange(0, theirs.hidden_size, step)
+    units = torch.arange(0, step * ours.intermediate_size, step)
+    head_dim = ours.hidden_size // ours.num_attention_heads
+    heads = torch.arange(theirs.hidden_size).unflatten(0, (-1, head_dim))[::step].flatten()
+
+    def copy(target: nn.Module, source: nn.Module, rows: torch.Tensor, columns: torch.Tensor | None = None) -> None:
+        weight = source.weight[rows]
+        target.weight.copy_(weight if columns is None else weight[:, columns])
+        target.bias.copy_(source.bias[rows])
+
+    def fold(target: nn.Module, layer_scale: nn.Module) -> None:
+        scale = layer_scale.lambda1[channels]
+        target.weight.mul_(scale[:, None])
+        target.bias.mul_(scale)
+
+    patches = teacher.embeddings.patch_embeddings.projection
+    kernel = F.interpolate(patches.weight[channels], size=ours.patch_size, mode="bicubic", antialias=True)
+    student.embeddings.projection.weight.copy_(kernel * (theirs.patch_size / ours.patch_size) ** 2)
+    student.embeddings.projection.bias.copy_(patches.bias[channels])
+    positions = teacher.embeddings.position_embeddings[:, :, channels]
+    grid = round((positions.shape[1] - 1) ** 0.5)
+    table = positions[:, 1:].transpose(1, 2).unflatten(2, (grid, grid))
+    table = F.interpolate(table, size=student.embeddings.pretrain_grid, mode="bicubic", antialias=True)
+    table = torch.cat([positions[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
+    student.embeddings.position_embeddings.copy_(table)
+    for target, source in zip(student.layers, teacher.encoder.layer, strict=True):
+        copy(target.layernorm_before, source.norm1, channels)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            copy(getattr(target.attention, name), getattr(source.attention, name), heads, channels)
+        copy(target.attention.o_proj, source.attention.o_proj, channels, heads)
+        fold(target.attention.o_proj, source.layer_scale1)
+        copy(target.layernorm_after, source.norm2, channels)
+        copy(target.mlp.fc1, source.mlp.fc1, units, channels)
+        copy(target.mlp.fc2, source.mlp.fc2, channels, units)
+        fold(target.mlp.fc2, source.layer_scale2)

@@ -1,0 +1,1 @@
+"""Promptable masks: batches, prompts, losses, metrics and evaluation."""

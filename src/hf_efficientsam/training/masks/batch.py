@@ -1,0 +1,181 @@
+"""From samples to the batches that mask training consumes."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from hf_efficientsam.training.data.augment import random_crop_flip
+from hf_efficientsam.training.data.coco import CocoMasks, Sample, with_folders
+from hf_efficientsam.training.data.dataset_masks import DatasetMasks
+from hf_efficientsam.training.data.images import hash_key, normalize
+from hf_efficientsam.training.data.sa1b import Sa1bShards
+from hf_efficientsam.training.data.shards import Streamed, shared_number
+
+
+@dataclass
+class Batch:
+    """B images with Q masks each; images with fewer are padded with empty masks that are not `valid`.
+
+    pixel_values float32 [B,3,S,S] (ImageNet normalised), masks uint8 [B,Q,S,S] of 0 and 1, valid bool [B,Q],
+    noise float32 [B,Q,K] (uniform, for the prompts), keys: B names of images.
+    """
+
+    pixel_values: torch.Tensor
+    masks: torch.Tensor
+    valid: torch.Tensor
+    noise: torch.Tensor
+    keys: list[str]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function) -> "Batch":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: function(v) if isinstance(v, torch.Tensor) else v for name, v in values.items()})
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """The fields by which a recipe chooses what masks it trains on, and how they are shown."""
+
+    train: list[str] = field(
+        default_factory=list,
+        metadata={"help": "COCO-style json files, `images` beside each; one named twice weighs double"},
+    )
+    images: list[str] = field(
+        default_factory=list, metadata={"help": "folder of the json files' images, or one for each"}
+    )
+    dataset: str | None = field(default=None, metadata={"help": "or a `datasets` dataset: Hub name or directory"})
+    split: str = field(default="train", metadata={"help": "of the dataset"})
+    image_column: str = field(default="image", metadata={"help": "of the dataset"})
+    mask_column: str = field(default="masks", metadata={"help": "of the dataset"})
+    shards: list[str] = field(
+        default_factory=list, metadata={"help": "or SA-1B's tars, streamed: paths or URLs, {000..099} for a range"}
+    )
+    every: int = field(default=1, metadata={"help": "take only every so many-th image of json files or a dataset"})
+    image_size: int | None = field(
+        default=None, metadata={"help": "side of the model input in pixels; by default that of the model"}
+    )
+    crop_scale: float = field(default=0.3, metadata={"help": "smallest part of an image's area that a crop keeps"})
+    flip: bool = field(default=True, metadata={"help": "half of the images are mirrored"})
+    color_jitter: float = field(default=0.2, metadata={"help": "strength of brightness, contrast, saturation changes"})
+    max_masks: int = field(default=12, metadata={"help": "masks an image and step"})
+
+
+class _Items:
+    """What both datasets share: their arguments, the epoch, and how a sample becomes an item."""
+
+    def __init__(self, options: MaskOptions, noise_size: int = 0, seed: int = 0):
+        self.options, self.noise_size, self.seed = options, noise_size, seed
+        self.epoch = shared_number()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+
+    def make(self, name: str, sample: Sample, number: int) -> dict:
+        """`pixel_values` float32 [3,S,S], `masks` uint8 [N,S,S] with 1 <= N <= max_masks, `noise` float32 [N,K] and
+        `key` of a sample; its chance depends on (seed, epoch, number)."""
+        options = self.options
+        state = np.random.SeedSequence([self.seed, self.epoch.item(), number]).generate_state(1)
+        generator = torch.Generator().manual_seed(int(state[0]))
+        image, masks = random_crop_flip(
+            sample.image, sample.rles, options.image_size, generator, (options.crop_scale, 1.0), options.max_masks,
+            options.color_jitter, options.flip,
+        )  # fmt: skip
+        noise = torch.rand(len(masks), self.noise_size, generator=generator)
+        return {"pixel_values": normalize(image), "masks": masks, "noise": noise, "key": name}
+
+
+class MaskTrainingSet(_Items, Dataset):
+    """Augmented images with their masks from one or several sources, to be batched by `collate`.
+
+    An item depends on (seed, epoch, index) and on nothing else, so a resumed run sees the data that an uninterrupted
+    one does, with any number of workers. Call `set_epoch` before each epoch.
+
+    Args:
+        sources: `CocoMasks`, `DatasetMasks` or what behaves like them, read one after the other.
+        options: `every`, `image_size` and what `random_crop_flip` takes.
+        noise_size: K, see `PromptOptions`.
+        seed: of all chance.
+    """
+
+    def __init__(self, sources: Sequence, options: MaskOptions, noise_size: int = 0, seed: int = 0):
+        super().__init__(options, noise_size, seed)
+        self.sources = list(sources)
+        self.ends = list(accumulate(len(range(0, len(source), options.every)) for source in self.sources))
+        if not any(self.ends):
+            raise ValueError("There is no image with masks to train on; check the annotation files.")
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} images")
+        which = bisect_right(self.ends, index)
+        start = self.ends[which - 1] if which else 0
+        sample = self.sources[which][(index - start) * self.options.every]
+        first = next(i for i, source in enumerate(self.sources) if source is self.sources[which])
+        source = sample.source + (f" (file {first + 1})" if first else "")  # folders of one name are two sources
+        return self.make(f"{source}/{sample.image_id}", sample, index)
+
+
+class StreamedMasks(Streamed, _Items):
+    """The items of `MaskTrainingSet` from `Sa1bShards`, without an end; see `Streamed` for order and splitting.
+
+    An item depends on (seed, epoch, key): an image that comes again within an epoch is the same.
+    """
+
+    def __init__(self, source: Sa1bShards, options: MaskOptions, noise_size: int = 0, seed: int = 0, **streaming: int):
+        _Items.__init__(self, options, noise_size, seed)
+        Streamed.__init__(self, source, seed, **streaming)
+
+    def item(self, key: str, sample: Sample) -> dict:
+        return self.make(f"{sample.source}/{key}", sample, hash_key(key))
+
+
+def open_masks(options: MaskOptions) -> list[CocoMasks] | list[DatasetMasks] | Sa1bShards:
+    """
+    The sources that are given.
+
+    Raises:
+        ValueError: if none or more than one kind is given, or if it cannot be opened.
+    """
+    if sum(map(bool, (options.train, options.dataset, options.shards))) != 1:
+        raise ValueError("Give --train COCO-style json files, or --dataset, or --shards.")
+    if options.shards:
+        return Sa1bShards(options.shards)
+    if options.dataset:
+        return [DatasetMasks(options.dataset, options.split, options.image_column, options.mask_column)]
+    pairs = with_folders(options.train, options.images, "--train")
+    read = {pair: CocoMasks(*pair) for pair in dict.fromkeys(pairs)}
+    return [read[pair] for pair in pairs]
+
+
+def collate(items: list[dict]) -> Batch:
+    """Items of `MaskTrainingSet` -> `Batch`, Q being the largest number of masks among them."""
+    counts = torch.tensor([len(item["masks"]) for item in items])
+
+    def padded(name: str) -> torch.Tensor:
+        first = items[0][name]
+        stacked = torch.zeros(len(items), int(counts.max()), *first.shape[1:], dtype=first.dtype)
+        for row, item in zip(stacked, items, strict=True):
+            row[: len(item[name])] = item[name]
+        return stacked
+
+    masks = padded("masks")
+    return Batch(
+        pixel_values=torch.stack([item["pixel_values"] for item in items]),
+        masks=masks,
+        valid=torch.arange(masks.shape[1]) < counts[:, None],
+        noise=padded("noise"),
+        keys=[item["key"] for item in items],
+    )

@@ -1,0 +1,306 @@
+"""How good promptable masks are: the protocol of the paper's zero-shot tables (arXiv 2312.00863), and SAM's clicks."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.ndimage import distance_transform_edt
+from torch.utils.data import IterableDataset, get_worker_info
+
+from hf_efficientsam.training.data.coco import Sample, decode
+from hf_efficientsam.training.data.images import hash_key
+
+from .metrics import MeanIoU, filled_box, inscribed_ellipse, mask_iou
+from .predictors import ImagePredictor, PreparedImage, prepare_image
+from .prompts import boxes_from_masks, sample_points
+
+ANSWERS = (
+    "Masks are compared at the image's own size and the mean is over masks. 'confident': of the candidates the one "
+    "with the highest predicted IoU; 'best': the one with the highest true IoU; 'single': the one mask that the model "
+    "gives without candidates."
+)
+PROTOCOLS = {
+    "random": (
+        "Every mask is asked for by its tight ground-truth box, or by clicks that are uniformly random inside it, all "
+        "on the object. " + ANSWERS
+    ),
+    "error": (
+        "Every mask is asked for by its tight ground-truth box, or by clicks one after the other. The first is the "
+        "mask's pixel farthest from its boundary. Each next one is the pixel farthest from the boundary of what the "
+        "most confident candidate before misses (a click on the object) or has too much (a click beside it), "
+        "whichever is deeper; no pixel is clicked twice, and where nothing is wrong the click is on the object. A "
+        "model without background points is clicked on what it misses alone. The logits of that candidate are given "
+        "with the clicks to a model that takes mask prompts. " + ANSWERS
+    ),
+}
+BASELINES = {"filled_box": filled_box, "ellipse": inscribed_ellipse}
+PIXELS_AT_ONCE = 2**23  # of masks at image size; bounds the memory of large images with many masks
+
+
+def num_clicks(prompt: str) -> int:
+    """0 for `"box"`, K for `"clickK"`; anything else is a ValueError."""
+    match = re.fullmatch(r"box|click([1-9]\d*)", prompt)
+    if match is None:
+        raise ValueError(f"The prompt {prompt!r} is unknown; use box, or click1, click3, ... for so many clicks.")
+    return int(match[1] or 0)
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image to evaluate: its place in the data, its sample without the image, and that as each model takes it."""
+
+    place: tuple[int, int]
+    sample: Any
+    inputs: list[PreparedImage]
+
+
+class ImageBatches(IterableDataset):
+    """Lists of `Item`s, which are the same whatever the number of processes and workers that they are dealt to.
+
+    Args:
+        sources: datasets of samples, or `Sa1bShards`. A sample is a dataclass with an `image`.
+        processors: of the models.
+        batch_size: images in a batch at most; a batch never has images of two sources or two shards.
+        limit: only the first so many images of each source or shard.
+        process_index, num_processes: which of how many processes reads.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Any],
+        processors: Sequence[Any],
+        batch_size: int,
+        limit: int | None = None,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
+        self.processors, self.batch_size = processors, batch_size
+        self.units = []  # (source, first image, last), or (source, shard, number of images)
+        for source in sources:
+            if hasattr(source, "shards"):
+                self.units += [(source, shard, limit) for shard in range(len(source.shards))]
+            else:
+                count = min(len(source), limit or len(source))
+                starts = range(0, count, batch_size)
+                self.units += [(source, start, min(start + batch_size, count)) for start in starts]
+        self.mine = range(process_index, len(self.units), num_processes)
+
+    @property
+    def num_images(self) -> int | None:
+        """Of this process; None where it reads shards."""
+        units = [self.units[i] for i in self.mine]
+        known = not any(hasattr(source, "shards") for source, _, _ in units)
+        return sum(stop - start for _, start, stop in units) if known else None
+
+    def samples(self, unit: int) -> Iterator[Any]:
+        source, start, stop = self.units[unit]
+        if hasattr(source, "shards"):
+            return islice((sample for _, sample in source.read(start)), stop)
+        return (source[index] for index in range(start, stop))
+
+    def find(self, place: tuple[int, int]) -> Any:
+        """The sample, with its image, that an item was made of."""
+        return next(islice(self.samples(place[0]), place[1], None))
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        worker = get_worker_info()
+        for unit in self.mine if worker is None else self.mine[worker.id :: worker.num_workers]:
+            items = (
+                Item(
+                    (unit, number),
+                    replace(sample, image=None),
+                    [prepare_image(processor, sample.image) for processor in self.processors],
+                )
+                for number, sample in enumerate(self.samples(unit))
+            )
+            while batch := list(islice(items, self.batch_size)):
+                yield batch
+
+
+# ------------------------------------------------------------------------------------------ clicks
+
+
+def random_clicks(mask: torch.Tensor, count: int, seed: int, annotation_id: int | str) -> torch.Tensor:
+    """`count` pixels (x, y) of mask [H,W], float32 [count,2]; they depend on nothing but the arguments, and the first
+    ones not on `count`."""
+    if not isinstance(annotation_id, int) or annotation_id < 0:
+        annotation_id = hash_key(str(annotation_id))
+    state = np.random.SeedSequence([seed, annotation_id]).generate_state(1)
+    generator = torch.Generator().manual_seed(int(state[0]))
+    uniform = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for _ in range(count)])
+    return sample_points(mask.expand(count, -1, -1), uniform)
+
+
+def next_click(
+    predicted: np.ndarray, target: np.ndarray, clicked: Sequence[tuple[int, int]], background_points: bool
+) -> tuple[int, int, int]:
+    """The click of `PROTOCOLS["error"]` for masks [H,W]: x, y and the label, 1 on the object and 0 beside it.
+
+    Of equally deep pixels it is the first, row by row, and on what is missed rather than on what is too much.
+    """
+    errors = [(target & ~predicted, 1)] + ([(predicted & ~target, 0)] if background_points else [])
+    found = [(*_deepest(region, clicked), label) for region, label in errors]
+    depth, x, y, label = max(found, key=lambda one: one[0])
+    if depth == 0:
+        depth, x, y = _deepest(target, clicked)
+        label = 1
+    if depth == 0:  # every pixel of the object was clicked
+        _, x, y = _deepest(target, [])
+    return x, y, label
+
+
+def _deepest(region: np.ndarray, clicked: Sequence[tuple[int, int]]) -> tuple[float, int, int]:
+    """Distance to the boundary, x and y of the pixel farthest from it; distance 0 if there is none."""
+    rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
+    if not len(rows):
+        return 0.0, 0, 0
+    top, left = rows[0], columns[0]
+    inside = region[top : rows[-1] + 1, left : columns[-1] + 1]
+    depth = distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1]  # the border makes the image's edge a boundary
+    for x, y in clicked:
+        if 0 <= y - top < depth.shape[0] and 0 <= x - left < depth.shape[1]:
+            depth[y - top, x - left] = 0
+    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    return float(depth[y, x]), int(x + left), int(y + top)
+
+
+def error_rounds(predict: ImagePredictor, masks: torch.Tensor, counts: Sequence[int]) -> Iterator[tuple]:
+    """Clicks on the errors of `predict` on masks [N,H,W]; for each number of clicks in `counts` the number, the
+    prompt and what `predict` answered."""
+    targets = masks.bool().cpu().numpy()
+    predicted, previous = np.zeros_like(targets), {}
+    points = torch.zeros(len(masks), max(counts), 2)
+    labels = torch.zeros(len(masks), max(counts), dtype=torch.int64)
+    everyone = torch.arange(len(masks))
+    for number in range(max(counts)):
+        for i, target in enumerate(targets):
+            clicked = [tuple(point) for point in points[i, :number].int().tolist()]
+            *point, labels[i, number] = next_click(predicted[i], target, clicked, predict.background_points)
+            points[i, number] = torch.tensor(point)
+        given = {"input_points": points[:, : number + 1], "input_labels": labels[:, : number + 1], **previous}
+        answer = candidates, scores, logits = predict(**given)
+        if number + 1 in counts:
+            yield number + 1, given, answer
+        confident = scores.argmax(1)
+        predicted = candidates[everyone, confident].cpu().numpy()
+        if predict.mask_prompts:
+            previous = {"input_masks": logits[everyone, confident]}
+
+
+def fixed_prompts(
+    masks: torch.Tensor, annotation_ids: Sequence[int], prompts: Sequence[str], clicks: str, seed: int
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What a model is given for each prompt that does not depend on its answers, for masks [N,H,W]."""
+    given = {"box": {"input_boxes": boxes_from_masks(masks).cpu()}} if "box" in prompts else {}
+    counts = [num_clicks(prompt) for prompt in prompts]
+    if clicks == "random" and max(counts):
+        pairs = zip(masks.cpu(), annotation_ids, strict=True)
+        points = torch.stack([random_clicks(mask, max(counts), seed, number) for mask, number in pairs])
+        given |= {f"click{count}": {"input_points": points[:, :count]} for count in counts if count}
+    return given
+
+
+def answers(predict: ImagePredictor, masks: torch.Tensor, fixed: dict, prompts: Sequence[str]) -> Iterator[tuple]:
+    """(prompt, what was given, what `predict` answered) for each of the prompts, for masks [N,H,W]."""
+    for prompt, given in fixed.items():
+        yield prompt, given, predict(**given)
+    if others := [num_clicks(prompt) for prompt in prompts if prompt not in fixed]:
+        for count, given, answer in error_rounds(predict, masks, others):
+            yield f"click{count}", given, answer
+
+
+# ------------------------------------------------------------------------------------------ measuring
+
+
+def candidate_ious(
+    candidates: torch.Tensor, iou_scores: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """True IoUs [N] of the most confident and of the best of M candidates [N,M,H,W], for scores [N,M] and target
+    [N,H,W]."""
+    ious = mask_iou(candidates, target[:, None])
+    return ious.gather(1, iou_scores.argmax(1, keepdim=True))[:, 0], ious.amax(1)
+
+
+def masks_at_once(height: int, width: int, prompts_at_once: int) -> int:
+    return max(1, min(prompts_at_once, PIXELS_AT_ONCE // (height * width)))
+
+
+def evaluate_image(
+    predictors: dict[str, ImagePredictor],
+    sample: Sample,
+    prompts: Sequence[str],
+    clicks: str = "random",
+    seed: int = 0,
+    prompts_at_once: int = 64,
+) -> tuple[dict[tuple[str | None, str, str], torch.Tensor], torch.Tensor]:
+    """
+    IoUs of all masks of an image.
+
+    Args:
+        predictors: of each model, by name, or what behaves like an `ImagePredictor`.
+        sample: the image's true masks.
+        prompts: see `num_clicks`.
+        clicks: which of `PROTOCOLS`.
+        seed: of the clicks, together with each annotation's id.
+        prompts_at_once: masks that are asked for together, at most.
+
+    Returns:
+        {(model, prompt, answer): float [N]}, and (None, "baseline", ...) for each of `BASELINES`, which are answers
+        to the box that know nothing of the image. And the masks' areas [N] in pixels.
+    """
+    step = masks_at_once(*sample.rles[0]["size"], prompts_at_once)
+    parts = []
+    for start in range(0, len(sample.rles), step):
+        part = slice(start, start + step)
+        masks = torch.from_numpy(decode(sample.rles[part])).contiguous()
+        fixed = fixed_prompts(masks, sample.annotation_ids[part], prompts, clicks, seed)
+        ious = {}
+        for model, predict in predictors.items():
+            for (prompt, answer), values in _evaluate_masks(predict, masks, fixed, prompts).items():
+                ious[model, prompt, answer] = values.cpu()
+        boxes = boxes_from_masks(masks)
+        for name, guess in BASELINES.items():
+            ious[None, "baseline", name] = mask_iou(guess(boxes, *masks.shape[-2:]), masks)
+        parts.append((ious, masks.sum((1, 2), dtype=torch.int64)))
+    ious, areas = zip(*parts, strict=True)
+    return {row: torch.cat([part[row] for part in ious]) for row in ious[0]}, torch.cat(areas)
+
+
+def _evaluate_masks(predict: ImagePredictor, masks: torch.Tensor, fixed: dict, prompts: Sequence[str]) -> dict:
+    ious = {}
+    for prompt, given, (candidates, scores, _) in answers(predict, masks, fixed, prompts):
+        target = masks.to(candidates.device)
+        ious[prompt, "confident"], ious[prompt, "best"] = candidate_ious(candidates, scores, target)
+        if prompt == "box":
+            single, _, _ = predict(multimask_output=False, **given)
+            ious[prompt, "single"] = mask_iou(single[:, 0], target)
+    return ious
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was measured on an image: its place and source, the areas of its masks, and the IoUs of each row."""
+
+    place: tuple[int, int]
+    source: str
+    areas: list[int]
+    ious: dict[tuple[str | None, str, str], list[float]]
+
+
+def mean_ious(records: list[Record], model: str, prompts: Sequence[str]) -> dict[str, dict[str, dict]]:
+    """{prompt: {answer: `MeanIoU.compute()`}} of a model and of the baselines, from records in the order given."""
+    results = {prompt: {} for prompt in (*prompts, "baseline")}
+    areas = torch.tensor([area for record in records for area in record.areas])
+    for row in records[0].ious:
+        if row[0] in (model, None):
+            mean = MeanIoU()
+            mean.update(torch.tensor([iou for record in records for iou in record.ious[row]]), areas)
+            results[row[1]][row[2]] = mean.compute()
+    return results

@@ -1,0 +1,198 @@
+"""The task of promptable masks: prompt, decode, loss, correct, decode, loss - on one encoding of each image."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_efficientsam.model.modeling_efficientsam import MISSING_BOX, PADDING, EfficientSamModel
+from hf_efficientsam.training.data.synthetic import random_ellipses
+
+from .losses import MaskLoss
+from .prompts import boxes_from_masks, jitter_boxes, sample_error_points, sample_points
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """The fields of a recipe that say what a mask is asked for by, and how often."""
+
+    box_probability: float = field(default=0.5, metadata={"help": "share of first prompts that are a box alone"})
+    both_probability: float = field(default=0.1, metadata={"help": "share that are a box with clicks"})
+    tight_probability: float = field(default=0.5, metadata={"help": "share of boxes without noise"})
+    box_noise: float = field(default=0.1, metadata={"help": "standard deviation, as a share of the box's side"})
+    box_noise_pixels: float = field(default=20, metadata={"help": "the noise is cut off at so many pixels"})
+    max_clicks: int = field(
+        default=4, metadata={"help": "half of the clicked first prompts have one click, the others 2 to this many"}
+    )
+    single_mask_probability: float = field(
+        default=0.25, metadata={"help": "share of steps whose first round asks for one mask, not for candidates"}
+    )
+    corrections: int = field(default=1, metadata={"help": "rounds with a click more, where the last mask was wrong"})
+    mask_only_rounds: int = field(
+        default=0, metadata={"help": "rounds without a new click: one is the last, the others anywhere between"}
+    )
+    correction_probability: float = field(default=0.5, metadata={"help": "share of steps that have these rounds"})
+    smallest_ellipse: float = field(
+        default=0.04, metadata={"help": "of steps on ellipses: their least side, as a share of the input's"}
+    )
+    loss_stride: int = field(
+        default=2, metadata={"help": "masks are compared at this fraction of the input's side: 4 is the decoder's own"}
+    )
+
+    @property
+    def noise_columns(self) -> list[int]:
+        """How many random numbers decide about a mask's kind of prompt, box, clicks, corrections and ellipse."""
+        return [3, 4, self.max_clicks, self.corrections, 4]
+
+    @property
+    def noise_size(self) -> int:
+        """How many random numbers K a mask needs."""
+        return sum(self.noise_columns)
+
+
+class InteractiveSegmentation(nn.Module):
+    """
+    A model with its training procedure; the forward returns the losses of a batch.
+
+    The first prompt of each mask is a box, or clicks uniformly inside the mask, or both. Each later round adds a click
+    from the error region of the most confident mask (or, without a new click, only goes on), and gives that mask's
+    logits back as mask prompt where the model takes them. Later rounds ask for one mask, as SAM does for prompts that
+    are hardly ambiguous. SAM's own numbers (arXiv 2304.02643, appendix A): box 0.5, tight 0, 1 click, 8 corrections,
+    2 rounds without a click, always.
+
+    Args:
+        model: trained in place.
+        loss: applied to each round; the rounds' losses are averaged.
+        options: see [`PromptOptions`]. `loss_stride` 1, the input's size, takes longer than encoder and decoder
+            together on a CPU; at the decoder's own size (4) objects below a few pixels lose their shape.
+
+    Raises:
+        ValueError: for rounds that only give a mask back, where the model takes none.
+    """
+
+    def __init__(self, model: EfficientSamModel, loss: MaskLoss, options: PromptOptions | None = None):
+        super().__init__()
+        self.model, self.loss, self.options = model, loss, options or PromptOptions()
+        if self.options.mask_only_rounds and not model.config.prompt_encoder_config.mask_prompts:
+            raise ValueError("The model takes no mask prompts; set mask_only_rounds to 0.")
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        masks: torch.Tensor,
+        valid: torch.Tensor,
+        noise: torch.Tensor,
+        generator: torch.Generator,
+        num_prompts: torch.Tensor | float | None = None,
+        geometry: bool = False,
+        image_embeddings: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            pixel_values: `[B, 3, S, S]`.
+            masks: the objects, `[B, Q, S, S]` of 0 and 1.
+            valid: `[B, Q]` bool, false for padding.
+            noise: uniform random numbers `[B, Q, K]`, K being the options' `noise_size`: all that is random about a
+                mask's prompts.
+            generator: CPU source of what the whole step shares; give every process one of the same seed.
+            num_prompts: what the loss is normalised by; see [`MaskLoss`].
+            geometry: ask for random ellipses instead of the masks, and leave the encoder without gradients.
+            image_embeddings: what a frozen encoder makes of the pixels, `[B, C, S / 16, S / 16]`, if that is known.
+
+        Returns:
+            `loss` to be differentiated, and its parts averaged over the rounds.
+        """
+        single_mask, correct = torch.rand(2, generator=generator).tolist()
+        kind, box, clicks, corrections, ellipse = noise.split(self.options.noise_columns, dim=-1)
+        if geometry:
+            masks = random_ellipses(ellipse, pixel_values.shape[-1], self.options.smallest_ellipse)
+        if image_embeddings is None:
+            with torch.set_grad_enabled(not geometry and torch.is_grad_enabled()):
+                image_embeddings = self.model.get_image_embeddings(pixel_values)
+        # Of an object too small to fill half a cell, the cells that it fills most: none is lost.
+        filled = F.avg_pool2d(masks.float(), self.options.loss_stride)
+        targets = filled >= filled.amax((-2, -1), keepdim=True).clamp(max=0.5)
+        prompt = self.first_prompt(masks, kind, box, clicks)
+        multimask = single_mask >= self.options.single_mask_probability
+        later = self.later_rounds(corrections, generator) if correct < self.options.correction_probability else []
+        parts, output = [], None
+        for click in [None, *later]:
+            if output is not None:
+                prompt, multimask = self.corrected(prompt, output, masks, click), False
+            output = self.model(image_embeddings=image_embeddings, multimask_output=multimask, **prompt)
+            result = self.loss(output.pred_masks, output.iou_scores, targets, valid, num_prompts)
+            result.pop("best")
+            parts.append(result)
+        return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+
+    def later_rounds(self, clicks: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor | None]:
+        """For each round after the first the random numbers `[B, Q]` of its click, or None for one without."""
+        rounds = list(clicks.unbind(-1))
+        if self.options.mask_only_rounds:
+            for place in torch.rand(self.options.mask_only_rounds - 1, generator=generator).tolist():
+                rounds.insert(int(place * (len(rounds) + 1)), None)
+            rounds.append(None)
+        return rounds
+
+    def first_prompt(
+        self, masks: torch.Tensor, kind: torch.Tensor, box: torch.Tensor, clicks: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Boxes and clicks in pixels of the masks `[B, Q, S, S]`, with padding where a prompt has none. The others
+        are uniform random numbers `[B, Q, ...]`, see `PromptOptions.noise_columns`."""
+        options, (kind, is_tight, more) = self.options, kind.unbind(-1)
+        tight = boxes_from_masks(masks)
+        jittered = jitter_boxes(tight, masks.shape[-1], box, options.box_noise, options.box_noise_pixels)
+        boxes = torch.where((is_tight < options.tight_probability)[..., None], tight, jittered)
+        boxes = torch.where((kind < options.box_probability + options.both_probability)[..., None], boxes, MISSING_BOX)
+        count = torch.where(more < 0.5, 1, 2 + ((2 * more - 1) * (options.max_clicks - 1)).long())
+        count = torch.where(kind < options.box_probability, 0, count)
+        points = [sample_points(masks, one) for one in clicks.unbind(-1)]
+        labels = torch.where(torch.arange(options.max_clicks, device=masks.device) < count[..., None], 1, PADDING)
+        return {"input_points": torch.stack(points, dim=2), "input_labels": labels, "input_boxes": boxes}
+
+    @torch.no_grad()
+    def corrected(self, prompt: dict, output, masks: torch.Tensor, click: torch.Tensor | None) -> dict:
+        """The prompt with the most confident mask, and one more click where that is wrong, chosen by the uniform
+        random numbers `click` `[B, Q]`; None: without a click."""
+        logits, predicted = most_confident(output, masks.shape[-2:])
+        corrected = dict(prompt)
+        if click is not None:
+            point, label = sample_error_points(predicted, masks, click)
+            if not self.model.config.prompt_encoder_config.background_points:
+                label = torch.where(label == 0, PADDING, label)
+            corrected["input_points"] = torch.cat([prompt["input_points"], point[:, :, None]], dim=2)
+            corrected["input_labels"] = torch.cat([prompt["input_labels"], label[..., None]], dim=2)
+        if self.model.config.prompt_encoder_config.mask_prompts:
+            corrected["input_masks"] = logits.clamp(-20, 20)  # keeps an overconfident mask from drowning the click
+        return corrected
+
+
+class EmbeddingMemory:
+    """Image embeddings of a frozen encoder by the images' names, in half precision: each image is encoded once.
+
+    For images that are always shown alike. At 512 pixels an image takes half a MiB.
+    """
+
+    def __init__(self):
+        self.embeddings: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def recall(self, model: EfficientSamModel, pixel_values: torch.Tensor, keys: list[str]) -> torch.Tensor:
+        """`[B, C, S / 16, S / 16]` of the images `[B, 3, S, S]`, whose names are `keys`. They come from the memory
+        even where they have just been encoded, so that a resumed run sees the same numbers."""
+        training = model.training
+        model.eval()
+        for image, key in zip(pixel_values.split(1), keys, strict=True):
+            if key not in self.embeddings:  # one at a time, so that its batch changes no digit
+                self.embeddings[key] = model.get_image_embeddings(image)[0].half().cpu()
+        model.train(training)
+        return torch.stack([self.embeddings[key] for key in keys]).to(pixel_values)
+
+
+def most_confident(output, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each prompt's candidates the one with the highest predicted IoU: logits float32 `[B, Q, h, w]`, and the mask
+    bool `[B, Q, *size]`."""
+    best = output.iou_scores.argmax(-1)[..., None, None, None]
+    logits = output.pred_masks.take_along_dim(best, dim=2)[:, :, 0].float()
+    return logits, F.interpolate(logits, size=size, mode="bilinear", align_corners=False) > 0

@@ -1,0 +1,1 @@
+"""SAMI pretraining: teachers and cached features."""

@@ -1,0 +1,480 @@
+"""Segment everything: the same masks as by resizing each and asking, with less done for them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import pipeline
+
+from hf_efficientsam import EfficientSamConfig, EfficientSamImageProcessor, EfficientSamModel, bundled_checkpoint
+from hf_efficientsam.inference.mask_generation import (
+    EfficientSamMaskGenerator,
+    _bound_masks,
+    mask_axes,
+    measure_masks,
+    official_point_grid,
+    remove_small_regions,
+)
+from hf_efficientsam.model.image_processing_efficientsam import (
+    mask_to_box,
+    non_maximum_suppression,
+    resize_masks,
+    rle_to_mask,
+    stability_score,
+    suppress_duplicates,
+)
+
+
+def tiny_model(seed: int = 0) -> EfficientSamModel:
+    """Random weights whose masks are large and small, and whose scores differ."""
+    torch.manual_seed(seed)
+    model = EfficientSamModel(
+        EfficientSamConfig(
+            vision_config={
+                "hidden_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 3,
+                "image_size": 64,
+                "output_channels": 32,
+            },
+            prompt_encoder_config={"hidden_size": 32, "position_init": "axes"},
+            mask_decoder_config={
+                "hidden_size": 32,
+                "num_attention_heads": 4,
+                "mlp_dim": 64,
+                "upscaling_channels": [16, 8],
+                "iou_head_hidden_dim": 32,
+            },
+        )
+    ).eval()
+    with torch.no_grad():
+        for net in model.mask_decoder.hypernetworks:
+            net.layers[-1].weight.mul_(20)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> EfficientSamModel:
+    return tiny_model()
+
+
+def picture(height: int = 70, width: int = 91, seed: int = 0) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 255, (7, 9, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def smooth_logits(count: int, height: int, width: int, seed: int = 0, detail: int = 16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    coarse = 8 * torch.randn(count, 1, height // detail + 2, width // detail + 2, generator=generator)
+    return F.interpolate(coarse, size=(height, width), mode="bicubic")[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------ low resolution
+
+SIZES = {
+    "four times": ((48, 48), (192, 192), (192, 192)),
+    "an odd scale": ((32, 48), (123, 287), (128, 192)),
+    "smaller than the logits": ((40, 32), (27, 19), (160, 128)),
+    "one pixel": ((32, 32), (1, 1), (128, 128)),
+    "padded": ((32, 32), (180, 122), (128, 86)),
+    "padded to a strip": ((32, 32), (200, 7), (128, 4)),
+}
+
+
+@pytest.mark.parametrize(("logits_size", "size", "input_size"), SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("detail", [3, 16])
+def test_measured_as_if_resized(logits_size, size, input_size, detail):
+    logits = smooth_logits(60, *logits_size, detail=detail)
+    logits[50] = -1  # empty
+    logits[51] = 3  # full
+    logits[52] = 0  # at the threshold everywhere
+    resized = resize_masks(logits[:, None], size, input_size)[:, 0]
+    for threshold, offset, stability in ((0.0, 1.0, 0.7), (0.5, 2.0, 0.3), (0.0, 1.0, 0.0), (-0.2, 0.1, 0.95)):
+        expected = (resized > threshold).flatten(1).any(dim=1)
+        if stability > 0:
+            expected &= stability_score(resized, threshold, offset) > stability
+        good, boxes = measure_masks(logits, size, input_size, threshold, offset, stability)
+        assert torch.equal(good, expected)
+        assert torch.equal(boxes[good], mask_to_box(resized[good] > threshold))
+        assert 0 < good.sum() < len(good) or min(size) < 10
+
+
+@pytest.mark.parametrize(("logits_size", "size", "input_size"), SIZES.values(), ids=SIZES)
+def test_bounds(logits_size, size, input_size):
+    """They hold, and they leave next to nothing open; a wrong weight or pixel would show in either."""
+    logits = 10 * smooth_logits(60, *logits_size, detail=40)
+    resized = resize_masks(logits[:, None], size, input_size)[:, 0]
+    thresholds = [1.0, -1.0, 0.0]
+    counts, boxes, dense = _bound_masks(logits, mask_axes(logits_size, size, input_size, "cpu"), thresholds)
+    expected = torch.stack([(resized > threshold).flatten(1).sum(dim=1) for threshold in thresholds])
+    assert (counts[0] <= expected)[:, ~dense].all() and (expected <= counts[1])[:, ~dense].all()
+    assert (counts[1] - counts[0])[:, ~dense].float().mean() < 0.5
+    seen = ~dense & (resized > 0).flatten(1).any(dim=1) & (counts[0] == counts[1]).all(dim=0)
+    assert torch.equal(boxes[0, seen], mask_to_box(resized[seen] > 0))
+    assert torch.equal(boxes[0, seen], boxes[1, seen])
+
+
+def test_few_masks_are_resized(monkeypatch):
+    """On masks as smooth as a model's. What has to be resized is what the bounds leave open."""
+    import hf_efficientsam.inference.mask_generation as module
+
+    sizes = []
+    monkeypatch.setattr(module, "resize_masks", lambda *args: sizes.append(args) or resize_masks(*args))
+    measure_masks(4 * smooth_logits(100, 128, 128, detail=60), (200, 301), (512, 512), 0.0, 1.0, 0.7)
+    assert sum(len(args[0]) for args in sizes) < 10
+
+
+# ------------------------------------------------------------------------------------------------ suppression
+
+
+def one_by_one(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> list[int]:
+    kept = []
+    for i in np.argsort(-scores, kind="stable"):
+        for k in kept:
+            width, height = (min(boxes[i][a + 2], boxes[k][a + 2]) - max(boxes[i][a], boxes[k][a]) for a in (0, 1))
+            common = max(width, 0) * max(height, 0)
+            areas = [(boxes[n][2] - boxes[n][0]) * (boxes[n][3] - boxes[n][1]) for n in (i, k)]
+            if common > threshold * (sum(areas) - common):
+                break
+        else:
+            kept.append(i)
+    return [int(i) for i in kept]
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.9])
+def test_suppression_equals_one_by_one(at_once, threshold):
+    generator = np.random.default_rng(0)
+    corners = generator.integers(0, 40, (300, 2))
+    boxes = np.concatenate([corners, corners + generator.integers(0, 30, (300, 2))], axis=1)
+    scores = generator.integers(0, 50, 300) / 50  # with ties
+    keep = non_maximum_suppression(torch.tensor(boxes), torch.tensor(scores), threshold, at_once)
+    assert keep.tolist() == one_by_one(boxes, scores, threshold)
+
+
+def test_smaller_crops_win():
+    boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 9], [30, 30, 40, 40], [0, 0, 10, 10]])
+    scores = torch.tensor([0.9, 0.8, 0.5, 0.1])
+    whole, corner = [0, 0, 50, 50], [0, 0, 20, 20]
+    crops = torch.tensor([whole, whole, whole, corner])
+    assert suppress_duplicates(boxes, scores, crops, 0.5, 0.5).tolist() == [3, 2]
+    assert suppress_duplicates(boxes, scores, crops, 0.5, 1.0).tolist() == [3, 0, 2]
+    assert suppress_duplicates(boxes, scores, crops, 1.0, 1.0).tolist() == [3, 0, 1, 2]
+    assert suppress_duplicates(boxes[:0], scores[:0], crops[:0], 0.5, 0.5).tolist() == []
+
+
+# ------------------------------------------------------------------------------------------------ the decoder
+
+
+@pytest.mark.parametrize("multimask_output", [True, False])
+@torch.no_grad()
+def test_only_confident_masks(model, multimask_output):
+    embedding = model.get_image_embeddings(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    points = 64 * torch.rand(1, 11, 2, 2, generator=torch.Generator().manual_seed(1))
+    labels = torch.ones(1, 11, 2, dtype=torch.long)
+    labels[0, 3:, 1] = -10
+    everything = model(
+        image_embeddings=embedding, input_points=points, input_labels=labels, multimask_output=multimask_output
+    )
+    threshold = everything.iou_scores.median().item()
+    kept, scores, masks = model.predict_confident(embedding, points, threshold, labels, multimask_output)
+    assert torch.equal(kept, everything.iou_scores[0] > threshold)
+    assert 0 < kept.sum() < kept.numel()
+    torch.testing.assert_close(scores, everything.iou_scores[0][kept])
+    torch.testing.assert_close(masks, everything.pred_masks[0][kept], rtol=1e-4, atol=1e-4)
+    kept, scores, masks = model.predict_confident(embedding, points, 1e9, labels, multimask_output)
+    assert not kept.any() and scores.shape == (0,) and masks.shape == (0, 16, 16)
+
+
+def test_rejected_prompts_are_not_enlarged(model, monkeypatch):
+    enlarged = []
+    forward = type(model.mask_decoder.upscaling).forward
+
+    def count(self, image, filters, grid_size):
+        enlarged.append((len(image), filters.shape[1]))
+        return forward(self, image, filters, grid_size)
+
+    monkeypatch.setattr(type(model.mask_decoder.upscaling), "forward", count)
+    embedding = torch.randn(1, 32, 4, 4, generator=torch.Generator().manual_seed(0))
+    points = 64 * torch.rand(1, 11, 1, 2, generator=torch.Generator().manual_seed(1))
+    _, scores, _ = model.predict_confident(embedding, points, -1e9)
+    threshold = scores.unflatten(0, (11, 3)).amax(dim=1).median()
+    enlarged.clear()
+    kept = model.predict_confident(embedding, points, float(threshold))[0]
+    assert enlarged == [(1, int(row.sum())) for row in kept if row.any()]
+    assert not kept.any(dim=1).all()
+
+
+# ------------------------------------------------------------------------------------------------ the generator
+
+
+@pytest.fixture(scope="module")
+def bundled() -> EfficientSamModel:
+    """Trained weights: their masks are of places and sizes of all kinds, which those of random ones are not."""
+    return EfficientSamModel.from_pretrained(bundled_checkpoint(), dtype=torch.float32).eval()
+
+
+def photograph() -> Image.Image:
+    image = Image.open(Path(__file__).parents[2] / "examples" / "elephant.jpg")
+    image.thumbnail((240, 240))
+    return image
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep_aspect_ratio", [False, True])
+@pytest.mark.parametrize("layers", [0, 1])
+def test_equals_the_pipeline(bundled, keep_aspect_ratio, layers):
+    processor = EfficientSamImageProcessor(size=128, keep_aspect_ratio=keep_aspect_ratio)
+    options = {"pred_iou_thresh": 0.2, "stability_score_thresh": 0.3}
+    generator = EfficientSamMaskGenerator(
+        bundled, processor, 6, 5, box_nms_thresh=0.6, crop_nms_thresh=0.6, crop_n_layers=layers, **options
+    )
+    records = generator.generate(photograph())
+    slow = pipeline("mask-generation", model=bundled, image_processor=processor, device="cpu")
+    expected = slow(
+        photograph(),
+        points_per_crop=6,
+        points_per_batch=5,
+        crops_n_layers=layers,
+        crops_nms_thresh=0.6,
+        output_bboxes_mask=True,
+        **options,
+    )
+    assert len(records) == len(expected["masks"]) > 5
+    for record, mask, score, box in zip(
+        records, expected["masks"], expected["scores"], expected["bounding_boxes"].tolist(), strict=True
+    ):
+        assert np.array_equal(record["segmentation"], mask)
+        assert record["predicted_iou"] == pytest.approx(float(score), rel=1e-5)
+        x, y, width, height = record["bbox"]
+        assert [x, y, x + width, y + height] == box
+    assert len({tuple(record["crop_box"]) for record in records}) > layers
+
+
+def test_records(model):
+    processor = EfficientSamImageProcessor(size=64)
+    image = picture(50, 80)
+    options = {"points_per_side": 4, "pred_iou_thresh": 0, "stability_score_thresh": 0}
+    masks = EfficientSamMaskGenerator(model, processor, **options).generate(image)
+    rles = EfficientSamMaskGenerator(model, processor, output_mode="uncompressed_rle", **options).generate(image)
+    strings = EfficientSamMaskGenerator(model, processor, output_mode="coco_rle", **options).generate(image)
+    decode = pytest.importorskip("pycocotools.mask").decode
+    assert len(masks) == len(rles) == len(strings) > 0
+    for mask, rle, string in zip(masks, rles, strings, strict=True):
+        segmentation = mask["segmentation"]
+        assert segmentation.shape == (50, 80) and segmentation.dtype == bool
+        assert mask["area"] == segmentation.sum()
+        rows, columns = np.nonzero(segmentation)
+        assert mask["bbox"] == [columns.min(), rows.min(), np.ptp(columns), np.ptp(rows)]
+        assert mask["crop_box"] == [0, 0, 80, 50]
+        ((x, y),) = mask["point_coords"]
+        assert (x / 20) % 1 == 0.5 and (y / 12.5) % 1 == 0.5
+        assert np.array_equal(rle_to_mask(rle["segmentation"]), segmentation)
+        json.dumps(string)
+        assert np.array_equal(decode(string["segmentation"]).astype(bool), segmentation)
+        assert {k: v for k, v in mask.items() if k != "segmentation"} == {
+            k: v for k, v in string.items() if k != "segmentation"
+        }
+    scores = [mask["predicted_iou"] for mask in masks]
+    assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.slow
+def test_masks_that_come_back(bundled, monkeypatch):
+    """With points one by one, a mask may fall to a better one that falls itself later; it is then decoded again."""
+    processor = EfficientSamImageProcessor(size=128)
+    options = {"pred_iou_thresh": 0, "stability_score_thresh": 0.2, "box_nms_thresh": 0.3, "points_per_side": 8}
+    expected = EfficientSamMaskGenerator(bundled, processor, points_per_batch=64, **options).generate(photograph())
+    thresholds = []
+    predict = bundled.predict_confident
+    monkeypatch.setattr(
+        bundled,
+        "predict_confident",
+        lambda embedding, points, threshold, *args, **kwargs: (
+            thresholds.append(threshold) or predict(embedding, points, threshold, *args, **kwargs)
+        ),
+    )
+    found = EfficientSamMaskGenerator(bundled, processor, points_per_batch=1, **options).generate(photograph())
+    assert len(thresholds) > 64
+    assert len(found) == len(expected) > 5
+    for one, other in zip(found, expected, strict=True):
+        assert np.array_equal(one["segmentation"], other["segmentation"])
+        assert one["point_coords"] == other["point_coords"]
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_several_pictures(model, layers):
+    processor = EfficientSamImageProcessor(size=64, keep_aspect_ratio=True)
+    options = {"pred_iou_thresh": 0, "stability_score_thresh": 0, "points_per_side": 3, "crop_n_layers": layers}
+    generator = EfficientSamMaskGenerator(model, processor, **options)
+    images = [picture(70, 91, 0), picture(70, 91, 1), picture(91, 70, 2), np.asarray(picture(64, 64, 3))]
+    encoded = []
+    encode = model.get_image_embeddings
+    model.get_image_embeddings = lambda pixels: encoded.append(len(pixels)) or encode(pixels)
+    try:
+        many = list(generator.generate_many(images, batch_size=3))
+    finally:
+        del model.get_image_embeddings
+    assert sum(encoded) == 20 and max(encoded) > 1 if layers else encoded == [2, 1, 1]
+    for image, records in zip(images, many, strict=True):
+        alone = generator.generate(image)
+        assert len(records) == len(alone) > 0
+        for one, other in zip(records, alone, strict=True):
+            assert (one["segmentation"] != other["segmentation"]).mean() < 0.001
+
+
+def test_nothing_found(model):
+    generator = EfficientSamMaskGenerator(model, EfficientSamImageProcessor(size=64), 2, stability_score_thresh=1)
+    assert generator.generate(picture()) == []
+
+
+def test_single_masks_and_own_points(model):
+    processor = EfficientSamImageProcessor(size=64)
+    options = {"pred_iou_thresh": 0, "stability_score_thresh": 0, "box_nms_thresh": 1, "multimask_output": False}
+    grid = [np.array([[0.25, 0.5], [1, 0]])]
+    records = EfficientSamMaskGenerator(model, processor, point_grids=grid, **options).generate(picture(40, 80))
+    assert 0 < len(records) <= 2
+    assert all(record["point_coords"][0] in ([20, 20], [80, 0]) for record in records)
+
+
+def test_official_grid(model):
+    assert official_point_grid(2).tolist() == [[0, 0], [0, 0.5], [0.5, 0], [0.5, 0.5]]
+    options = {"pred_iou_thresh": 0, "stability_score_thresh": 0, "points_per_side": 2, "point_layout": "official"}
+    records = EfficientSamMaskGenerator(model, EfficientSamImageProcessor(size=64), **options).generate(
+        picture(40, 80)
+    )
+    assert {tuple(record["point_coords"][0]) for record in records} <= {(0, 0), (40, 0), (0, 20), (40, 20)}
+
+
+def test_small_regions():
+    mask = np.zeros((20, 30), dtype=bool)
+    mask[2:15, 2:15] = True
+    mask[5:7, 5:7] = False  # a hole of 4
+    mask[18, 28] = mask[19, 29] = True  # an island of 2, by a corner
+    filled, changed = remove_small_regions(mask, 5, holes=True)
+    assert changed and filled[5:7, 5:7].all() and filled.sum() == mask.sum() + 4
+    assert not remove_small_regions(mask, 4, holes=True)[1]
+    cleaned, changed = remove_small_regions(mask, 3, holes=False)
+    assert changed and not cleaned[18:].any() and cleaned.sum() == mask.sum() - 2
+    assert not remove_small_regions(mask, 2, holes=False)[1]
+    largest, changed = remove_small_regions(mask, 10_000, holes=False)
+    assert changed and np.array_equal(largest, cleaned)
+
+
+def test_small_regions_of_records(model):
+    processor = EfficientSamImageProcessor(size=64)
+    options = {"pred_iou_thresh": 0, "stability_score_thresh": 0, "points_per_side": 6}
+    before = EfficientSamMaskGenerator(model, processor, **options).generate(picture())
+    after = EfficientSamMaskGenerator(model, processor, min_mask_region_area=60, **options).generate(picture())
+    assert 0 < len(after) <= len(before)
+    for record in after:
+        assert record["area"] == record["segmentation"].sum()
+        for holes in (True, False):
+            assert not remove_small_regions(record["segmentation"], 60, holes)[1] or not holes
+    assert sum(remove_small_regions(record["segmentation"], 60, True)[1] for record in before) > 0
+
+
+def test_out_of_memory(model):
+    """A batch that does not fit is halved, with a warning, and no point is lost."""
+    processor = EfficientSamImageProcessor(size=64)
+    options = {"pred_iou_thresh": 0, "stability_score_thresh": 0, "points_per_side": 6}
+    expected = EfficientSamMaskGenerator(model, processor, **options).generate(picture())
+    generator = EfficientSamMaskGenerator(model, processor, points_per_batch=36, **options)
+    predict = model.predict_confident
+
+    def fail(embedding, points, *args, **kwargs):
+        if points.shape[1] > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+        return predict(embedding, points, *args, **kwargs)
+
+    model.predict_confident = fail
+    try:
+        with pytest.warns(UserWarning, match="points_per_batch=9"):
+            found = generator.generate(picture())
+        model.predict_confident = lambda *args, **kwargs: fail(torch.zeros(0), torch.zeros(1, 99))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            generator.generate(picture())
+    finally:
+        del model.predict_confident
+    assert [record["area"] for record in found] == [record["area"] for record in expected]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"points_per_side": 0}, "points_per_side must be at least 1"),
+        ({"points_per_side": None}, "or give point_grids"),
+        ({"points_per_batch": 0}, "points_per_batch must be at least 1"),
+        ({"points_per_side": 10**400}, "points_per_side must be at most 1024"),
+        ({"crop_n_layers": -1}, "crop_n_layers must be at least 0"),
+        ({"crop_n_layers": 7}, "crop_n_layers must be at most 6"),
+        ({"crop_n_points_downscale_factor": 0}, "crop_n_points_downscale_factor must be at least 1"),
+        ({"min_mask_region_area": -1}, "min_mask_region_area"),
+        ({"pred_iou_thresh": 88}, "pred_iou_thresh is compared with an IoU, so it must be at most 1"),
+        ({"stability_score_thresh": float("nan")}, "stability_score_thresh"),
+        ({"box_nms_thresh": 1.1}, "box_nms_thresh"),
+        ({"output_mode": "png"}, "binary_mask, uncompressed_rle, coco_rle"),
+        ({"point_layout": "hexagons"}, "cell_centers, official"),
+        ({"point_grids": [np.zeros((3, 2))], "crop_n_layers": 1}, "must hold 2 grids"),
+        ({"point_grids": [np.full((3, 2), 17.0)]}, "from 0 to 1"),
+        ({"point_grids": [np.zeros(2)]}, "points \\[n, 2\\]"),
+    ],
+)
+def test_refused_options(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        EfficientSamMaskGenerator(model, EfficientSamImageProcessor(size=64), **options)
+
+
+def test_half_precision_and_compiled_encoder():
+    model, processor = tiny_model(), EfficientSamImageProcessor(size=64)
+    options = {"pred_iou_thresh": 0, "stability_score_thresh": 0, "points_per_side": 3}
+    expected = EfficientSamMaskGenerator(model, processor, **options).generate(picture())
+    model.vision_encoder.compile(backend="eager")
+    compiled = EfficientSamMaskGenerator(model, processor, **options).generate(picture())
+    assert [record["area"] for record in compiled] == [record["area"] for record in expected]
+    half = EfficientSamMaskGenerator(tiny_model().to(torch.bfloat16), processor, **options).generate(picture())
+    assert len(half) > 0 and all(record["segmentation"].any() for record in half)
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_points():
+    """Peak memory of a process that searches 256 and of one that searches 4096 points."""
+    code = """
+import resource, sys
+sys.path.insert(0, sys.argv[2])
+import numpy as np, torch
+from PIL import Image
+from test_mask_generation import picture, tiny_model
+from hf_efficientsam import EfficientSamImageProcessor
+from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
+torch.set_num_threads(1)
+generator = EfficientSamMaskGenerator(
+    tiny_model(),
+    EfficientSamImageProcessor(size=256),
+    int(sys.argv[1]),
+    256,
+    pred_iou_thresh=0,
+    stability_score_thresh=0,
+)
+records = generator.generate(picture(40, 50))
+print(len(records), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+    peaks = {}
+    for side in (16, 64):
+        command = [sys.executable, "-c", code, str(side), os.path.dirname(__file__)]
+        output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout
+        count, peaks[side] = map(float, output.split())
+        assert count > 0
+    # 4096 points have 12,288 candidates, 200 MB of logits.
+    assert peaks[64] < peaks[16] + 40, peaks

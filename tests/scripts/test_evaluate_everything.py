@@ -1,0 +1,101 @@
+"""`training/evaluate_everything.py` and `benchmarks/everything.py`, run as a user does, on tiny models."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from script_runs import refuse, run
+
+from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
+from hf_efficientsam.training.data.coco import CocoMasks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def numbers(folder: Path, *arguments) -> dict:
+    """What the script writes, and prints alike."""
+    table = run("evaluate_everything", *arguments, "--output", folder / "numbers.json")
+    report = json.loads((folder / "numbers.json").read_text())
+    for points, row in report["results"].items():
+        cells = [f"{value:.4f}" for name, value in row.items() if name != "masks" and value is not None]
+        assert any(
+            line.split()[0] == points and set(cells) <= set(line.split()) for line in table.splitlines() if line
+        )
+    return report
+
+
+def test_masks_that_are_the_truth_are_all_recalled(coco, tiny_model, tmp_path, monkeypatch):
+    """Records in the generator's own form, for the very images that the truth is of."""
+    truth = CocoMasks(coco / "masks.json")
+    sizes = ((record["width"], record["height"]) for record in truth.records)
+    by_size = dict(zip(sizes, truth.rles, strict=True))
+    asked = []
+
+    def perfect(generator, image):
+        assert generator.output_mode == "coco_rle" and generator.pred_iou_thresh == 0
+        asked.append(len(generator.point_grids[0]))
+        kept = by_size[image.size][: None if asked[-1] == 9 else 1]
+        rles = [rle | {"counts": rle["counts"].decode()} for rle in kept]
+        return [{"segmentation": rle, "predicted_iou": 0.5} for rle in rles]
+
+    monkeypatch.setattr(EfficientSamMaskGenerator, "generate", perfect)
+    given = ["--model", tiny_model, "--annotations", coco / "masks.json", "--points_per_side", 3, 2]
+    report = numbers(tmp_path, *given)
+    assert asked == 5 * [9] + 5 * [4] and report["images"] == 5
+    assert report["results"]["3"] == {"AR100": 1, "AR1000": 1, "ARs": 1, "ARm": None, "ARl": None, "masks": 3}
+    assert report["results"]["2"]["AR100"] == pytest.approx(5 / 15)  # one of the 1 to 5 objects of each image
+    assert report["recipe"]["points_per_side"] == [3, 2] and report["versions"]["torch"] == torch.__version__
+
+
+def test_found_masks_are_kept(coco, tiny_model, tmp_path, monkeypatch):
+    given = ["--model", tiny_model, "--annotations", coco / "masks.json", "--points_per_side", 2, "--limit"]
+    expected = numbers(tmp_path, *given, 3)
+    assert expected["images"] == 3 and expected["results"]["2"]["masks"] > 0
+    kept = [*given[:-1], "--masks", tmp_path / "masks", "--limit"]
+    numbers(tmp_path, *kept, 2)
+    generate, calls = EfficientSamMaskGenerator.generate, []
+    monkeypatch.setattr(
+        EfficientSamMaskGenerator, "generate", lambda self, image: calls.append(image) or generate(self, image)
+    )
+    assert numbers(tmp_path, *kept, 3)["results"] == expected["results"]
+    assert len(calls) == 1
+    sentence = refuse("evaluate_everything", *kept, 3, "--pred_iou_thresh", 0.5)
+    assert "were found with another pred_iou_thresh" in sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "Give --annotations"),
+        (["--annotations", "absent.json"], "There is no annotation file absent.json"),
+        (["--annotations", "COCO", "--limit", 0], "--limit 0 must be at least 1"),
+        (["--annotations", "COCO", "--points_per_side", 8, 8], "none twice"),
+        (["--annotations", "COCO", "--points_per_side", 0], "points_per_side must be at least 1"),
+        (["--annotations", "COCO", "--model", "absent/runs/model"], "absent/runs/model: no such directory"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(coco, tiny_model, arguments, sentence):
+    arguments = [coco / "masks.json" if argument == "COCO" else argument for argument in arguments]
+    if "--model" not in arguments:
+        arguments += ["--model", tiny_model]
+    assert sentence in refuse("evaluate_everything", *arguments)
+
+
+@pytest.mark.slow
+def test_the_ways_of_the_benchmark_agree(monkeypatch):
+    """On few points and pixels; with the bundled model, for a random one's masks are all alike."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import everything
+
+    given = "--image-size 128 --points-per-side 6 --repeats 1 --naive-batch 20 --memory-points 2"
+    args = everything.parse(given.split())
+    scene, result = everything.compare(args)
+    assert result["masks"]["ours"] == result["masks"]["naive"] > 3
+    assert result["masks"]["pipeline"] > 1
+    assert result["matched"]["ours"] == result["matched"]["naive"] == (1, 1)
+    assert set(result["stages"]) >= {"encode", "decode: masks", "decode: tokens and IoU", "measure", "NMS", "enlarge"}
+    everything.show(args, result)
+    rows = everything.compare_memory(args, scene)
+    assert [row[0] for row in rows] == [4, 36] and all(row[3] > 0 for row in rows)
+    everything.show_memory(rows)

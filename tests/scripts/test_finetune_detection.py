@@ -1,0 +1,97 @@
+"""`training/finetune_detection.py` without torchvision, and its recipes; with torchvision, in a process of its own, by
+`detection_with_torchvision.py`."""
+
+import os
+import runpy
+import subprocess
+import sys
+
+import pytest
+import torch
+from script_runs import ROOT, TRAINING, refuse, start
+
+from hf_efficientsam.training.engine.runtime import parse_recipe
+
+RECIPES = sorted((TRAINING / "recipes").glob("detection_*.yaml"))
+
+
+def test_without_torchvision_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    for arguments in ([], ["--evaluate", "runs/detection/model", "--val", "my/instances.json"]):
+        said = refuse("finetune_detection", *arguments)
+        assert said.startswith("finetune_detection: Detection needs a torchvision that works with torch ")
+        assert "pip install 'hf-efficientsam[detection]'" in said
+
+
+@pytest.mark.slow
+def test_a_broken_torchvision_is_named_before_transformers_fails_with_it(tmp_path):
+    (tmp_path / "torchvision").mkdir()
+    broken = 'raise RuntimeError("operator torchvision::nms does not exist")'
+    (tmp_path / "torchvision" / "__init__.py").write_text(broken)
+    done = start("finetune_detection", environment={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 2 and not done.stdout
+    assert "does not work with this torch (operator torchvision::nms does not exist); install" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--seed", 1], "Give --train a COCO-style json, or --evaluate a model."),
+        (["--evaluate", "model"], "--evaluate needs --val, a COCO-style json to measure AP on."),
+        (["--image_size", 96], "--image_size 96 must be a multiple of 64, the coarsest stride."),
+        (["--least_scale", 3], "--least_scale 3.0 is more than --greatest_scale 2.0."),
+        (["--warmup_epochs", 100], "--warmup_epochs 100.0 must be less than --epochs 100."),
+        (["--min_score", 1], "--min_score is 1.0; it must be at least 0 and less than 1."),
+        (["--sampled_boxes", 0], "--sampled_boxes is 0; it must be more than 0."),
+        (
+            ["--train", "a.json", "--freeze_encoder", "true", "--drop_path", 0.1],
+            "--freeze_encoder leaves the encoder as it is; leave --drop_path out.",
+        ),
+        (["--window_size", -1], "--window_size is -1; it must not be negative."),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments, sentence):
+    assert refuse("finetune_detection", *arguments) == f"finetune_detection: {sentence}"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_one(path, monkeypatch):
+    script = runpy.run_path(str(TRAINING / "finetune_detection.py"))
+    recipe = parse_recipe(script["Recipe"], "", ["--config", str(path), "--train", "some.json"])
+    with pytest.raises(ValueError, match="needs a torchvision"):  # what is checked last
+        monkeypatch.setitem(sys.modules, "torchvision", None)
+        script["check"](recipe)
+
+
+@pytest.mark.parametrize(("size", "width"), [("ti", 192), ("s", 384), ("b", 768)])
+def test_the_papers_recipes_are_the_papers(size, width):
+    """arXiv 2312.00863 for the schedule, arXiv 2203.16527 for the rest."""
+    script = runpy.run_path(str(TRAINING / "finetune_detection.py"))
+    recipe = parse_recipe(script["Recipe"], "", ["--config", str(TRAINING / f"recipes/detection_{size}_coco.yaml")])
+    assert (recipe.hidden_size, 64 * recipe.num_attention_heads, recipe.num_hidden_layers) == (width, width, 12)
+    assert (recipe.image_size, recipe.epochs, recipe.warmup_epochs, recipe.global_batch_size) == (1024, 100, 10, 64)
+    assert (recipe.learning_rate, recipe.weight_decay, recipe.layer_decay, recipe.drop_path) == (2e-4, 0.1, 0.7, 0.1)
+    assert (recipe.window_size, recipe.pyramid_channels, recipe.anchor_scale, recipe.sampled_boxes) == (
+        14,
+        256,
+        8,
+        512,
+    )
+    assert (recipe.least_scale, recipe.greatest_scale, recipe.flip, recipe.freeze_encoder) == (0.1, 2, True, False)
+
+
+@pytest.mark.slow
+def test_with_torchvision(tmp_path):
+    """Where its operators do not load, as beside a torch without CUDA, `torchvision_shim.py` stands in for them."""
+    minor = int(torch.__version__.split(".")[1])  # torch 2.13 belongs to torchvision 0.28, and so on
+    # -E leaves out PYTHONPATH and with it `offline`: this alone needs a network.
+    command = [sys.executable, "-E", "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site"]
+    installed = subprocess.run([*command, f"torchvision==0.{minor + 15}.*"], capture_output=True, text=True)
+    if installed.returncode:
+        pytest.skip(f"torchvision cannot be had from the registry: {installed.stderr.strip().splitlines()[-1]}")
+    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (tmp_path / "site", ROOT / "tests")))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "torchvision_shim", "tests/detection_with_torchvision.py"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=2400)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

@@ -1,0 +1,447 @@
+"""`training/finetune_masks.py`, run as a user does, on tiny models and a handful of images."""
+
+import json
+import runpy
+import shutil
+import signal
+
+import pytest
+import torch
+from datasets import Dataset, Features, Sequence
+from datasets import Image as ImageFeature
+from PIL import Image
+from script_runs import (
+    KILLED,
+    ROOT,
+    TRAINING,
+    TWO_PROCESSES,
+    assert_close,
+    assert_equal,
+    curve,
+    refuse,
+    run,
+    start,
+    steps_saved,
+    stopped_after,
+    weights,
+)
+
+from hf_efficientsam import (
+    EfficientSamForPreTraining,
+    EfficientSamModel,
+    EfficientSamProcessor,
+    EfficientSamSamiConfig,
+)
+from hf_efficientsam.training.data.coco import CocoMasks, decode
+from hf_efficientsam.training.engine.runtime import parse_recipe
+
+SIZE = 64  # of the model input
+STEPS = 7
+# Epochs have 2 steps of 4 images: checkpoints lie within epochs and between them. Images have 1 to 3 masks, so that
+# a batch's share of the masks is not its share of the images.
+RECIPE = f"""
+image_size: {SIZE}
+max_masks: 3
+global_batch_size: 4
+steps: {STEPS}
+warmup_steps: 2
+learning_rate: 1e-3
+layer_decay: 0.9
+geometry_steps: 1
+geometry_share: 0.2
+mask_only_rounds: 1
+ema_decay: 0.5
+log_steps: 1
+save_steps: 3
+picture_steps: 5
+num_workers: 0
+"""
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def arguments(recipe, coco, tiny_model) -> list:
+    masks = coco / "masks.json"  # twice, so that there are 10 images
+    return ["--config", recipe, "--train", masks, masks, "--model", tiny_model]
+
+
+@pytest.fixture(scope="module")
+def whole(arguments, tmp_path_factory):
+    """The output folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    run("finetune_masks", *arguments, "--output_dir", folder)
+    return folder
+
+
+# -------------------------------------------------------------------------------------------- what it leaves
+
+
+def test_a_run_leaves_a_model_a_processor_a_curve_and_pictures(whole, tiny_model):
+    model, info = EfficientSamModel.from_pretrained(whole / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.dtype == torch.float32 and model.config.vision_config.image_size == SIZE
+    before = EfficientSamModel.from_pretrained(tiny_model, dtype=torch.float32).state_dict()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert "vision_encoder.layers.0.mlp.fc1.weight" in changed
+    assert "prompt_encoder.box_top_left_embed.weight" in changed
+    assert "prompt_encoder.position_embedding.frequencies" not in changed
+    name = "vision_encoder.layers.0.mlp.fc1.weight"
+    averaged, last = weights(whole)[name], weights(whole)[f"checkpoint.model.{name}"]
+    assert 0 < (averaged - last).abs().max() < 0.01
+
+    size = EfficientSamProcessor.from_pretrained(whole / "model").image_processor.size
+    assert (size.height, size.width) == (SIZE, SIZE)
+    rows = curve(whole)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert all(row["loss"] > 0 for row in rows) and rows[2]["lr"] == 1e-3 > rows[-1]["lr"]
+    assert (whole / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (whole / "pictures").iterdir()) == [f"masks_{n:08}.png" for n in (5, 7)]
+    assert Image.open(whole / "pictures" / "masks_00000007.png").size > (3 * SIZE, 4 * SIZE)
+    assert steps_saved(whole) == ["step_00000006", "step_00000007"]
+
+
+def test_a_finished_run_has_nothing_left_to_do(arguments, whole):
+    before, rows = (whole / "model" / "model.safetensors").read_bytes(), curve(whole)
+    assert "holds a finished run" in run("finetune_masks", *arguments, "--output_dir", whole)
+    assert (whole / "model" / "model.safetensors").read_bytes() == before and curve(whole) == rows
+
+
+# ------------------------------------------------------------------------------------------------- exactness
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_killed_and_resumed_run_ends_as_one_that_was_not(arguments, whole, tmp_path, num_workers):
+    (tmp_path / "killed.py").write_text(KILLED)
+    output = tmp_path / "run"
+    given = [*arguments, "--output_dir", output, "--num_workers", num_workers]
+    killed = start("finetune_masks", *given, python=[tmp_path / "killed.py"])
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert steps_saved(output) == ["step_00000003"] and [row["step"] for row in curve(output)] == [1, 2, 3, 4, 5]
+    # Half a checkpoint, as if the kill had struck while the next one was written.
+    (output / "checkpoints" / "writing").mkdir()
+    (output / "checkpoints" / "writing" / "model.safetensors").write_bytes(b"half of")
+    run("finetune_masks", *given)
+    assert_equal(output, whole)
+    assert steps_saved(output) == ["step_00000006", "step_00000007"]
+
+
+@pytest.mark.parametrize("batch_size", [2, 1])
+def test_accumulated_gradients_are_those_of_the_whole_batch(arguments, whole, tmp_path, batch_size):
+    run("finetune_masks", *arguments, "--output_dir", tmp_path / "run", "--batch_size", batch_size)
+    assert_close(tmp_path / "run", whole, curves=1e-4, values=1e-4)
+
+
+def test_two_processes_agree_with_one_even_if_one_of_them_is_killed(arguments, whole, tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    output = tmp_path / "run"
+    given = [*arguments, "--output_dir", output]
+    killed = start("finetune_masks", *given, python=[*TWO_PROCESSES, tmp_path / "killed.py"])
+    assert killed.returncode == 1 and "SIGKILL" in killed.stderr
+    assert steps_saved(output) == ["step_00000003"]
+    done = start("finetune_masks", *given, "--batch_size", 1, python=TWO_PROCESSES)
+    assert done.returncode == 0, done.stderr
+    assert_close(output, whole, curves=1e-4, values=1e-4)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_streamed_shards_resume_where_they_were(recipe, shards, tiny_model, tmp_path, num_workers):
+    given = ["--config", recipe, "--shards", *shards, "--model", tiny_model, "--shuffle_buffer", 2, "--save_steps", 5]
+    given += ["--epoch_images", 12, "--num_workers", num_workers]  # 3 steps an epoch: step 5 is the second of its own
+    run("finetune_masks", *given, "--output_dir", tmp_path / "whole")
+    stopped_after(5, tmp_path / "whole", tmp_path / "resumed")
+    run("finetune_masks", *given, "--output_dir", tmp_path / "resumed")
+    assert_equal(tmp_path / "resumed", tmp_path / "whole")
+
+
+# ----------------------------------------------------------------------------------------------- what it takes
+
+
+def test_every_kind_of_data(recipe, coco, shards, tiny_model, tmp_path):
+    masks = CocoMasks(coco / "masks.json")
+    features = Features({"image": ImageFeature(), "masks": Sequence(ImageFeature())})
+    rows = [
+        {"image": masks[i].image, "masks": [Image.fromarray(255 * mask) for mask in decode(masks[i].rles)]}
+        for i in range(5)
+    ]
+    Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "dataset")
+    kinds = {
+        "dataset": ["--dataset", tmp_path / "dataset"],
+        "shards": ["--shards", *shards, "--epoch_images", 4],
+        "part": ["--train", coco / "masks.json", "--every", 2, "--global_batch_size", 3],
+    }
+    for name, given in kinds.items():
+        given = ["--config", recipe, "--model", tiny_model, *given, "--steps", 1, "--output_dir", tmp_path / name]
+        run("finetune_masks", *given)
+        assert curve(tmp_path / name)[0]["loss"] > 0
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """An encoder as wide as the tiny model's, without a neck, from a configuration that knows nothing of that neck."""
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pretrain_image_size": SIZE}
+    EfficientSamForPreTraining(EfficientSamSamiConfig(vision_config=vision)).save_pretrained(tmp_path / "pretrained")
+    return tmp_path / "pretrained"
+
+
+def test_a_pretrained_encoder(arguments, pretrained, tmp_path):
+    run("finetune_masks", *arguments, "--encoder", pretrained, "--steps", 1, "--output_dir", tmp_path / "run")
+    model, info = EfficientSamModel.from_pretrained(tmp_path / "run" / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.vision_config.output_channels == 32
+
+
+def build(**options):
+    """The model that a recipe starts from, and the script."""
+    script = runpy.run_path(str(TRAINING / "finetune_masks.py"))
+    recipe = script["Recipe"](
+        **{name: str(value) if name != "mask_prompts" else value for name, value in options.items()}
+    )
+    return script["build_model"](recipe)
+
+
+def test_a_decoder_is_handed_over_to_an_encoder_of_another_width(pretrained):
+    """As from S to Ti: all but the encoder and its neck."""
+    bundled, model = build(model="bundled"), build(model="bundled", encoder=pretrained)
+    assert model.vision_encoder.embeddings.projection.out_channels == 16
+    assert model.get_image_embeddings(torch.zeros(1, 3, SIZE, SIZE)).shape == (1, 256, 4, 4)
+    for part in ("prompt_encoder", "mask_decoder"):
+        ours, theirs = getattr(model, part).state_dict(), getattr(bundled, part).state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_kinds_of_prompts_come_and_go(tiny_model, tmp_path):
+    without = build(model=tiny_model, mask_prompts=False)
+    assert without.prompt_encoder.mask_embed is None and without.prompt_encoder.background_embed is not None
+    without.save_pretrained(tmp_path)
+    EfficientSamProcessor.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    model, before = build(model=tmp_path, mask_prompts=True), build(model=tiny_model)
+    assert model.config.prompt_encoder_config.mask_prompts
+    assert not model.prompt_encoder.no_mask_embed.weight.any()  # so that numbers without a mask stay
+    ours, theirs = model.state_dict(), before.state_dict()
+    assert {name for name in ours if not torch.equal(ours[name], theirs[name])} <= {
+        name for name in ours if "mask_embed" in name
+    }
+    assert build(model=tmp_path).prompt_encoder.mask_embed is None
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("linear", [0, 0.5, 1, 0.8, 0.6, 0.4, 0.2]), ("constant", [0, 0.5, 1, 1, 1, 1, 1])],
+)
+def test_schedules(arguments, tmp_path, schedule, expected):
+    given = [*arguments, "--schedule", schedule, "--max_masks", 1, "--output_dir", tmp_path / "run"]
+    run("finetune_masks", *given)
+    assert [row["lr"] for row in curve(tmp_path / "run")] == pytest.approx([1e-3 * share for share in expected])
+
+
+def test_the_encoder_learns_more_slowly_and_its_first_layers_most():
+    script = runpy.run_path(str(TRAINING / "finetune_masks.py"))
+    recipe = script["Recipe"](encoder_rate=0.5, layer_decay=0.8)
+    names = (
+        "vision_encoder.layers.1.norm.weight",
+        "vision_encoder.layers.0.norm.weight",
+        "vision_encoder.neck.conv1.weight",
+    )
+    shares = [script["learning_rate_share"](name, 2, recipe) for name in (*names, "mask_decoder.iou_token.weight")]
+    assert shares == pytest.approx([0.4, 0.32, 1, 1])
+
+
+def test_half_precision_keeps_the_masks(arguments, whole, tmp_path):
+    done = start(
+        "finetune_masks",
+        *arguments,
+        "--output_dir",
+        tmp_path / "run",
+        environment={"ACCELERATE_MIXED_PRECISION": "bf16"},
+    )
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(curve(tmp_path / "run"), curve(whole), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02) and ours["loss"] != theirs["loss"]
+
+
+def changed(folder, tiny_model) -> set[str]:
+    """Parts of the model that training has changed, the encoder's neck and layers apart."""
+    after = EfficientSamModel.from_pretrained(folder / "model").state_dict()
+    before = EfficientSamModel.from_pretrained(tiny_model, dtype=torch.float32).state_dict()
+    assert after.keys() == before.keys()
+    names = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    return {".".join(name.split(".")[: 2 if name.startswith("vision") else 1]) for name in names}
+
+
+OPTIONS = {
+    "all": ([], {"vision_encoder.embeddings", "vision_encoder.layers"}),
+    "frozen": (["--freeze", "vision_encoder"], set()),
+    "lora": (["--lora", 2], {"vision_encoder.layers"}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_is_trained(arguments, tiny_model, tmp_path, name):
+    options, expected = OPTIONS[name]
+    given = [*arguments, *options, "--steps", 3, "--geometry_steps", 0, "--geometry_share", 0]
+    run("finetune_masks", *given, "--output_dir", tmp_path / "run")
+    found = changed(tmp_path / "run", tiny_model)
+    neck = set() if name == "frozen" else {"vision_encoder.neck"}
+    assert found == expected | neck | {"prompt_encoder", "mask_decoder"}
+
+
+def test_embeddings_that_are_remembered_are_those_of_the_frozen_encoder(arguments, tmp_path):
+    alike = ["--freeze", "vision_encoder", "--crop_scale", 1, "--flip", "false", "--color_jitter", 0]
+    calls, encode = [], EfficientSamModel.get_image_embeddings
+
+    def count(self, pixel_values):
+        calls.append(len(pixel_values))
+        return encode(self, pixel_values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EfficientSamModel, "get_image_embeddings", count)
+        for name in ("false", "true"):
+            run("finetune_masks", *arguments, *alike, "--remember_embeddings", name, "--output_dir", tmp_path / name)
+            encoded = sum(calls)
+            calls.clear()
+    assert encoded == 5  # images, each once, though they were seen in 7 steps of 4
+    assert_close(tmp_path / "true", tmp_path / "false", curves=0.02, values=0.02)  # half precision between them
+    stopped_after(6, tmp_path / "true", tmp_path / "resumed")
+    run("finetune_masks", *arguments, *alike, "--remember_embeddings", "true", "--output_dir", tmp_path / "resumed")
+    assert_equal(tmp_path / "resumed", tmp_path / "true")
+
+
+def test_low_rank_updates_are_merged_and_resume(arguments, tiny_model, tmp_path):
+    given = [*arguments, "--lora", 2, "--ema_decay", 0, "--learning_rate", 0.05]
+    run("finetune_masks", *given, "--output_dir", tmp_path / "whole")
+    after = EfficientSamModel.from_pretrained(tmp_path / "whole/model").state_dict()
+    before = EfficientSamModel.from_pretrained(tiny_model, dtype=torch.float32).state_dict()
+    for kind, rank in (("q", 2), ("v", 2), ("k", 0), ("o", 0)):
+        name = f"vision_encoder.layers.0.attention.{kind}_proj.weight"
+        assert torch.linalg.matrix_rank(after[name] - before[name], atol=1e-5) == rank, name
+    stopped_after(6, tmp_path / "whole", tmp_path / "resumed")
+    run("finetune_masks", *given, "--output_dir", tmp_path / "resumed")
+    assert_equal(tmp_path / "resumed", tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------------------------ what it refuses
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("stepz: 3\n", "['stepz']; the names are"),
+        ("steps: [1\n", "is not YAML"),
+        ("steps: many\n", "invalid int value: 'many'"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_bad_config_is_refused(tmp_path, text, sentence):
+    path = tmp_path / "recipe.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert sentence in refuse("finetune_masks", "--config", path, "--output_dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--global_batch_size", 64], "10 images are less than one step; lower --global_batch_size 64."),
+        (["--batch_size", 3], "--global_batch_size 4 must be a multiple of --batch_size 3"),
+        (["--image_size", 100], "--image_size 100 must be a multiple of 16"),
+        (["--loss_stride", 3], "must be a multiple of 3 (16, --loss_stride)."),
+        (["--steps", 0], "--steps is 0; it must be more than 0."),
+        (["--corrections", -1], "--corrections is -1; it must not be negative."),
+        (["--schedule", "steep"], "choose cosine, linear or constant."),
+        (["--freeze", "neck"], "--freeze neck: there is no such part"),
+        (["--freeze", "vision_encoder", "prompt_encoder", "mask_decoder"], "leaves nothing to train"),
+        (["--freeze", "vision_encoder", "--lora", 2], "leave one of them out"),
+        (["--remember_embeddings", "true"], "--remember_embeddings needs --freeze vision_encoder --crop_scale 1"),
+        (["--ema_decay", 1], "--ema_decay is 1.0"),
+        (["--crop_scale", 1.5], "--crop_scale is 1.5; it must be between 0 and 1."),
+        (["--epochs", 0.1], "--epochs 0.1 is less than one step of 2 an epoch"),
+        (["--every", 5], "2 images are less than one step"),
+        (["--images", "a", "b", "c"], "Give --images one folder, or one for each of the 2 files of --train."),
+        (["--images", "elsewhere"], "give the folder of the images (`--images`)"),
+        (["--shards", "absent.tar"], "Give --train COCO-style json files, or --dataset, or --shards."),
+        (["--trackers", "paper"], "There is no tracker paper here"),
+    ],
+)
+def test_what_cannot_train_is_refused(arguments, tmp_path, options, sentence):
+    assert sentence in refuse("finetune_masks", *arguments, *options, "--output_dir", tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_shards_without_a_length_of_an_epoch_are_refused(recipe, shards, tmp_path):
+    said = refuse("finetune_masks", "--config", recipe, "--shards", *shards, "--output_dir", tmp_path / "run")
+    assert said.endswith("give --epoch_images.")
+
+
+def test_rounds_that_only_give_a_mask_back_need_mask_prompts(recipe, coco, tmp_path):
+    given = ["--config", recipe, "--train", coco / "masks.json", "--mask_prompts", "false"]
+    assert "set mask_only_rounds to 0" in refuse("finetune_masks", *given, "--output_dir", tmp_path / "run")
+
+
+def test_an_encoder_for_other_channels_is_refused(arguments, pretrained, tmp_path):
+    given = [*arguments, "--model", "bundled", "--encoder", pretrained, "--output_dir", tmp_path / "run"]
+    config = json.loads((pretrained / "config.json").read_text())
+    config["vision_config"]["output_channels"] = 64
+    (pretrained / "config.json").write_text(json.dumps(config))
+    assert "gives 64 channels and --model takes 256; choose another." in refuse("finetune_masks", *given)
+
+
+def test_another_run_in_the_folder_is_refused(arguments, whole):
+    said = refuse("finetune_masks", *arguments, "--output_dir", whole, "--weight_decay", 0.3)
+    assert "another weight_decay; choose a new --output_dir" in said
+
+
+def test_it_asks_for_data(tmp_path):
+    said = refuse("finetune_masks", "--output_dir", tmp_path / "run")
+    assert said == "finetune_masks: Give --train COCO-style json files, or --dataset, or --shards."
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unreadable_image_ends_the_run_with_its_name(arguments, coco, tiny_model, recipe, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in (coco / "images").iterdir():
+        (images / path.name).write_bytes(b"no image" if path.name == "3.jpg" else path.read_bytes())
+    (tmp_path / "masks.json").write_text((coco / "masks.json").read_text())
+    given = ["--config", recipe, "--train", tmp_path / "masks.json", "--model", tiny_model]
+    said = run("finetune_masks", *given, "--num_workers", 1, "--output_dir", tmp_path / "run", code=1)
+    assert said.splitlines()[-1].startswith("finetune_masks: ") and "3.jpg cannot be read as an image" in said
+
+
+@pytest.mark.parametrize("path", sorted((TRAINING / "recipes").glob("*masks*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_one(path):
+    script = runpy.run_path(str(TRAINING / "finetune_masks.py"))
+    script["check"](parse_recipe(script["Recipe"], "", ["--config", str(path)]))
+
+
+@pytest.mark.parametrize(("size", "width"), [("ti", 192), ("s", 384)])
+def test_the_papers_recipes_are_the_papers(size, width):
+    """arXiv 2312.00863 for the schedule, arXiv 2304.02643 for prompts, rounds and loss."""
+    script = runpy.run_path(str(TRAINING / "finetune_masks.py"))
+    path = TRAINING / "recipes" / f"masks_{size}_sa1b.yaml"
+    recipe = parse_recipe(script["Recipe"], "", ["--config", str(path)])
+    assert (recipe.hidden_size, recipe.image_size, recipe.epochs, recipe.global_batch_size) == (width, 1024, 5, 128)
+    assert (recipe.learning_rate, recipe.schedule, recipe.weight_decay) == (4e-4, "linear", 0.1)
+    assert (recipe.crop_scale, recipe.flip, recipe.color_jitter, recipe.freeze) == (1, False, 0, [])
+    assert (recipe.focal_weight, recipe.dice_weight, recipe.iou_weight, recipe.balanced_bce_weight) == (20, 1, 1, 0)
+    assert (recipe.corrections, recipe.mask_only_rounds, recipe.correction_probability) == (8, 2, 1)
+    assert (recipe.box_probability, recipe.both_probability, recipe.max_clicks, recipe.max_masks) == (0.5, 0, 1, 64)
+    assert (recipe.tight_probability, recipe.box_noise, recipe.box_noise_pixels) == (0, 0.1, 20)
+
+
+def test_the_miniature_runs_without_arguments_and_learns(tmp_path):
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")  # where its recipe looks, as in the repository
+    done = start("finetune_masks", python=["-m", "accelerate.commands.launch"], cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr
+    rows = curve(tmp_path / "runs/masks_miniature")
+    first, last = (sum(row["loss"] for row in part) for part in (rows[:3], rows[-3:]))
+    assert last < 0.95 * first  # a fall from 1.30 to 1.14; single rows are noisy
+    EfficientSamProcessor.from_pretrained(tmp_path / "runs/masks_miniature/model")
