@@ -24,9 +24,23 @@ def bundled_checkpoint() -> str:
     return str(Path(__file__).parents[1] / "checkpoints" / "efficientsam-ti")
 
 
-def find_checkpoint(name: str | None) -> str:
-    """The directory or Hub name to load, after all checks that can be made without loading."""
-    if name is None:
+def is_bundled(name: str | None) -> bool:
+    """Whether a name means the checkpoint that comes with the package: "bundled" or `None`."""
+    return name is None or name == "bundled"
+
+
+def find_checkpoint(name: str | None = None) -> str:
+    """
+    The directory or Hub name to load, after all checks that can be made without loading.
+
+    Args:
+        name: a directory, a Hub name, or "bundled" (as is `None`) for the checkpoint that comes with the package. A
+            directory of that name is "./bundled".
+
+    Raises:
+        ValueError: one sentence that says what is wrong with the name or the directory.
+    """
+    if is_bundled(name):
         name = bundled_checkpoint()
         if not Path(name).is_dir():
             raise ValueError(f"the bundled checkpoint is missing at {name}; reinstall the package, or use --model.")
