@@ -1,4 +1,4 @@
-"""What the site is made of besides these pages: the repository's documents, and docstrings in transformers' style."""
+"""For mkdocs: makes pages of the repository's own documents, and reads docstrings in transformers' style."""
 
 import posixpath
 import re
@@ -31,8 +31,9 @@ def site_path(path: str) -> str:
 
 
 def on_files(files, config):
-    """Adds the documents, and the files that they link to."""
-    for document in DOCUMENTS:
+    """Adds the documents outside docs/, and the files that they and the pages in docs/ link to."""
+    pages = [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")]
+    for document in [*DOCUMENTS, *pages]:
         links = LINK.findall((ROOT / document).read_text(encoding="utf-8"))
         for path in [document, *(repository_path(document, link) for link in links)]:
             if (ROOT / path).is_file() and not files.get_file_from_path(site_path(path)):
@@ -41,10 +42,11 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Links between documents -> links between pages."""
-    document = {name: document for document, name in DOCUMENTS.items()}.get(page.file.src_uri)
-    if document is None:
+    """Links between documents -> links between pages. Pages of the reference, docs/api, link to pages already."""
+    source = page.file.src_uri
+    if source.startswith("api/"):
         return markdown
+    document = {name: document for document, name in DOCUMENTS.items()}.get(source, f"docs/{source}")
     return LINK.sub(lambda match: site_path(repository_path(document, match[0])), markdown)
 
 
