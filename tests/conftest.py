@@ -74,27 +74,11 @@ def shards(coco, tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
-    import torch
+    """A checkpoint of a tiny model that takes every kind of prompt, in half precision as the bundled one."""
+    import tiny
 
-    from hf_efficientsam import (
-        EfficientSamConfig,
-        EfficientSamImageProcessor,
-        EfficientSamModel,
-        EfficientSamProcessor,
-    )
-
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_channels": 32}
-    decoder = {"hidden_size": 32, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
-    config = EfficientSamConfig(
-        vision_config={**vision, "image_size": 64, "pretrain_image_size": 64},
-        prompt_encoder_config={"hidden_size": 32, "background_points": True, "mask_prompts": True},
-        mask_decoder_config={**decoder, "upscaling_channels": [8, 4]},
-    )
-    EfficientSamModel(config).half().save_pretrained(folder)  # half precision, as the bundled one
-    EfficientSamProcessor(EfficientSamImageProcessor(size=64)).save_pretrained(folder)
-    return folder
+    model = tiny.one_layer_model(**tiny.EVERY_PROMPT).half()
+    return tiny.save(tmp_path_factory.mktemp("model"), model, tiny.processor())
 
 
 @pytest.fixture(scope="module")

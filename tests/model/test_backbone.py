@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import tiny
 import torch
 from torch import nn
 from transformers import (
@@ -14,35 +15,17 @@ from transformers import (
 from hf_efficientsam import (
     EfficientSamBackbone,
     EfficientSamBackboneConfig,
-    EfficientSamConfig,
-    EfficientSamForImageClassification,
-    EfficientSamForPreTraining,
     EfficientSamImageProcessor,
-    EfficientSamModel,
-    EfficientSamSamiConfig,
-    EfficientSamVisionConfig,
 )
 from hf_efficientsam.model.modeling_efficientsam import drop_path, join_windows, split_windows
 
-TINY = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "image_size": 64,
-    "pretrain_image_size": 64,
-    "output_channels": 32,
-}
 STRIDES = [4, 8, 16, 32, 64]
 
 
 def make(**options) -> EfficientSamBackbone:
     """The same encoder for all options, of larger weights than new ones: attention is uneven, every layer shows."""
-    torch.manual_seed(0)
-    model = EfficientSamBackbone(EfficientSamBackboneConfig(**{**TINY, "pyramid_channels": 8, **options})).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.vision_encoder.parameters():
-            nn.init.normal_(parameter, std=0.3, generator=generator)
+    model = tiny.backbone(**options)
+    tiny.enlarge_weights(model.vision_encoder)
     return model
 
 
@@ -311,26 +294,10 @@ def test_without_drop_path_nothing_is_drawn():
 # ------------------------------------------------------------------------------------------ where it comes from
 
 
-def other_models() -> dict[str, nn.Module]:
-    torch.manual_seed(0)
-    decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
-    return {
-        "sami": EfficientSamForPreTraining(EfficientSamSamiConfig(vision_config=TINY, **decoder)),
-        "whole": EfficientSamModel(
-            EfficientSamConfig(
-                vision_config=TINY,
-                prompt_encoder_config={"hidden_size": 32},
-                mask_decoder_config={"hidden_size": 32, "num_attention_heads": 2, "mlp_dim": 16},
-            )
-        ),
-        "classifier": EfficientSamForImageClassification(EfficientSamVisionConfig(**TINY, num_labels=3)),
-    }
-
-
-@pytest.mark.parametrize("name", ["sami", "whole", "classifier"])
+@pytest.mark.parametrize("make_other", [tiny.sami_model, tiny.model, tiny.classifier])
 @torch.no_grad()
-def test_the_encoder_of_another_model(name, tmp_path, caplog):
-    other = other_models()[name]
+def test_the_encoder_of_another_model(make_other, tmp_path, caplog):
+    other = make_other()
     other.save_pretrained(tmp_path)
     options = {"pyramid_strides": [8, 16], "pyramid_channels": 4, "window_size": 2}
     model, info = EfficientSamBackbone.from_pretrained(tmp_path, output_loading_info=True, **options)
@@ -413,7 +380,7 @@ def test_auto_classes(tmp_path, monkeypatch):
 )
 def test_options_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
-        EfficientSamBackboneConfig(**{**TINY, **options})
+        EfficientSamBackboneConfig(**tiny.VISION | options)
 
 
 def test_sizes_that_do_not_fit():
@@ -428,7 +395,9 @@ def make_mask2former(**options) -> Mask2FormerForUniversalSegmentation:
     torch.manual_seed(0)
     sizes = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "num_attention_heads": 2}
     layers = {"encoder_layers": 1, "decoder_layers": 2, "encoder_feedforward_dim": 16, "dim_feedforward": 16}
-    backbone = EfficientSamBackboneConfig(**TINY, pyramid_strides=[4, 8, 16, 32], pyramid_channels=16, **options)
+    backbone = EfficientSamBackboneConfig(
+        **tiny.VISION, pyramid_strides=[4, 8, 16, 32], pyramid_channels=16, **options
+    )
     config = Mask2FormerConfig(
         backbone_config=backbone, **sizes, **layers, num_queries=5, train_num_points=16, num_labels=3
     )
@@ -463,7 +432,7 @@ def test_mask2former_trains_and_is_loaded_again(tmp_path):
 
 @torch.no_grad()
 def test_a_pretrained_backbone_in_mask2former(tmp_path):
-    other_models()["sami"].save_pretrained(tmp_path)
+    tiny.sami_model().save_pretrained(tmp_path)
     model = make_mask2former()
     backbone = EfficientSamBackbone.from_pretrained(tmp_path, config=model.config.backbone_config)
     model.model.pixel_level_module.encoder = backbone

@@ -1,12 +1,10 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
 import numpy as np
 import pytest
+import tiny
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
@@ -19,6 +17,7 @@ from transformers import (
     AutoModelForPreTraining,
     AutoProcessor,
 )
+from without_package import run_without_package
 
 from hf_efficientsam import (
     EfficientSamConfig,
@@ -32,7 +31,6 @@ from hf_efficientsam import (
     EfficientSamVisionModel,
     bundled_checkpoint,
 )
-from hf_efficientsam.export.publish import NOT_INSTALLED
 
 CODE = {
     "configuration_efficientsam.py",
@@ -120,51 +118,20 @@ save_file({"logits": logits}, output)
 """
 
 
-def tiny_model() -> EfficientSamModel:
-    torch.manual_seed(0)
-    config = EfficientSamConfig(
-        vision_config={"hidden_size": 24, "num_hidden_layers": 2, "image_size": 64, "output_channels": 32},
-        prompt_encoder_config={"hidden_size": 32, "background_points": True},
-        mask_decoder_config={
-            "hidden_size": 32,
-            "num_attention_heads": 4,
-            "mlp_dim": 48,
-            "upscaling_channels": [16, 8],
-            "iou_head_hidden_dim": 24,
-        },
-    )
-    return EfficientSamModel(config).eval()
-
-
-def tiny_processor() -> EfficientSamProcessor:
-    return EfficientSamProcessor(EfficientSamImageProcessor(size={"height": 64, "width": 64}))
-
-
-def tiny_sami_model() -> EfficientSamForPreTraining:
-    torch.manual_seed(0)
-    vision = {"hidden_size": 24, "num_hidden_layers": 2, "pretrain_image_size": 64}
-    decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 2}
-    return EfficientSamForPreTraining(EfficientSamSamiConfig(vision_config=vision, **decoder)).eval()
-
-
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
 def as_a_stranger(folder: Path, resaved: Path, tmp_path: Path, script: str = STRANGER) -> dict[str, torch.Tensor]:
     """What a process without the package gets from `folder`."""
-    cache = tmp_path / "modules" / folder.name  # where transformers copies remote code to
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cache), "PYTHONPATH": ""}
     output = tmp_path / f"{folder.name}.safetensors"
-    command = [sys.executable, "-c", NOT_INSTALLED + script, str(folder), str(resaved), str(output)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert result.returncode == 0, result.stderr
+    run_without_package(script, folder, resaved, output, modules_cache=tmp_path / "modules" / folder.name)
     return load_file(output)
 
 
 @pytest.mark.slow
 def test_saved_folder_needs_no_package(tmp_path):
-    model, processor = tiny_model(), tiny_processor()
+    model, processor = tiny.model(), tiny.processor()
     folder, resaved = tmp_path / "first", tmp_path / "second"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -187,7 +154,7 @@ def test_saved_folder_needs_no_package(tmp_path):
 
 @pytest.mark.slow
 def test_saved_sami_folder_needs_no_package(tmp_path):
-    model = tiny_sami_model()
+    model = tiny.sami_model()
     folder, resaved = tmp_path / "first", tmp_path / "second"
     model.save_pretrained(folder)
     assert {path.name for path in folder.glob("*.py")} == SAMI_CODE
@@ -222,8 +189,8 @@ def test_saved_classifier_needs_no_package(tmp_path):
 
 
 def test_saved_folder_uses_the_package_where_installed(tmp_path, monkeypatch):
-    tiny_model().save_pretrained(tmp_path)
-    tiny_processor().save_pretrained(tmp_path)
+    tiny.model().save_pretrained(tmp_path)
+    tiny.processor().save_pretrained(tmp_path)
     monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked whether to trust remote code"))
     for extra in ({}, {"trust_remote_code": True}):
         loaded = {
@@ -239,7 +206,7 @@ def test_saved_folder_uses_the_package_where_installed(tmp_path, monkeypatch):
 
 
 def test_sami_model_is_saved_with_its_own_entry(tmp_path, monkeypatch):
-    tiny_sami_model().save_pretrained(tmp_path)
+    tiny.sami_model().save_pretrained(tmp_path)
     assert read_json(tmp_path / "config.json")["auto_map"] == {
         "AutoConfig": "configuration_efficientsam.EfficientSamSamiConfig",
         "AutoModelForPreTraining": "modeling_sami.EfficientSamForPreTraining",
@@ -251,7 +218,7 @@ def test_sami_model_is_saved_with_its_own_entry(tmp_path, monkeypatch):
 
 
 def test_vision_model_is_saved_with_its_own_entry(tmp_path):
-    vision = EfficientSamVisionModel(tiny_model().config.vision_config)
+    vision = EfficientSamVisionModel(tiny.model().config.vision_config)
     vision.save_pretrained(tmp_path)
     assert read_json(tmp_path / "config.json")["auto_map"] == {
         "AutoConfig": "configuration_efficientsam.EfficientSamVisionConfig",
@@ -261,7 +228,7 @@ def test_vision_model_is_saved_with_its_own_entry(tmp_path):
 
 
 def test_resaving_forgets_the_repository_it_came_from(tmp_path):
-    model = tiny_model()
+    model = tiny.model()
     model.config.auto_map = {"AutoModelForMaskGeneration": "someone/else--modeling_efficientsam.EfficientSamModel"}
     model.save_pretrained(tmp_path)
     assert "someone/else" not in (tmp_path / "config.json").read_text()
@@ -321,9 +288,9 @@ class FakeHub:
 
 def test_push_to_hub_uploads_a_complete_repository(monkeypatch, tmp_path):
     hub = FakeHub(monkeypatch)
-    model = tiny_model()
+    model = tiny.model()
     model.push_to_hub("someone/tiny", tags=["potatoes"])
-    tiny_processor().push_to_hub("someone/tiny")
+    tiny.processor().push_to_hub("someone/tiny")
     assert hub.commits == 2 * ["someone/tiny"]
     others = {"README.md", "config.json", "model.safetensors", "processor_config.json"}
     assert hub.files.keys() == CODE | others
@@ -349,9 +316,9 @@ def test_code_in_the_card_runs(monkeypatch, tmp_path):
     from PIL import Image
 
     hub = FakeHub(monkeypatch)
-    model = tiny_model()
+    model = tiny.model()
     model.save_pretrained(tmp_path / "model")
-    tiny_processor().save_pretrained(tmp_path / "model")
+    tiny.processor().save_pretrained(tmp_path / "model")
     Image.new("RGB", (600, 400)).save(tmp_path / "photo.jpg")
     model.push_to_hub("someone/tiny")
     first, second = [part.split("```")[0] for part in hub.files["README.md"].decode().split("```python")[1:]]
@@ -365,7 +332,7 @@ def test_code_in_the_card_runs(monkeypatch, tmp_path):
 
 def test_card_states_recorded_numbers(monkeypatch, tmp_path):
     hub = FakeHub(monkeypatch)
-    tiny_model().save_pretrained(tmp_path)
+    tiny.model().save_pretrained(tmp_path)
     (tmp_path / "metrics.json").write_text(json.dumps({"box": {"miou": 0.6543}}))
     EfficientSamModel.from_pretrained(tmp_path).push_to_hub("someone/tiny")
     readme = hub.files["README.md"].decode()
@@ -376,19 +343,19 @@ def test_card_states_recorded_numbers(monkeypatch, tmp_path):
 def test_existing_card_is_kept(monkeypatch, tmp_path):
     written = "---\nlicense: mit\n---\n# Written by hand\n"
     hub = FakeHub(monkeypatch, readme=written)
-    tiny_model().push_to_hub("someone/tiny")
+    tiny.model().push_to_hub("someone/tiny")
     assert ModelCard(hub.files["README.md"].decode()).text == ModelCard(written).text
 
     hub = FakeHub(monkeypatch)  # not there yet, but in the folder
     (tmp_path / "README.md").write_text(written)
-    tiny_model().save_pretrained(tmp_path, push_to_hub=True, repo_id="someone/tiny")
+    tiny.model().save_pretrained(tmp_path, push_to_hub=True, repo_id="someone/tiny")
     assert (tmp_path / "README.md").read_text() == written
     assert hub.files["README.md"].decode() == written
 
 
 def test_save_and_push_in_one(monkeypatch, tmp_path):
     hub = FakeHub(monkeypatch)
-    tiny_model().save_pretrained(tmp_path, push_to_hub=True, repo_id="someone/tiny")
+    tiny.model().save_pretrained(tmp_path, push_to_hub=True, repo_id="someone/tiny")
     assert "mask-generation" in hub.files["README.md"].decode()
     assert {name for name in hub.files if "." in name and not name.endswith((".py", ".json", ".md"))} == {
         "model.safetensors"
@@ -396,7 +363,7 @@ def test_save_and_push_in_one(monkeypatch, tmp_path):
 
 
 def test_half_precision_stays_half(tmp_path):
-    tiny_model().to(torch.float16).save_pretrained(tmp_path)
+    tiny.model().to(torch.float16).save_pretrained(tmp_path)
     assert {x.dtype for x in load_file(tmp_path / "model.safetensors").values()} == {torch.float16}
     assert EfficientSamModel.from_pretrained(tmp_path, dtype="auto").dtype == torch.float16
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})

@@ -1,44 +1,27 @@
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_efficientsam import (
-    EfficientSamConfig,
     EfficientSamForImageClassification,
-    EfficientSamForPreTraining,
     EfficientSamImageProcessor,
-    EfficientSamModel,
-    EfficientSamSamiConfig,
-    EfficientSamVisionConfig,
     EfficientSamVisionModel,
 )
 
-TINY = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "image_size": 64,
-    "pretrain_image_size": 64,
-    "output_channels": 32,
-}
 CLASSES = 5
 NAMES = {"id2label": dict(enumerate("abcde")), "label2id": dict(zip("abcde", range(5), strict=True))}
 HEAD = {"layernorm.weight", "layernorm.bias", "classifier.weight", "classifier.bias"}
 
 
 def make(**options) -> EfficientSamForImageClassification:
-    torch.manual_seed(0)
-    config = EfficientSamVisionConfig(**{**TINY, "num_labels": CLASSES, **options})
-    model = EfficientSamForImageClassification(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.3)
+    model = tiny.classifier(**options)
+    tiny.enlarge_weights(model)
     return model
 
 
@@ -191,9 +174,7 @@ def test_probabilities_must_be_of_all_classes(pixel_values):
 
 @torch.no_grad()
 def test_the_encoder_and_class_token_of_pretraining(tmp_path):
-    torch.manual_seed(0)
-    decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
-    sami = EfficientSamForPreTraining(EfficientSamSamiConfig(vision_config=TINY, **decoder)).eval()
+    sami = tiny.sami_model()
     sami.save_pretrained(tmp_path)
     model, info = EfficientSamForImageClassification.from_pretrained(
         tmp_path, num_labels=7, classifier_pooling="cls", drop_path_rate=0.1, output_loading_info=True
@@ -209,9 +190,7 @@ def test_the_encoder_and_class_token_of_pretraining(tmp_path):
 
 
 def test_the_encoder_of_a_whole_model(tmp_path):
-    torch.manual_seed(0)
-    parts = {"prompt_encoder_config": {"hidden_size": 32}, "mask_decoder_config": {"hidden_size": 32, "mlp_dim": 16}}
-    whole = EfficientSamModel(EfficientSamConfig(vision_config=TINY, **parts))
+    whole = tiny.model()
     whole.save_pretrained(tmp_path)
     model, info = EfficientSamForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert info["missing_keys"] == HEAD | {"vision_encoder.cls_token"}

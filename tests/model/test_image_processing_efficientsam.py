@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -17,7 +18,6 @@ from hf_efficientsam.model.image_processing_efficientsam import (
     non_maximum_suppression,
     rle_to_mask,
 )
-from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 
 CASES = [
     "batch_of_two_images_three_queries",
@@ -504,33 +504,10 @@ def test_post_process_for_mask_generation():
     assert [len(part) for part in nothing] == [0, 0, 0, 0]
 
 
-@pytest.fixture(scope="module")
-def tiny_model():
-    torch.manual_seed(0)
-    return EfficientSamModel(
-        EfficientSamConfig(
-            vision_config={
-                "hidden_size": 24,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 3,
-                "output_channels": 32,
-            },
-            prompt_encoder_config={"hidden_size": 32},
-            mask_decoder_config={
-                "hidden_size": 32,
-                "mlp_dim": 16,
-                "num_attention_heads": 4,
-                "upscaling_channels": [16, 8],
-                "iou_head_hidden_dim": 16,
-            },
-        )
-    ).eval()
-
-
 @pytest.mark.parametrize("keep_aspect_ratio", [False, True])
-def test_mask_generation_pipeline(tiny_model, keep_aspect_ratio):
+def test_mask_generation_pipeline(keep_aspect_ratio):
     processor = EfficientSamImageProcessor(size=64, keep_aspect_ratio=keep_aspect_ratio)
-    generator = pipeline("mask-generation", model=tiny_model, image_processor=processor, device="cpu")
+    generator = pipeline("mask-generation", model=tiny.official_model(), image_processor=processor, device="cpu")
     image = Image.fromarray(random_bytes(90, 61))
     options = {"points_per_crop": 3, "points_per_batch": 4, "stability_score_thresh": 0.0, "stability_score_offset": 0}
     output = generator(image, pred_iou_thresh=-1e9, crops_n_layers=1, output_rle_mask=True, **options)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -24,61 +25,36 @@ HEIGHT, WIDTH = 64, 80  # 4 x 5 patches
 B, Q = 2, 3  # images, prompts an image
 
 
-def tiny_config(vision=None, prompt=None, decoder=None) -> EfficientSamConfig:
-    """Everything switched on, at sizes that run in milliseconds."""
-    vision = {"hidden_size": 24, "num_hidden_layers": 2, "image_size": 64, "output_channels": 32} | (vision or {})
-    prompt = {"hidden_size": 32, "mask_input_channels": 8, "background_points": True, "mask_prompts": True} | (
-        prompt or {}
-    )
-    decoder = {
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "mlp_dim": 48,
-        "upscaling_channels": [16, 8],
-        "iou_head_hidden_dim": 24,
-    } | (decoder or {})
-    return EfficientSamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
-
-
-def tiny_model(**parts) -> EfficientSamModel:
-    torch.manual_seed(0)
-    return EfficientSamModel(tiny_config(**parts)).eval()
-
-
 @pytest.fixture
 def model() -> EfficientSamModel:
-    return tiny_model()
+    return tiny.model()
 
 
 @pytest.fixture
 def official_model() -> EfficientSamModel:
     """A model of the official kind: neither background points nor mask prompts."""
-    return tiny_model(prompt={"background_points": False, "mask_prompts": False})
-
-
-def random(*shape, scale=1.0) -> torch.Tensor:
-    return scale * torch.rand(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+    return tiny.official_model()
 
 
 @pytest.fixture
 def pixel_values() -> torch.Tensor:
-    return 4 * random(B, 3, HEIGHT, WIDTH) - 2
+    return tiny.pixel_values(B, HEIGHT, WIDTH)
 
 
 @pytest.fixture
 def points() -> torch.Tensor:
-    return random(B, Q, 2, 2, scale=60)
+    return tiny.random(B, Q, 2, 2, scale=60)
 
 
 @pytest.fixture
 def boxes() -> torch.Tensor:
-    corner = random(B, Q, 2, scale=30)
-    return torch.cat([corner, corner + 5 + random(B, Q, 2, scale=25)], dim=-1)
+    corner = tiny.random(B, Q, 2, scale=30)
+    return torch.cat([corner, corner + 5 + tiny.random(B, Q, 2, scale=25)], dim=-1)
 
 
 @pytest.fixture
 def masks() -> torch.Tensor:
-    return 8 * random(B, Q, HEIGHT // 4, WIDTH // 4) - 4
+    return 8 * tiny.random(B, Q, HEIGHT // 4, WIDTH // 4) - 4
 
 
 def assert_same(output, expected, tolerance=1e-5):
@@ -178,7 +154,7 @@ def test_vision_model(model, pixel_values):
 @torch.no_grad()
 def test_any_multiple_of_the_patch(model, points):
     for height, width in ((16, 48), (64, 32), (80, 112)):
-        output = model(random(1, 3, height, width), input_points=points[:1])
+        output = model(tiny.random(1, 3, height, width), input_points=points[:1])
         assert output.pred_masks.shape == (1, Q, 3, height // 4, width // 4)
 
 
@@ -191,8 +167,8 @@ def test_sizes_that_do_not_fit(model, shape):
 def test_position_table_is_read_as_it_is_on_the_pretraining_grid(model):
     embeddings = model.vision_encoder.embeddings
     table = embeddings.position_embeddings
-    assert table.shape == (1, 1 + 14 * 14, 24)
-    torch.testing.assert_close(embeddings.interpolate_positions(14, 14), table[:, 1:], atol=0, rtol=0)
+    assert table.shape == (1, 1 + 4 * 4, 24)
+    torch.testing.assert_close(embeddings.interpolate_positions(4, 4), table[:, 1:], atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +231,7 @@ def test_padding_takes_part_as_in_the_official_model(model, pixel_values, points
     expected = model(pixel_values, input_points=points)
     model.prompt_encoder.padding_embed.weight += 1
     assert differs(model(pixel_values, input_points=points), expected)
-    seven = random(B, Q, 7, 2, scale=60)  # no slot is left over, so padding is not there
+    seven = tiny.random(B, Q, 7, 2, scale=60)  # no slot is left over, so padding is not there
     expected = model(pixel_values, input_points=seven)
     model.prompt_encoder.padding_embed.weight += 1
     assert_same(model(pixel_values, input_points=seven), expected, 0)
@@ -263,7 +239,7 @@ def test_padding_takes_part_as_in_the_official_model(model, pixel_values, points
 
 @torch.no_grad()
 def test_every_point_beyond_six_is_used(model, pixel_values):
-    points = random(B, Q, 9, 2, scale=60)
+    points = tiny.random(B, Q, 9, 2, scale=60)
     expected = model(pixel_values, input_points=points)
     for i in range(9):
         moved = points.clone()
@@ -276,7 +252,7 @@ def test_every_point_beyond_six_is_used(model, pixel_values):
 def test_ragged_prompts_beyond_six_equal_one_at_a_time(model, pixel_values, boxes, attention):
     model.set_attn_implementation(attention)
     counts = [[1, 9, 4], [6, 0, 7]]
-    points, labels = random(B, Q, 9, 2, scale=60), torch.full((B, Q, 9), -10)
+    points, labels = tiny.random(B, Q, 9, 2, scale=60), torch.full((B, Q, 9), -10)
     boxes[0, 2] = -10
     alone = []
     for b in range(B):
@@ -361,8 +337,8 @@ def test_ragged_batch_through_the_processor_equals_one_at_a_time(model):
 @torch.no_grad()
 def test_chunks_of_prompts_do_not_change_the_numbers(model, pixel_values, masks, num_points):
     masks = masks[:, :1].repeat(1, 10, 1, 1) * torch.linspace(-1, 1, 10).view(1, 10, 1, 1)
-    labels = torch.where(random(B, 10, num_points) < 0.4, -10, 1)
-    prompts = {"input_points": random(B, 10, num_points, 2, scale=60), "input_labels": labels}
+    labels = torch.where(tiny.random(B, 10, num_points) < 0.4, -10, 1)
+    prompts = {"input_points": tiny.random(B, 10, num_points, 2, scale=60), "input_labels": labels}
     for extra in ({}, {"input_masks": masks}):
         outputs = []
         for prompts_per_chunk in (10, 1, 8):
@@ -430,8 +406,8 @@ def test_adapters_of_the_decoder_take_part(model, pixel_values, points, with_gra
 
 @torch.no_grad()
 def test_sdpa_equals_eager(model, pixel_values, points, boxes, masks):
-    nine = random(B, Q, 9, 2, scale=60)
-    labels = torch.where(random(B, Q, 9) < 0.4, -1, 1)
+    nine = tiny.random(B, Q, 9, 2, scale=60)
+    labels = torch.where(tiny.random(B, Q, 9) < 0.4, -1, 1)
     for prompts in (
         {"input_points": points, "input_boxes": boxes, "input_masks": masks},
         {"input_points": nine, "input_labels": labels},
@@ -445,8 +421,8 @@ def test_sdpa_equals_eager(model, pixel_values, points, boxes, masks):
 @pytest.mark.slow
 @torch.no_grad()
 def test_flex_equals_eager(model, pixel_values, points):
-    nine = random(B, Q, 9, 2, scale=60)
-    labels = torch.where(random(B, Q, 9) < 0.4, -1, 1)
+    nine = tiny.random(B, Q, 9, 2, scale=60)
+    labels = torch.where(tiny.random(B, Q, 9) < 0.4, -1, 1)
     # the processor's other outputs come along, as in model(**processor(...))
     extra = {"original_sizes": torch.ones(B, 2), "reshaped_input_sizes": torch.ones(B, 2)}
     for prompts in ({"input_points": points}, {"input_points": nine, "input_labels": labels}):
@@ -515,8 +491,8 @@ def test_flash_kernels_get_what_they_take(model, pixel_values, points, monkeypat
     assert not any(module.is_causal for module in model.modules() if hasattr(module, "is_causal"))
 
     flash.calls.clear()
-    labels = torch.where(random(B, Q, 9) < 0.4, -1, 1)
-    model(pixel_values, input_points=random(B, Q, 9, 2, scale=60), input_labels=labels)
+    labels = torch.where(tiny.random(B, Q, 9) < 0.4, -1, 1)
+    model(pixel_values, input_points=tiny.random(B, Q, 9, 2, scale=60), input_labels=labels)
     assert flash.calls and all(mask is None for mask, _ in flash.calls)
 
 
@@ -609,7 +585,7 @@ def test_initialisation_leaves_nothing_out(model):
 @pytest.mark.parametrize("start", ["gaussian", "axes"])
 def test_positions_keep_their_digits_under_autocast(start):
     positions = torch.rand(50, 2, generator=torch.Generator().manual_seed(0))
-    embedding = tiny_model(prompt={"position_init": start}).prompt_encoder.position_embedding
+    embedding = tiny.model(prompt_encoder={"position_init": start}).prompt_encoder.position_embedding
     expected = embedding(positions)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.allclose(embedding(positions), expected, atol=1e-6)
@@ -617,9 +593,9 @@ def test_positions_keep_their_digits_under_autocast(start):
 
 
 def test_position_frequencies_start_as_the_config_says():
-    gaussian = tiny_model().prompt_encoder.position_embedding.frequencies
+    gaussian = tiny.model().prompt_encoder.position_embedding.frequencies
     assert 0.5 < gaussian.std() < 1.5 and (gaussian != 0).all()
-    axes = tiny_model(prompt={"position_init": "axes"}).prompt_encoder.position_embedding.frequencies
+    axes = tiny.model(prompt_encoder={"position_init": "axes"}).prompt_encoder.position_embedding.frequencies
     assert (axes != 0).sum(dim=0).tolist() == [1] * 16  # each along one axis
     for axis, part in enumerate((axes[0, :8], axes[1, 8:])):
         assert (part[0], part[-1]) == (0.25, 16), axis
@@ -679,8 +655,8 @@ def test_half_precision(model, pixel_values, points, boxes, masks, tmp_path, dty
     model.save_pretrained(tmp_path)
     half = EfficientSamModel.from_pretrained(tmp_path, dtype=dtype)
     assert {p.dtype for p in half.parameters()} == {dtype}
-    nine = random(B, Q, 9, 2, scale=60)
-    labels = torch.where(random(B, Q, 9) < 0.4, -1, 1)
+    nine = tiny.random(B, Q, 9, 2, scale=60)
+    labels = torch.where(tiny.random(B, Q, 9) < 0.4, -1, 1)
     for prompts in (
         {"input_points": points},
         {"input_boxes": boxes},
@@ -754,11 +730,11 @@ def fresh_compiler():
 def test_whole_forward_is_one_graph(model, pixel_values, boxes, masks, attention, num_points, fresh_compiler):
     """Traces without a break; the compiler's own back end is left to the slow test."""
     model.set_attn_implementation(attention)
-    labels = torch.where(random(B, Q, num_points) < 0.4, 0, 1)
+    labels = torch.where(tiny.random(B, Q, num_points) < 0.4, 0, 1)
     labels[0, 1, 1:] = -10
     inputs = {
         "pixel_values": pixel_values,
-        "input_points": random(B, Q, num_points, 2, scale=60),
+        "input_points": tiny.random(B, Q, num_points, 2, scale=60),
         "input_labels": labels,
         "input_boxes": boxes,
         "input_masks": masks,
@@ -797,7 +773,7 @@ def test_compiled_whole(model, pixel_values, boxes, num_points, fresh_compiler):
     labels = torch.ones(B, Q, num_points, dtype=torch.long)
     labels[0, 1, 1:] = -10
     inputs = {
-        "input_points": random(B, Q, num_points, 2, scale=60),
+        "input_points": tiny.random(B, Q, num_points, 2, scale=60),
         "input_labels": labels,
         "input_boxes": boxes,
     }

@@ -1,17 +1,21 @@
-import os
-import subprocess
-import sys
+import json
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
-from test_hub import NOT_INSTALLED, SAMI_CODE, read_json
 from transformers import AutoConfig, AutoModel
+from without_package import run_without_package
 
 from hf_efficientsam import EfficientSamModel, EfficientSamSaliencyConfig, EfficientSamSaliencyHead, bundled_checkpoint
 from hf_efficientsam.model.modeling_saliency import saliency_loss
 
-CODE = SAMI_CODE - {"modeling_sami.py"} | {"modeling_saliency.py"}
+CODE = {
+    "configuration_efficientsam.py",
+    "model_card_efficientsam.py",
+    "modeling_efficientsam.py",
+    "modeling_saliency.py",
+}
 ENTRIES = {
     "AutoConfig": "configuration_efficientsam.EfficientSamSaliencyConfig",
     "AutoModel": "modeling_saliency.EfficientSamSaliencyHead",
@@ -35,11 +39,6 @@ save_file({"logits": logits}, output)
 """
 
 
-def tiny_head(**options) -> EfficientSamSaliencyHead:
-    torch.manual_seed(0)
-    return EfficientSamSaliencyHead(EfficientSamSaliencyConfig(input_channels=32, hidden_size=24, **options)).eval()
-
-
 def embeddings(batch=2, height=4, width=5) -> torch.Tensor:
     return torch.randn(batch, 32, height, width, generator=torch.Generator().manual_seed(batch + height + width))
 
@@ -50,12 +49,12 @@ def embeddings(batch=2, height=4, width=5) -> torch.Tensor:
 @pytest.mark.parametrize("size", [(4, 4), (4, 6), (5, 3), (1, 1), (1, 7)])
 def test_logits_are_four_times_as_fine_whatever_the_size(size):
     with torch.no_grad():
-        output = tiny_head()(embeddings(2, *size))
+        output = tiny.saliency_head()(embeddings(2, *size))
     assert output.logits.shape == (2, 1, 4 * size[0], 4 * size[1]) and output.loss is None
 
 
 def test_images_do_not_know_of_each_other():
-    head, images = tiny_head(), embeddings(3)
+    head, images = tiny.saliency_head(), embeddings(3)
     with torch.no_grad():
         together, alone = head(images).logits, torch.cat([head(image[None]).logits for image in images])
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
@@ -63,12 +62,12 @@ def test_images_do_not_know_of_each_other():
 
 def test_every_cell_depends_on_the_whole_picture():
     images = embeddings(1, 16, 16).requires_grad_()
-    tiny_head(initializer_range=0.5)(images).logits[..., :4, :4].sum().backward()
+    tiny.saliency_head(initializer_range=0.5)(images).logits[..., :4, :4].sum().backward()
     assert images.grad[0, :, -1, -1].abs().max() > 0
 
 
 def test_attention_implementations_agree():
-    head, images = tiny_head(initializer_range=0.3), embeddings()
+    head, images = tiny.saliency_head(initializer_range=0.3), embeddings()
     with torch.no_grad():
         expected = head(images).logits
         head.set_attn_implementation("eager")
@@ -76,14 +75,14 @@ def test_attention_implementations_agree():
 
 
 def test_every_parameter_gets_a_gradient():
-    head = tiny_head(initializer_range=0.3).train()
+    head = tiny.saliency_head(initializer_range=0.3).train()
     head(embeddings(), torch.rand(2, 64, 80)).loss.backward()
     without = [name for name, one in head.named_parameters() if one.grad is None or not one.grad.abs().max() > 0]
     assert [name for name in without if not name.endswith("k_proj.bias")] == []  # attention does not depend on it
 
 
 def test_dropout_is_for_training_alone():
-    head, images = tiny_head(hidden_dropout=0.5, drop_path_rate=0.5), embeddings()
+    head, images = tiny.saliency_head(hidden_dropout=0.5, drop_path_rate=0.5), embeddings()
     with torch.no_grad():
         assert torch.equal(head(images).logits, head(images).logits)
         head.train()
@@ -91,7 +90,7 @@ def test_dropout_is_for_training_alone():
 
 
 def test_half_precision():
-    head, images = tiny_head(), embeddings()
+    head, images = tiny.saliency_head(), embeddings()
     with torch.no_grad():
         expected = head(images).logits
         for dtype, close in ((torch.bfloat16, 3e-2), (torch.float16, 3e-3)):
@@ -102,7 +101,7 @@ def test_half_precision():
 
 
 def test_what_does_not_fit_is_refused():
-    head = tiny_head()
+    head = tiny.saliency_head()
     for shape in ((2, 31, 4, 4), (32, 4, 4)):
         with pytest.raises(ValueError, match=r"it must be \(B, 32, h, w\), from the encoder"):
             head(torch.zeros(shape))
@@ -140,7 +139,7 @@ def test_a_perfect_map_loses_nothing_and_a_wrong_one_much():
 
 
 def test_it_lives_in_a_folder_of_its_checkpoint(tmp_path):
-    head = tiny_head(hidden_dropout=0.25)
+    head = tiny.saliency_head(hidden_dropout=0.25)
     head.save_pretrained(tmp_path / "saliency")
     again = EfficientSamSaliencyHead.from_pretrained(tmp_path, subfolder="saliency")
     assert again.config.hidden_dropout == 0.25 and not again.training
@@ -152,14 +151,11 @@ def test_it_lives_in_a_folder_of_its_checkpoint(tmp_path):
 
 @pytest.mark.slow
 def test_saved_folder_needs_no_package(tmp_path):
-    head, folder, resaved = tiny_head(), tmp_path / "first", tmp_path / "second"
+    head, folder, resaved = tiny.saliency_head(), tmp_path / "first", tmp_path / "second"
     head.save_pretrained(folder)
     assert {path.name for path in folder.glob("*.py")} == CODE
-    assert read_json(folder / "config.json")["auto_map"] == ENTRIES
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "cache"), "PYTHONPATH": ""}
-    command = [sys.executable, "-c", NOT_INSTALLED + STRANGER, folder, resaved, tmp_path / "logits.safetensors"]
-    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == ENTRIES
+    run_without_package(STRANGER, folder, resaved, tmp_path / "logits.safetensors", modules_cache=tmp_path / "cache")
     with torch.no_grad():
         expected = head(torch.arange(32 * 6).reshape(1, 32, 2, 3) / 100).logits
     torch.testing.assert_close(load_file(tmp_path / "logits.safetensors")["logits"], expected, atol=1e-6, rtol=0)

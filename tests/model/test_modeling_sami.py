@@ -4,6 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -26,36 +27,13 @@ TARGET = 8  # channels of the teacher
 DECODERS = ("cross_attention", "all_token")
 
 
-def tiny_model(vision=None, **options) -> EfficientSamForPreTraining:
-    vision = {
-        "hidden_size": 24,
-        "num_hidden_layers": 2,
-        "image_size": 64,
-        "pretrain_image_size": 64,
-        "output_channels": 256,
-    } | (vision or {})
-    decoder = {
-        "decoder_hidden_size": 16,
-        "decoder_num_hidden_layers": 2,
-        "decoder_num_attention_heads": 2,
-        "decoder_intermediate_size": 20,
-    }
-    torch.manual_seed(0)
-    config = EfficientSamSamiConfig(vision_config=vision, **{"target_size": TARGET, **decoder, **options})
-    return EfficientSamForPreTraining(config).eval()
-
-
 @pytest.fixture
 def model() -> EfficientSamForPreTraining:
-    return tiny_model()
-
-
-def random(*shape, scale=1.0) -> torch.Tensor:
-    return scale * torch.rand(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+    return tiny.sami_model()
 
 
 def images(height=HEIGHT, width=WIDTH) -> torch.Tensor:
-    return 4 * random(B, 3, height, width) - 2
+    return tiny.pixel_values(B, height, width)
 
 
 @pytest.fixture
@@ -65,12 +43,12 @@ def pixel_values() -> torch.Tensor:
 
 @pytest.fixture
 def features() -> torch.Tensor:
-    return 3 * random(B, N, TARGET) - 1
+    return 3 * tiny.random(B, N, TARGET) - 1
 
 
 @pytest.fixture
 def noise() -> torch.Tensor:
-    return random(B, N)
+    return tiny.random(B, N)
 
 
 def patch(pixels: torch.Tensor, cell: int) -> torch.Tensor:
@@ -113,9 +91,9 @@ def assert_close(output, expected, tolerance=1e-5):
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 80), (112, 32)])
 @torch.no_grad()
 def test_the_noisiest_patches_are_removed(decoder_type, mask_ratio, height, width):
-    model = tiny_model(decoder_type=decoder_type, mask_ratio=mask_ratio)
+    model = tiny.sami_model(decoder_type=decoder_type, mask_ratio=mask_ratio)
     n = height * width // 256
-    noise = random(B, n)
+    noise = tiny.random(B, n)
     output = model(images(height, width), noise=noise)
     assert output.reconstruction.shape == (B, n, TARGET)
     assert output.mask.shape == output.ids_restore.shape == (B, n)
@@ -166,9 +144,9 @@ def written_out(model, pixels, noise) -> torch.Tensor:
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 80), (112, 32)])
 @torch.no_grad()
 def test_equals_the_model_written_out(decoder_type, mask_ratio, height, width):
-    model = tiny_model(decoder_type=decoder_type, mask_ratio=mask_ratio)
+    model = tiny.sami_model(decoder_type=decoder_type, mask_ratio=mask_ratio)
     model.decoder.mask_token.normal_()  # larger than it starts
-    pixels, noise = images(height, width), random(B, height * width // 256)
+    pixels, noise = images(height, width), tiny.random(B, height * width // 256)
     output = model(pixels, noise=noise).reconstruction
     assert_close(output, torch.stack([written_out(model, *image) for image in zip(pixels, noise, strict=True)]))
 
@@ -177,7 +155,7 @@ def test_equals_the_model_written_out(decoder_type, mask_ratio, height, width):
 def test_a_decoder_layer_attends_and_then_widens(model):
     """Two heads of pre-norm attention over memory and queries, then the MLP."""
     layer = model.decoder.layers[0]
-    queries, memory = random(1, 3, 16), random(1, 4, 16) - 1
+    queries, memory = tiny.random(1, 3, 16), tiny.random(1, 4, 16) - 1
     attention = layer.attention
     rows = layer.layernorm_before(torch.cat([memory, queries], dim=1))[0]
     query = attention.q_proj(layer.layernorm_before(queries))[0]
@@ -194,7 +172,7 @@ def test_a_decoder_layer_attends_and_then_widens(model):
 @pytest.mark.parametrize("decoder_type", DECODERS)
 @torch.no_grad()
 def test_pixels_of_a_removed_patch_are_never_seen(decoder_type, pixel_values, noise):
-    model = tiny_model(decoder_type=decoder_type)
+    model = tiny.sami_model(decoder_type=decoder_type)
     output = model(pixel_values, noise=noise)
     for cell in range(N):
         changed = pixel_values.clone()
@@ -228,7 +206,7 @@ def test_noise_is_drawn_where_none_is_given(model, pixel_values):
 @pytest.mark.parametrize(("mask_ratio", "kept"), [(0, 20), (0.5, 10), (0.75, 5), (0.85, 3), (0.9, 2), (0.95, 1)])
 @torch.no_grad()
 def test_only_kept_patches_go_through_the_encoder(mask_ratio, kept, pixel_values):
-    model = tiny_model(mask_ratio=mask_ratio)
+    model = tiny.sami_model(mask_ratio=mask_ratio)
     seen = inputs_of(model.vision_encoder.layers)
     model(pixel_values)
     assert [tuple(x.shape) for ((x,),) in seen] == 2 * [(B, 1 + kept, 24)]
@@ -238,7 +216,7 @@ def test_only_kept_patches_go_through_the_encoder(mask_ratio, kept, pixel_values
 def test_the_papers_number_of_patches():
     """196 patches of 224 x 224 pixels: 49 kept of 75 %, 29 of 85 %."""
     for mask_ratio, kept in ((0.5, 98), (0.75, 49), (0.85, 29)):
-        model = tiny_model({"pretrain_image_size": 224}, mask_ratio=mask_ratio)
+        model = tiny.sami_model({"pretrain_image_size": 224}, mask_ratio=mask_ratio)
         assert (model(images(224, 224)).mask == 0).sum(1).tolist() == B * [kept]
 
 
@@ -257,19 +235,19 @@ def test_encoder_input(model, pixel_values, noise):
 @pytest.mark.parametrize("decoder_type", DECODERS)
 @torch.no_grad()
 def test_the_class_token_and_its_position_count(decoder_type, pixel_values, noise):
-    model = tiny_model(decoder_type=decoder_type)
+    model = tiny.sami_model(decoder_type=decoder_type)
     expected = model(pixel_values, noise=noise).reconstruction
-    model.vision_encoder.cls_token += random(24)
+    model.vision_encoder.cls_token += tiny.random(24)
     moved = model(pixel_values, noise=noise).reconstruction
     assert (moved - expected).abs().amax(-1).min() > 1e-5  # everywhere
-    model.vision_encoder.embeddings.position_embeddings[:, 0] -= random(24)
+    model.vision_encoder.embeddings.position_embeddings[:, 0] -= tiny.random(24)
     assert_close(model(pixel_values, noise=noise).reconstruction, expected)
 
 
 @torch.no_grad()
 def test_it_is_the_encoder_of_the_vision_model_but_for_the_class_token(pixel_values, noise, tmp_path):
     """The same embeddings and the same layers; without the class token the vision model's tokens come out."""
-    model = tiny_model(mask_ratio=0)
+    model = tiny.sami_model(mask_ratio=0)
     model.save_pretrained(tmp_path)
     expected = EfficientSamVisionModel.from_pretrained(tmp_path)(pixel_values, output_hidden_states=True).hidden_states
     output = model(pixel_values, noise=noise, output_hidden_states=True)
@@ -310,7 +288,7 @@ def test_cross_attention_queries_are_the_removed_patches(model, pixel_values, no
 
 @torch.no_grad()
 def test_all_token_decodes_all_of_them(pixel_values):
-    model = tiny_model(decoder_type="all_token")
+    model = tiny.sami_model(decoder_type="all_token")
     seen = inputs_of(layer.attention for layer in model.decoder.layers)
     model(pixel_values)
     for [(queries, context)] in seen:
@@ -321,10 +299,10 @@ def test_all_token_decodes_all_of_them(pixel_values):
 @torch.no_grad()
 def test_visible_tokens_are_the_encoders_own(decoder_type, pixel_values, noise):
     """With cross-attention they do not depend on the decoder's layers; with all-token they do."""
-    model = tiny_model(decoder_type=decoder_type)
+    model = tiny.sami_model(decoder_type=decoder_type)
     before = model(pixel_values, noise=noise, output_hidden_states=True)
     for parameter in model.decoder.layers.parameters():
-        parameter += 0.1 * random(*parameter.shape)
+        parameter += 0.1 * tiny.random(*parameter.shape)
     after = model(pixel_values, noise=noise).reconstruction
     change = (after - before.reconstruction).abs().amax(-1)
     assert (change[before.mask == 1] > 1e-3).all()
@@ -341,8 +319,8 @@ def test_visible_tokens_are_the_encoders_own(decoder_type, pixel_values, noise):
 
 @torch.no_grad()
 def test_nothing_to_decode_where_nothing_is_removed():
-    assert len(tiny_model(mask_ratio=0).decoder.layers) == 0
-    assert len(tiny_model(mask_ratio=0, decoder_type="all_token").decoder.layers) == 2
+    assert len(tiny.sami_model(mask_ratio=0).decoder.layers) == 0
+    assert len(tiny.sami_model(mask_ratio=0, decoder_type="all_token").decoder.layers) == 2
 
 
 # ------------------------------------------------------------------------------------------------------ the loss
@@ -364,7 +342,7 @@ def errors_by_hand(reconstruction: np.ndarray, target: np.ndarray, loss: str) ->
 @pytest.mark.parametrize("loss", ["mse", "cosine"])
 @torch.no_grad()
 def test_features_loss_is_over_all_patches(decoder_type, normalization, loss, pixel_values, features, noise):
-    model = tiny_model(decoder_type=decoder_type, target_normalization=normalization, loss=loss)
+    model = tiny.sami_model(decoder_type=decoder_type, target_normalization=normalization, loss=loss)
     output = model(pixel_values, features, noise)
     target = features.double().numpy()
     if normalization == "layer_norm":
@@ -378,7 +356,7 @@ def test_features_loss_is_over_all_patches(decoder_type, normalization, loss, pi
 @pytest.mark.parametrize("loss", ["mse", "cosine"])
 @torch.no_grad()
 def test_pixels_loss_is_over_removed_patches(decoder_type, normalization, loss, pixel_values, noise):
-    model = tiny_model(decoder_type=decoder_type, target="pixels", target_normalization=normalization, loss=loss)
+    model = tiny.sami_model(decoder_type=decoder_type, target="pixels", target_normalization=normalization, loss=loss)
     output = model(pixel_values, noise=noise)
     assert output.reconstruction.shape == (B, N, 3 * 16 * 16)
     target = torch.stack([patch(pixel_values, cell).flatten(1) for cell in range(N)], dim=1).double().numpy()
@@ -394,10 +372,10 @@ def test_losses_worked_by_hand():
     reconstruction = torch.tensor([[[1.0, 2.0], [3.0, 0.0]]])
     target = torch.tensor([[[1.0, 0.0], [0.0, 4.0]]])
     mask = torch.tensor([[0.0, 1.0]])
-    mse, cosine = tiny_model(target_size=2), tiny_model(target_size=2, loss="cosine")
+    mse, cosine = tiny.sami_model(target_size=2), tiny.sami_model(target_size=2, loss="cosine")
     assert mse.loss(reconstruction, mask, target).item() == (0 + 4 + 9 + 16) / 4
     assert cosine.loss(reconstruction, mask, target).item() == pytest.approx(1 - (1 / 5**0.5 + 0) / 2)
-    pixels = tiny_model({"num_channels": 1}, target="pixels")
+    pixels = tiny.sami_model({"num_channels": 1}, target="pixels")
     assert pixels.loss(reconstruction, mask, target).item() == (9 + 16) / 2
     assert mse.loss(reconstruction, mask, None) is None
 
@@ -405,15 +383,15 @@ def test_losses_worked_by_hand():
 @torch.no_grad()
 def test_a_perfect_reconstruction_has_no_loss(features, pixel_values):
     for options in ({}, {"target_normalization": "none"}, {"loss": "cosine"}, {"target": "pixels"}):
-        model = tiny_model(**options)
+        model = tiny.sami_model(**options)
         target = model.target(pixel_values, None if "target" in options else features)
         assert abs(model.loss(target, torch.ones(B, N), target).item()) < 1e-6
 
 
 @torch.no_grad()
 def test_a_constant_target_is_no_division_by_zero(pixel_values):
-    assert tiny_model()(pixel_values, torch.full((B, N, TARGET), 5.0)).loss.isfinite()
-    assert tiny_model(target="pixels")(torch.ones_like(pixel_values)).loss.isfinite()
+    assert tiny.sami_model()(pixel_values, torch.full((B, N, TARGET), 5.0)).loss.isfinite()
+    assert tiny.sami_model(target="pixels")(torch.ones_like(pixel_values)).loss.isfinite()
 
 
 def test_half_precision_features_are_normalised_in_float32(model, features, pixel_values):
@@ -425,9 +403,9 @@ def test_half_precision_features_are_normalised_in_float32(model, features, pixe
 
 
 def test_head_is_as_wide_as_the_target():
-    assert tiny_model(target_size=384).decoder.head.out_features == 384
-    assert tiny_model(target_size=None).decoder.head.out_features == 256
-    assert tiny_model({"num_channels": 1}, target="pixels", target_size=5).decoder.head.out_features == 256
+    assert tiny.sami_model(target_size=384).decoder.head.out_features == 384
+    assert tiny.sami_model(target_size=None).decoder.head.out_features == 256
+    assert tiny.sami_model({"num_channels": 1}, target="pixels", target_size=5).decoder.head.out_features == 256
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
@@ -454,7 +432,7 @@ def test_inputs_that_do_not_fit(model, pixel_values, inputs, message):
 
 def test_pixels_take_no_features(pixel_values, features):
     with pytest.raises(ValueError, match="without target_features"):
-        tiny_model(target="pixels")(pixel_values, features)
+        tiny.sami_model(target="pixels")(pixel_values, features)
 
 
 # ------------------------------------------------------------------------------------------------ transformers
@@ -468,7 +446,7 @@ def test_every_parameter_has_a_gradient(decoder_type, mask_ratio, target, loss, 
     """DistributedDataParallel waits for those of all parameters."""
     if target == "pixels" and mask_ratio == 0:
         return  # refused by the config
-    model = tiny_model(decoder_type=decoder_type, mask_ratio=mask_ratio, target=target, loss=loss)
+    model = tiny.sami_model(decoder_type=decoder_type, mask_ratio=mask_ratio, target=target, loss=loss)
     model(pixel_values, features if target == "features" else None, noise).loss.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
     zero = {name for name, parameter in model.named_parameters() if not parameter.grad.abs().max() > 1e-7}
@@ -478,7 +456,7 @@ def test_every_parameter_has_a_gradient(decoder_type, mask_ratio, target, loss, 
 
 @pytest.mark.parametrize("decoder_type", DECODERS)
 def test_gradient_checkpointing(decoder_type, pixel_values, features, noise):
-    model = tiny_model(decoder_type=decoder_type).train()
+    model = tiny.sami_model(decoder_type=decoder_type).train()
     layers = [*model.vision_encoder.layers, *model.decoder.layers]
     calls = inputs_of(layer.mlp for layer in layers)
     gradients = []
@@ -496,10 +474,10 @@ def test_gradient_checkpointing(decoder_type, pixel_values, features, noise):
 @pytest.mark.parametrize("decoder_type", DECODERS)
 @torch.no_grad()
 def test_eager_equals_sdpa(decoder_type, pixel_values, features, noise):
-    model = tiny_model(decoder_type=decoder_type)
+    model = tiny.sami_model(decoder_type=decoder_type)
     assert model.config._attn_implementation == "sdpa"
     expected = model(pixel_values, features, noise)
-    for other in (tiny_model(decoder_type=decoder_type), EfficientSamForPreTraining(model.config)):
+    for other in (tiny.sami_model(decoder_type=decoder_type), EfficientSamForPreTraining(model.config)):
         other.load_state_dict(model.state_dict())
         other.set_attn_implementation("eager")
         parts = [other, other.vision_encoder, other.decoder.layers[0].attention]
@@ -547,7 +525,7 @@ def test_return_dict_false(model, pixel_values, features, noise):
 @pytest.mark.parametrize("decoder_type", DECODERS)
 @pytest.mark.parametrize("target", ["features", "pixels"])
 def test_half_precision(dtype, tolerance, decoder_type, target, pixel_values, features, noise):
-    model = tiny_model(decoder_type=decoder_type, target=target)
+    model = tiny.sami_model(decoder_type=decoder_type, target=target)
     features = features if target == "features" else None
     expected = model(pixel_values, features, noise)
     half = model.to(dtype)
@@ -563,7 +541,7 @@ def test_half_precision(dtype, tolerance, decoder_type, target, pixel_values, fe
 
 @pytest.mark.parametrize("decoder_type", DECODERS)
 def test_autocast(decoder_type, pixel_values, features, noise):
-    model = tiny_model(decoder_type=decoder_type)
+    model = tiny.sami_model(decoder_type=decoder_type)
     expected = model(pixel_values, features, noise)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(pixel_values, features, noise)
@@ -575,7 +553,7 @@ def test_autocast(decoder_type, pixel_values, features, noise):
 
 def test_sharded_layer_by_layer(tmp_path, pixel_values, features, noise):
     """FSDP2 as accelerate sets it up: each of `_no_split_modules` by itself. One process shards as many do."""
-    model, sharded = tiny_model(), tiny_model()
+    model, sharded = tiny.sami_model(), tiny.sami_model()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
@@ -597,7 +575,7 @@ def test_sharded_layer_by_layer(tmp_path, pixel_values, features, noise):
 def test_whole_forward_is_one_graph(decoder_type, pixel_values, features, noise):
     """Traces without a break; the compiler's own back end would take minutes."""
     torch.compiler.reset()
-    model = tiny_model(decoder_type=decoder_type)
+    model = tiny.sami_model(decoder_type=decoder_type)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     output, expected = compiled(pixel_values, features, noise), model(pixel_values, features, noise)
     assert_close(output.reconstruction, expected.reconstruction)
@@ -611,7 +589,9 @@ def test_whole_forward_is_one_graph(decoder_type, pixel_values, features, noise)
 
 
 def test_projections_start_as_xavier():
-    model = tiny_model({"hidden_size": 96, "initializer_range": 0.1}, initializer_range=0.3, decoder_hidden_size=256)
+    model = tiny.sami_model(
+        {"hidden_size": 96, "initializer_range": 0.1}, initializer_range=0.3, decoder_hidden_size=256
+    )
     kernel = model.vision_encoder.embeddings.projection
     matrices = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert len(matrices) == 2 * 6 + 1 + 2 * 6 + 1  # encoder, projection, decoder, head
@@ -629,7 +609,7 @@ def test_projections_start_as_xavier():
 
 
 def test_positions_start_as_sines_and_cosines():
-    embeddings = tiny_model({"pretrain_image_size": 224}).vision_encoder.embeddings
+    embeddings = tiny.sami_model({"pretrain_image_size": 224}).vision_encoder.embeddings
     assert embeddings.position_embeddings.shape == (1, 1 + 14 * 14, 24)
     assert not embeddings.position_embeddings[0, 0].any()
     assert_close(embeddings.position_embeddings[0, 1:], table(14, 14, 24))
@@ -678,9 +658,9 @@ def names_under(state_dict, *prefixes) -> set[str]:
 @pytest.mark.parametrize("decoder_type", DECODERS)
 @torch.no_grad()
 def test_the_encoder_and_only_it_is_taken(loaded_class, decoder_type, tmp_path):
-    model = tiny_model(decoder_type=decoder_type)
+    model = tiny.sami_model(decoder_type=decoder_type)
     for parameter in model.parameters():
-        parameter += random(*parameter.shape)  # as trained: no two starts are alike
+        parameter += tiny.random(*parameter.shape)  # as trained: no two starts are alike
     model.save_pretrained(tmp_path / "sami")
     loaded, info = loaded_class.from_pretrained(tmp_path / "sami", output_loading_info=True)
 
