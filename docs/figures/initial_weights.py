@@ -29,7 +29,7 @@ def untrained_model() -> EfficientSamModel:
 def star(width: int, height: int) -> np.ndarray:
     """A mask prompt that is no box and no disc, bool [height, width]."""
     y, x = np.mgrid[:height, :width]
-    x, y = (x - width / 2) / height, (y - height / 2) / height
+    x, y = (x - width / 2) / width, (y - height / 2) / width
     return np.hypot(x, y) < 0.27 + 0.12 * np.cos(5 * np.arctan2(x, -y))
 
 
