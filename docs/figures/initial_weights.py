@@ -51,11 +51,10 @@ def main() -> None:
         return processor.post_process_masks(output.pred_masks, inputs["original_sizes"])[0][0]
 
     logits = torch.where(torch.from_numpy(mask), 10.0, -10.0)[None, None]
+    by_clicks = answer(input_points=[[clicks]], input_labels=[[labels]])
     columns = {
         "a box": [draw_masks(image, answer(input_boxes=[[box]]), boxes=[box])],
-        "clicks, one on the background": [
-            draw_masks(image, answer(input_points=[[clicks]], input_labels=[[labels]]), points=[clicks], labels=[labels])
-        ],
+        "clicks, one on the background": [draw_masks(image, by_clicks, points=[clicks], labels=[labels])],
         "a mask prompt": [draw_masks(image, answer(input_masks=logits))],
     }
     picture_table(columns).save(ROOT / "docs" / "initial_weights.jpg", quality=85, optimize=True)
