@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForMaskGeneration,
     AutoModelForPreTraining,
     AutoProcessor,
+    pipeline,
 )
 from without_package import run_without_package
 
@@ -369,6 +370,36 @@ def test_half_precision_stays_half(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     _, info = EfficientSamModel.from_pretrained(tmp_path, output_loading_info=True)
     assert info["missing_keys"] and info["unexpected_keys"]
+
+
+@pytest.fixture
+def half_precision(tmp_path):
+    """The folder of a checkpoint that is stored in float16."""
+    return tiny.save(tmp_path, tiny.model().half(), tiny.processor())
+
+
+@pytest.mark.parametrize("auto_class", [EfficientSamModel, AutoModel, AutoModelForMaskGeneration])
+def test_half_precision_is_loaded_as_float32_unless_asked_otherwise(half_precision, auto_class):
+    def dtypes(**options):
+        return {weights.dtype for weights in auto_class.from_pretrained(half_precision, **options).parameters()}
+
+    assert dtypes() == dtypes(dtype=None) == {torch.float32}
+    assert dtypes(dtype="auto") == dtypes(dtype="float16") == dtypes(dtype=torch.float16) == {torch.float16}
+    assert dtypes(dtype=torch.bfloat16) == dtypes(torch_dtype=torch.bfloat16) == {torch.bfloat16}
+    assert dtypes(device_map="cpu") == {torch.float32}
+    assert dtypes(device_map={"": "cpu"}, dtype=torch.float16) == {torch.float16}
+
+
+def test_a_pipeline_runs_half_precision_as_float32_where_the_config_or_its_user_says_so(half_precision):
+    def dtype(**options):
+        return pipeline("mask-generation", model=str(half_precision), **options).model.dtype
+
+    assert dtype() == dtype(dtype=torch.float16) == torch.float16  # of itself it asks for dtype="auto"
+    assert dtype(dtype=None) == torch.float32
+    config = AutoConfig.from_pretrained(half_precision)
+    config.dtype = "float32"  # as the bundled checkpoint's
+    config.save_pretrained(half_precision)
+    assert dtype() == torch.float32
 
 
 # --------------------------------------------------------------------------------------------- the bundled checkpoint

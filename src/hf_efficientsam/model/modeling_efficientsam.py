@@ -311,6 +311,16 @@ class EfficientSamPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _auto_classes = ("AutoModel",)  # that load this class from a saved folder
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, dtype=None, **kwargs):
+        """
+        As transformers', but in float32 unless a `dtype` is given: checkpoints of the family are often stored in half
+        precision, which is ten times slower on a CPU. `dtype="auto"` is what the checkpoint's config says. A pipeline
+        that is given no `dtype` asks for "auto"; give it `dtype=None` or a dtype.
+        """
+        dtype = dtype or kwargs.pop("torch_dtype", None) or torch.float32  # torch_dtype: the name in transformers 4
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, dtype=dtype, **kwargs)
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As transformers'. The folder also holds the code, for `trust_remote_code=True` without this package."""
         # transformers writes down one Auto class. Named anew each time, for a model that was itself loaded as remote
