@@ -44,6 +44,17 @@ def test_parts_may_be_dicts_or_configs(name):
             assert type(getattr(config, other)) is PARTS[other]
 
 
+def test_thresholds_of_mask_generation_are_segment_anythings_unless_given(tmp_path):
+    defaults = {"pred_iou_thresh": 0.88, "stability_score_thresh": 0.95, "stability_score_offset": 1.0}
+    assert EfficientSamConfig().mask_generation == defaults
+    config = EfficientSamConfig(mask_generation={"pred_iou_thresh": 0.5, "stability_score_offset": 2})
+    assert config.mask_generation == defaults | {"pred_iou_thresh": 0.5, "stability_score_offset": 2.0}
+    config.save_pretrained(tmp_path)
+    assert EfficientSamConfig.from_pretrained(tmp_path).mask_generation == config.mask_generation
+    with pytest.raises(ValueError, match="stability_score_offset, and not points_per_side"):
+        EfficientSamConfig(mask_generation={"points_per_side": 16})
+
+
 def test_round_trip_through_a_folder(tmp_path):
     config = EfficientSamConfig(
         vision_config={"hidden_size": 24, "output_channels": 32, "image_size": 64},

@@ -272,6 +272,10 @@ class EfficientSamMaskDecoderConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
+# Segment everything, as segment-anything does it where a checkpoint says nothing else.
+MASK_GENERATION = {"pred_iou_thresh": 0.88, "stability_score_thresh": 0.95, "stability_score_offset": 1.0}
+
+
 @strict
 class EfficientSamConfig(PreTrainedConfig):
     r"""
@@ -282,6 +286,11 @@ class EfficientSamConfig(PreTrainedConfig):
         prompt_encoder_config (`dict` or [`EfficientSamPromptEncoderConfig`], *optional*): Prompt encoder.
         mask_decoder_config (`dict` or [`EfficientSamMaskDecoderConfig`], *optional*): Mask decoder.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
+        mask_generation (`dict`, *optional*):
+            The thresholds that suit these weights when everything in an image is segmented: `pred_iou_thresh`,
+            `stability_score_thresh` and `stability_score_offset`, each segment-anything's default (0.88, 0.95, 1.0) if
+            not given. [`EfficientSamMaskGenerator`] starts from them; a pipeline is given them:
+            `pipe(image, **pipe.model.config.mask_generation)`.
 
     Example:
 
@@ -304,6 +313,7 @@ class EfficientSamConfig(PreTrainedConfig):
     prompt_encoder_config: dict | PreTrainedConfig | None = None
     mask_decoder_config: dict | PreTrainedConfig | None = None
     initializer_range: float = 0.02
+    mask_generation: dict | None = None
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -315,6 +325,12 @@ class EfficientSamConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        given = self.mask_generation or {}
+        if unknown := given.keys() - MASK_GENERATION:
+            raise ValueError(
+                f"mask_generation has {', '.join(MASK_GENERATION)}, and not {', '.join(sorted(unknown))}; correct it."
+            )
+        self.mask_generation = MASK_GENERATION | {name: float(value) for name, value in given.items()}
         widths = {
             "vision_config.output_channels": self.vision_config.output_channels,
             "prompt_encoder_config.hidden_size": self.prompt_encoder_config.hidden_size,
