@@ -31,8 +31,8 @@ learning_rate: 5e-3
 layer_decay: 0.9
 log_steps: 1
 save_steps: 4
-picture_steps: 6
-val_steps: 3
+image_steps: 6
+eval_steps: 3
 num_workers: 0
 """
 
@@ -91,7 +91,7 @@ def test_a_run_learns_and_leaves_a_detector_its_ap_and_pictures(whole):
     assert 0 < metrics["mask"]["AP"] <= 1 and 0 < metrics["box"]["AP"] <= 1 and metrics["versions"]["torchvision"]
     assert {one["category_id"] for one in detections} <= {11, 30} and {len(one) for one in detections} == {4}
     assert [json.loads(line)["step"] for line in (whole / "evaluation.jsonl").read_text().splitlines()] == [3, 6]
-    for picture in ("curve.png", "evaluation.png", "detections.png", "pictures/objects_00000006.png"):
+    for picture in ("curve.png", "evaluation.png", "detections.png", "images/objects_00000006.png"):
         assert Image.open(whole / picture).width > 300
     assert steps_saved(whole) == ["step_00000004", "step_00000006"]
 

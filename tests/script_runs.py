@@ -1,41 +1,47 @@
 """How the scripts in `training/` are started as a user does, killed, resumed and compared."""
 
 import contextlib
+import functools
+import importlib.util
 import io
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_efficientsam.training.engine.runtime import TIMINGS
+from hf_efficientsam.training.engine.metrics_log import TIMINGS
+from hf_efficientsam.training.engine.run import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = ROOT / "training"
 # `python killed.py SCRIPT ...` runs the script until its fifth step is done and logged, two after a checkpoint.
-KILLED = """
-import os, runpy, signal, sys
-from hf_efficientsam.training.engine.runtime import Log
+KILLED = f"""
+import os, pathlib, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from hf_efficientsam.training.engine.metrics_log import MetricsLog
+from script_runs import load_script
 
 def add_and_die(self, step, **values):
     add(self, step, **values)
     if step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 
-add, Log.add = Log.add, add_and_die
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+add, MetricsLog.add = MetricsLog.add, add_and_die
+load_script(pathlib.Path(sys.argv[1]).stem).main(sys.argv[2:])
 """
 # `python freed.py SCRIPT ...` asserts that the distributed model is gone before the group of processes is.
-FREED = """
-import gc, runpy, sys
+FREED = f"""
+import gc, pathlib, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 from accelerate import Accelerator
+from script_runs import load_script
 from torch.nn.parallel import DistributedDataParallel
 
 def end(self):
@@ -43,10 +49,18 @@ def end(self):
     end_training(self)
 
 end_training, Accelerator.end_training = Accelerator.end_training, end
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+load_script(pathlib.Path(sys.argv[1]).stem).main(sys.argv[2:])
 """
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@functools.cache
+def load_script(name: str) -> ModuleType:
+    """A script as a module, without starting it."""
+    spec = importlib.util.spec_from_file_location(name, TRAINING / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def start(script: str, *arguments, python=(), cwd=None, timeout=300, environment=()) -> subprocess.CompletedProcess:
@@ -62,21 +76,32 @@ def start(script: str, *arguments, python=(), cwd=None, timeout=300, environment
 
 def run(script: str, *arguments, code: int = 0) -> str:
     """What a script says, in this process, which saves the imports."""
-    output = io.StringIO()
+    output, main = io.StringIO(), load_script(script).main
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stderr(output),
         contextlib.redirect_stdout(output),
     ):
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(sys, "argv", [*map(str, [TRAINING / f"{script}.py", *arguments])])
+        ended = 0
         try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-            ended = 0
+            run_script(script, lambda: main([*map(str, arguments)]))
         except SystemExit as exit:
             ended = exit.code
     assert ended == code, output.getvalue()
     return output.getvalue()
+
+
+def run_on_two_processes(file: str, function: str, folder: Path) -> None:
+    """A function of a test file, called with the folder on two processes, each started anew: a fork would inherit
+    Accelerate's state and threads."""
+    start = f"import sys; sys.path[:0] = {[str(Path(file).parent), str(Path(__file__).parent)]!r}\n"
+    start += f"from pathlib import Path\nfrom {Path(file).stem} import {function}\n{function}(Path({str(folder)!r}))\n"
+    (folder / "start.py").write_text(start)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *TWO_PROCESSES, folder / "start.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def refuse(script: str, *arguments) -> str:

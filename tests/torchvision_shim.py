@@ -4,7 +4,7 @@ A plugin of pytest, `-p torchvision_shim`, or `python torchvision_shim.py SCRIPT
 The environment sets TORCHDYNAMO_DISABLE=1, so that torchvision's own RoIAlign in Python is not compiled.
 """
 
-import runpy
+import pathlib
 import sys
 from functools import partial
 
@@ -41,5 +41,6 @@ torchvision.ops.boxes._assert_has_ops = lambda: None
 roi_heads.roi_align = partial(roi_heads.roi_align, sampling_ratio=2)
 
 if __name__ == "__main__":
-    sys.argv = sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    from script_runs import load_script
+
+    load_script(pathlib.Path(sys.argv[1]).stem).main(sys.argv[2:])

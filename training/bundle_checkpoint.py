@@ -19,7 +19,10 @@ import torch
 
 from hf_efficientsam import EfficientSamModel, EfficientSamProcessor, EfficientSamSaliencyHead, bundled_checkpoint
 from hf_efficientsam.model.model_card_efficientsam import table
-from hf_efficientsam.training.engine.runtime import fill_between, parse_recipe, replaced_folder
+from hf_efficientsam.training.engine.checkpoints import replaced_folder
+from hf_efficientsam.training.engine.config import parse_config
+from hf_efficientsam.training.engine.reports import fill_between
+from hf_efficientsam.training.engine.run import run_script
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 SALIENCY_BEGIN, SALIENCY_END = "<!-- saliency: begin -->", "<!-- saliency: end -->"
@@ -27,7 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class BundleConfig:
     model: str | None = field(default=None, metadata={"help": "the trained model; by default the present one stays"})
     saliency: str | None = field(default=None, metadata={"help": "the saliency head trained on its embeddings"})
     annotations: str = field(
@@ -62,42 +65,41 @@ def saliency_table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    recipe = parse_recipe(Recipe, __doc__)
-    if recipe.saliency is None:
-        print("bundle_checkpoint: Give --saliency a head that train_saliency.py made for the model.", file=sys.stderr)
-        raise SystemExit(2)
+def main(arguments: list[str] | None = None) -> None:
+    config = parse_config(BundleConfig, __doc__, arguments)
+    if config.saliency is None:
+        raise ValueError("Give --saliency a head that train_saliency.py made for the model.")
     target = Path(bundled_checkpoint())
     RESULTS.mkdir(exist_ok=True)
-    for run in map(Path, recipe.curves):
+    for run in map(Path, config.curves):
         for kind in ("jsonl", "png"):
             shutil.copy(run / f"curve.{kind}", RESULTS / f"bundled_{run.name}.{kind}")
     with replaced_folder(target) as making:
-        if recipe.model is None:
+        if config.model is None:
             shutil.copytree(target, making, dirs_exist_ok=True)
         else:
-            make(recipe, making, (target / "README.md").read_text())
-        add_saliency(recipe, making)
+            make(config, making, (target / "README.md").read_text())
+        add_saliency(config, making)
 
 
-def make(recipe: Recipe, making: Path, card: str) -> None:
+def make(config: BundleConfig, making: Path, card: str) -> None:
     """Everything of the checkpoint but its head into the folder `making`, with the prose of the model card `card`."""
-    EfficientSamModel.from_pretrained(recipe.model, dtype=torch.float16).save_pretrained(making)
-    EfficientSamProcessor.from_pretrained(recipe.model).save_pretrained(making)
+    EfficientSamModel.from_pretrained(config.model, dtype=torch.float16).save_pretrained(making)
+    EfficientSamProcessor.from_pretrained(config.model).save_pretrained(making)
     remove_code(making)
-    evaluate = ["evaluate_masks", "--model", making, "--annotations", recipe.annotations]
+    evaluate = ["evaluate_masks", "--model", making, "--annotations", config.annotations]
     report = measure(making / "metrics.json", *evaluate, "--picture", making / "cases.png") | {"model": "bundled"}
     (making / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
     (making / "README.md").write_text(fill_card(card, report))
 
 
-def add_saliency(recipe: Recipe, making: Path) -> None:
+def add_saliency(config: BundleConfig, making: Path) -> None:
     """The head into the folder `saliency` of the checkpoint `making`, and its numbers into the model card."""
     folder, card = making / "saliency", making / "README.md"
-    EfficientSamSaliencyHead.from_pretrained(recipe.saliency, dtype=torch.float16).save_pretrained(folder)
+    EfficientSamSaliencyHead.from_pretrained(config.saliency, dtype=torch.float16).save_pretrained(folder)
     remove_code(folder)
-    evaluate = ["evaluate_saliency", "--model", making, "--data", f"{recipe.salient}/val"]
-    evaluate += ["--saliency", "own", "whole", "prior", "--prior", f"{recipe.salient}/train"]
+    evaluate = ["evaluate_saliency", "--model", making, "--data", f"{config.salient}/val"]
+    evaluate += ["--saliency", "own", "whole", "prior", "--prior", f"{config.salient}/train"]
     report = measure(folder / "metrics.json", *evaluate)
     (folder / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
     measured = f"{report['images']} images.\n\n" + saliency_table(report["results"])
@@ -110,14 +112,14 @@ def remove_code(folder: Path) -> None:
 
 
 def measure(output: Path, script: str, *arguments) -> dict:
-    """What a script of evaluation reports, without its recipe: all of that but paths of this machine is elsewhere in
+    """What a script of evaluation reports, without its config: all of that but paths of this machine is elsewhere in
     the report, or the default."""
     command = [sys.executable, Path(__file__).with_name(f"{script}.py"), *arguments, "--output", output]
     subprocess.run([*map(str, command)], check=True)
     report = json.loads(output.read_text())
-    del report["recipe"]
+    del report["config"]
     return report
 
 
 if __name__ == "__main__":
-    main()
+    run_script("bundle_checkpoint", main)

@@ -22,14 +22,15 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from hf_efficientsam.training.data.images import ImageOptions, ImageViews, StreamedViews, open_images
-from hf_efficientsam.training.engine.runtime import parse_recipe, run_script
+from hf_efficientsam.training.data.images import ImageSourceConfig, ImageViews, StreamedViews, open_images
+from hf_efficientsam.training.engine.config import parse_config
+from hf_efficientsam.training.engine.run import run_script
 from hf_efficientsam.training.sami.feature_cache import ViewParts, open_manifest, part_path, write_index, write_part
 from hf_efficientsam.training.sami.teachers import Teacher, load_teacher
 
 
 @dataclass(frozen=True)
-class Recipe(ImageOptions):
+class CacheFeaturesConfig(ImageSourceConfig):
     # What the features depend on.
     teacher: str = field(default="bundled", metadata={"help": "vision model: Hub name, directory, or: bundled"})
     teacher_size: int | None = field(default=None, metadata={"help": "its input side; else its processor's"})
@@ -44,54 +45,54 @@ class Recipe(ImageOptions):
     output_dir: str = field(default="runs/features", metadata={"help": "folder of the cache"})
 
 
-def build_views(recipe: Recipe, teacher: Teacher) -> ImageViews | StreamedViews:
-    if min(recipe.views, recipe.batch_size, recipe.part_size) < 1:
+def build_views(config: CacheFeaturesConfig, teacher: Teacher) -> ImageViews | StreamedViews:
+    if min(config.views, config.batch_size, config.part_size) < 1:
         raise ValueError("--views, --batch_size and --part_size must be at least 1.")
-    source = open_images(recipe.images, recipe.dataset, recipe.split, recipe.image_column, recipe.shards)
-    return (StreamedViews if recipe.shards else ImageViews)(
+    source = open_images(config.images, config.dataset, config.split, config.image_column, config.shards)
+    return (StreamedViews if config.shards else ImageViews)(
         source,
-        recipe.size,
+        config.size,
         teacher_size=teacher.size,
-        crop_scale=(recipe.crop_scale, 1.0),
-        views=recipe.views,
-        seed=recipe.view_seed,
+        crop_scale=(config.crop_scale, 1.0),
+        views=config.views,
+        seed=config.view_seed,
     )
 
 
-def build_manifest(recipe: Recipe, teacher: Teacher, views: ImageViews | StreamedViews) -> dict:
+def build_manifest(config: CacheFeaturesConfig, teacher: Teacher, views: ImageViews | StreamedViews) -> dict:
     options = ("size", "crop_scale", "views", "view_seed", "part_size")
     return {
         "teacher": teacher.description(),
         "patch_size": views.patch_size,
         "width": teacher.width,
-        **{name: getattr(recipe, name) for name in options},
+        **{name: getattr(config, name) for name in options},
         "data": views.source.fingerprint(),
     }
 
 
-def cache_features(recipe: Recipe, accelerator: Accelerator) -> None:
-    teacher = load_teacher(recipe.teacher, recipe.teacher_size, accelerator.device)
-    views = build_views(recipe, teacher)
+def cache_features(config: CacheFeaturesConfig, accelerator: Accelerator) -> None:
+    teacher = load_teacher(config.teacher, config.teacher_size, accelerator.device)
+    views = build_views(config, teacher)
     if accelerator.is_main_process:
-        open_manifest(recipe.output_dir, build_manifest(recipe, teacher, views))
+        open_manifest(config.output_dir, build_manifest(config, teacher, views))
     accelerator.wait_for_everyone()
-    num_parts = ViewParts.count(views, recipe.part_size)
-    everything = [(view, part) for view in range(recipe.views) for part in range(num_parts)]
-    missing = [which for which in everything if not part_path(recipe.output_dir, *which).is_file()]
+    num_parts = ViewParts.count(views, config.part_size)
+    everything = [(view, part) for view in range(config.views) for part in range(num_parts)]
+    missing = [which for which in everything if not part_path(config.output_dir, *which).is_file()]
     accelerator.wait_for_everyone()  # all have looked before the first of them writes
     mine = missing[accelerator.process_index :: accelerator.num_processes]
 
-    grid = (recipe.size // views.patch_size,) * 2
+    grid = (config.size // views.patch_size,) * 2
     nothing = torch.zeros(0, grid[0] * grid[1], teacher.width, dtype=torch.float16)
     total = (
-        None if recipe.shards else sum(min(recipe.part_size, len(views) - part * recipe.part_size) for _, part in mine)
+        None if config.shards else sum(min(config.part_size, len(views) - part * config.part_size) for _, part in mine)
     )
     with tqdm(total=total, unit="image", disable=not accelerator.is_main_process, mininterval=5) as progress:
         for view, which in groupby(mine, key=itemgetter(0)):
             views.set_epoch(view)
-            parts = ViewParts(views, [part for _, part in which], recipe.part_size, recipe.batch_size)
+            parts = ViewParts(views, [part for _, part in which], config.part_size, config.batch_size)
             pin_memory = accelerator.device.type == "cuda"
-            loader = DataLoader(parts, batch_size=None, num_workers=recipe.num_workers, pin_memory=pin_memory)
+            loader = DataLoader(parts, batch_size=None, num_workers=config.num_workers, pin_memory=pin_memory)
             unfinished = defaultdict(lambda: ([], [nothing]))
             for part, keys, pixels in loader:
                 all_keys, all_features = unfinished[part]
@@ -101,20 +102,20 @@ def cache_features(recipe: Recipe, accelerator: Accelerator) -> None:
                     all_features.append(features.to("cpu", torch.float16))
                     progress.update(len(keys))
                 else:
-                    write_part(recipe.output_dir, view, part, all_keys, torch.cat(all_features))
+                    write_part(config.output_dir, view, part, all_keys, torch.cat(all_features))
                     del unfinished[part]
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_index(recipe.output_dir, num_parts, recipe.views)
+        write_index(config.output_dir, num_parts, config.views)
 
 
-def main() -> None:
-    recipe = parse_recipe(Recipe, __doc__)
+def main(arguments: list[str] | None = None) -> None:
+    config = parse_config(CacheFeaturesConfig, __doc__, arguments)
     # Processes that are done wait for the others, for longer than the usual limit.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
-    cache_features(recipe, accelerator)
+    cache_features(config, accelerator)
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    run_script("cache_features", main, code=2)
+    run_script("cache_features", main)

@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 
 from hf_efficientsam import bundled_checkpoint
-from hf_efficientsam.training.engine.runtime import parse_recipe, run_script
+from hf_efficientsam.training.engine.config import parse_config
+from hf_efficientsam.training.engine.run import run_script
 from hf_efficientsam.training.engine.study import Study, StudyOptions
 
 HERE = Path(__file__).parent
@@ -51,4 +52,4 @@ class DataStudy(Study):
 
 
 if __name__ == "__main__":
-    run_script("data_study", lambda: DataStudy(parse_recipe(StudyOptions, __doc__), HERE).run())
+    run_script("data_study", lambda: DataStudy(parse_config(StudyOptions, __doc__), HERE).run())

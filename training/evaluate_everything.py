@@ -8,7 +8,6 @@ any threshold. A large grid takes a while: with `--masks` what was found on an i
 """
 
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,12 +18,14 @@ from hf_efficientsam import EfficientSamModel, EfficientSamProcessor
 from hf_efficientsam.inference.loading import find_checkpoint, load_model
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.training.data.coco import CocoMasks
-from hf_efficientsam.training.engine.runtime import last_line, parse_recipe, replace_text, write_with_versions
+from hf_efficientsam.training.engine.config import parse_config
+from hf_efficientsam.training.engine.reports import replace_text, write_report
+from hf_efficientsam.training.engine.run import run_script
 from hf_efficientsam.training.masks.coco_ar import NAMES, PROTOCOL, average_recall
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EvaluateEverythingConfig:
     model: str = field(default="bundled", metadata={"help": "path or Hub name of an EfficientSAM, or: bundled"})
     annotations: str | None = field(default=None, metadata={"help": "COCO-style json file with the true masks"})
     images: str | None = field(default=None, metadata={"help": "folder of its images; by default `images` beside it"})
@@ -37,24 +38,24 @@ class Recipe:
     device: str | None = field(default=None, metadata={"help": "by default a GPU if there is one"})
 
 
-def check(recipe: Recipe) -> None:
-    if recipe.annotations is None:
+def check(config: EvaluateEverythingConfig) -> None:
+    if config.annotations is None:
         raise ValueError("Give --annotations a COCO-style json file.")
-    if recipe.limit is not None and recipe.limit < 1:
-        raise ValueError(f"--limit {recipe.limit} must be at least 1.")
-    if not recipe.points_per_side or len(set(recipe.points_per_side)) < len(recipe.points_per_side):
+    if config.limit is not None and config.limit < 1:
+        raise ValueError(f"--limit {config.limit} must be at least 1.")
+    if not config.points_per_side or len(set(config.points_per_side)) < len(config.points_per_side):
         raise ValueError("Give --points_per_side at least one number, and none twice.")
 
 
-def check_same_masks(recipe: Recipe) -> None:
+def check_same_masks(config: EvaluateEverythingConfig) -> None:
     """Notes in the folder of masks how they were found, and compares if it is noted already."""
-    path = Path(recipe.masks) / "recipe.json"
+    path = Path(config.masks) / "config.json"
     names = ("model", "annotations", "images", "pred_iou_thresh", "stability_score_thresh")
-    now = {name: getattr(recipe, name) for name in names}
+    now = {name: getattr(config, name) for name in names}
     if path.exists() and (before := json.loads(path.read_text())) != now:
         different = [name for name in names if before.get(name) != now[name]]
         raise ValueError(
-            f"The masks in {recipe.masks} were found with another {', '.join(different)}; give another --masks."
+            f"The masks in {config.masks} were found with another {', '.join(different)}; give another --masks."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps(now, indent=1) + "\n")
@@ -73,21 +74,21 @@ def find_masks(generator: EfficientSamMaskGenerator, dataset: CocoMasks, index: 
 
 
 def measure(
-    recipe: Recipe, dataset: CocoMasks, count: int, points: int, model: EfficientSamModel, processor
+    config: EvaluateEverythingConfig, dataset: CocoMasks, count: int, points: int, model: EfficientSamModel, processor
 ) -> dict[str, float | None]:
     """Average recall, and how many masks an image has, with a grid of `points` a side on the first `count` images."""
     generator = EfficientSamMaskGenerator(
         model,
         processor,
         points_per_side=points,
-        pred_iou_thresh=recipe.pred_iou_thresh,
-        stability_score_thresh=recipe.stability_score_thresh,
+        pred_iou_thresh=config.pred_iou_thresh,
+        stability_score_thresh=config.stability_score_thresh,
         output_mode="coco_rle",
     )
     found = []
     for index in tqdm(range(count), desc=f"{points} a side", unit="image", mininterval=2):
         name = f"{points}/{dataset.records[index]['id']}.json"
-        found.append(find_masks(generator, dataset, index, recipe.masks and Path(recipe.masks) / name))
+        found.append(find_masks(generator, dataset, index, config.masks and Path(config.masks) / name))
     return {**average_recall(dataset.rles[:count], found), "masks": sum(map(len, found)) / count}
 
 
@@ -96,54 +97,52 @@ def print_row(points: int, result: dict[str, float | None]) -> None:
     print(f"{points:<8}" + "".join(cells) + f"{result['masks']:8.1f}", flush=True)
 
 
-def write_report(recipe: Recipe, count: int, results: dict, seconds: float, model, processor) -> None:
+def save_results(
+    config: EvaluateEverythingConfig, count: int, results: dict, seconds: float, model, processor
+) -> None:
     size = processor.image_processor.size
     report = {
-        "model": recipe.model,
-        "annotations": recipe.annotations,
+        "model": config.model,
+        "annotations": config.annotations,
         "images": count,
         "input_size": {"height": size.height, "width": size.width},
         "protocol": PROTOCOL,
         "results": results,
         "seconds": round(seconds, 1),
-        "recipe": asdict(recipe),
+        "config": asdict(config),
         "device": str(model.device),
     }
-    Path(recipe.output).parent.mkdir(parents=True, exist_ok=True)
-    write_with_versions(recipe.output, report, ("faster-coco-eval", "numpy", "pillow", "pycocotools"))
+    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    write_report(config.output, report, ("faster-coco-eval", "numpy", "pillow", "pycocotools"))
 
 
-def load(recipe: Recipe) -> tuple[EfficientSamModel, EfficientSamProcessor]:
-    model, processor = load_model(find_checkpoint(None if recipe.model == "bundled" else recipe.model))
-    return model.to(recipe.device or model.device), processor
+def load(config: EvaluateEverythingConfig) -> tuple[EfficientSamModel, EfficientSamProcessor]:
+    model, processor = load_model(find_checkpoint(None if config.model == "bundled" else config.model))
+    return model.to(config.device or model.device), processor
 
 
-def evaluate(recipe: Recipe) -> None:
-    check(recipe)
-    dataset = CocoMasks(recipe.annotations, recipe.images)
+def evaluate(config: EvaluateEverythingConfig) -> None:
+    check(config)
+    dataset = CocoMasks(config.annotations, config.images)
     if not len(dataset):
-        raise ValueError(f"There is no mask to evaluate in {recipe.annotations}; check the file.")
-    count = min(len(dataset), recipe.limit or len(dataset))
-    model, processor = load(recipe)
-    if recipe.masks is not None:
-        check_same_masks(recipe)
+        raise ValueError(f"There is no mask to evaluate in {config.annotations}; check the file.")
+    count = min(len(dataset), config.limit or len(dataset))
+    model, processor = load(config)
+    if config.masks is not None:
+        check_same_masks(config)
     started, results = time.perf_counter(), {}
     print(f"{count} images, {sum(map(len, dataset.rles[:count]))} masks")
     print(f"{'points':8}" + "".join(f"{name:>8}" for name in NAMES) + f"{'masks':>8}")
-    for points in recipe.points_per_side:
-        results[str(points)] = measure(recipe, dataset, count, points, model, processor)
+    for points in config.points_per_side:
+        results[str(points)] = measure(config, dataset, count, points, model, processor)
         print_row(points, results[str(points)])
-        if recipe.output is not None:  # after each, for the next can take hours
-            write_report(recipe, count, results, time.perf_counter() - started, model, processor)
+        if config.output is not None:  # after each, for the next can take hours
+            save_results(config, count, results, time.perf_counter() - started, model, processor)
 
 
-def main() -> None:
-    try:
-        evaluate(parse_recipe(Recipe, __doc__))
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"evaluate_everything: {last_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
+def main(arguments: list[str] | None = None) -> None:
+    evaluate(parse_config(EvaluateEverythingConfig, __doc__, arguments))
 
 
 if __name__ == "__main__":
-    main()
+    run_script("evaluate_everything", main)

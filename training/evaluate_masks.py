@@ -15,7 +15,6 @@ the model, or by model if there are several. Several processes give the numbers 
 """
 
 import json
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -36,7 +35,9 @@ from tqdm.auto import tqdm
 from hf_efficientsam.training.data.coco import CocoMasks, decode, with_folders
 from hf_efficientsam.training.data.sa1b import Sa1bShards
 from hf_efficientsam.training.data.saliency import SaliencyMasks
-from hf_efficientsam.training.engine.runtime import last_line, parse_recipe, replace_text, write_with_versions
+from hf_efficientsam.training.engine.config import parse_config
+from hf_efficientsam.training.engine.reports import replace_text, write_report
+from hf_efficientsam.training.engine.run import run_script
 from hf_efficientsam.training.masks.coco_ap import CANDIDATES, Detections, RleEncoder, segment_detections
 from hf_efficientsam.training.masks.evaluation import (
     PROTOCOLS,
@@ -53,7 +54,7 @@ from hf_efficientsam.training.masks.predictors import Predictor, load_predictor,
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EvaluateMasksConfig:
     model: list[str] = field(
         default_factory=lambda: ["bundled"],
         metadata={"help": "one or several: path or Hub name of an EfficientSAM or SAM, or: bundled"},
@@ -95,34 +96,34 @@ class Recipe:
     device: str | None = field(default=None, metadata={"help": "by default a GPU if there is one"})
 
 
-def check(recipe: Recipe) -> None:
-    if bool(recipe.annotations) == bool(recipe.shards):
+def check(config: EvaluateMasksConfig) -> None:
+    if bool(config.annotations) == bool(config.shards):
         raise ValueError("Give --annotations a COCO-style json file or a folder, or --shards tar files of SA-1B.")
-    if not recipe.model or len(set(recipe.model)) < len(recipe.model):
+    if not config.model or len(set(config.model)) < len(config.model):
         raise ValueError("Give --model at least one model, and none twice.")
-    if not recipe.prompts:
+    if not config.prompts:
         raise ValueError("Give --prompts at least one of box, click1, click3, ...")
-    for prompt in recipe.prompts:
+    for prompt in config.prompts:
         num_clicks(prompt)
     for name in ("limit", "batch_size", "prompts_at_once"):
-        if getattr(recipe, name) is not None and getattr(recipe, name) < 1:
-            raise ValueError(f"--{name} {getattr(recipe, name)} must be at least 1.")
-    if recipe.num_workers < 0 or recipe.seed < 0:
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise ValueError(f"--{name} {getattr(config, name)} must be at least 1.")
+    if config.num_workers < 0 or config.seed < 0:
         raise ValueError("--num_workers and --seed must not be negative.")
-    if recipe.detections is not None and len(recipe.annotations) != 1:
+    if config.detections is not None and len(config.annotations) != 1:
         raise ValueError("--detections belong to one json file; give --annotations that one.")
-    if recipe.detections is not None and recipe.picture is not None:
+    if config.detections is not None and config.picture is not None:
         raise ValueError("--picture shows masks of --prompts; leave it or --detections out.")
-    if recipe.write_masks is not None and (recipe.detections is None or len(recipe.model) > 1):
+    if config.write_masks is not None and (config.detections is None or len(config.model) > 1):
         raise ValueError("--write_masks writes the masks of one --model for --detections; give both.")
 
 
-def open_sources(recipe: Recipe) -> list[Any]:
-    if recipe.shards:
-        return [Sa1bShards(recipe.shards)]
-    pairs = with_folders(recipe.annotations, recipe.images, "--annotations")
-    if recipe.detections is not None:
-        sources = [Detections(pairs[0][0], recipe.detections, pairs[0][1], recipe.limit)]
+def open_sources(config: EvaluateMasksConfig) -> list[Any]:
+    if config.shards:
+        return [Sa1bShards(config.shards)]
+    pairs = with_folders(config.annotations, config.images, "--annotations")
+    if config.detections is not None:
+        sources = [Detections(pairs[0][0], config.detections, pairs[0][1], config.limit)]
     else:
         sources = [
             SaliencyMasks(annotations) if Path(annotations).is_dir() else CocoMasks(annotations, folder)
@@ -144,7 +145,9 @@ def with_progress(batches: Iterable[list[Item]], images: int | None, shown: bool
             progress.update(len(batch))
 
 
-def measure_masks(recipe: Recipe, batches: Iterable[list[Item]], predictors: list[Predictor]) -> list[Record]:
+def measure_masks(
+    config: EvaluateMasksConfig, batches: Iterable[list[Item]], predictors: list[Predictor]
+) -> list[Record]:
     """What was measured on each image of this process."""
     records = []
     for batch in batches:
@@ -152,9 +155,9 @@ def measure_masks(recipe: Recipe, batches: Iterable[list[Item]], predictors: lis
             predictor.encode([item.inputs[number] for item in batch]) for number, predictor in enumerate(predictors)
         ]
         for number, item in enumerate(batch):
-            asked = {name: images[number] for name, images in zip(recipe.model, encoded, strict=True)}
+            asked = {name: images[number] for name, images in zip(config.model, encoded, strict=True)}
             ious, areas = evaluate_image(
-                asked, item.sample, recipe.prompts, recipe.clicks, recipe.seed, recipe.prompts_at_once
+                asked, item.sample, config.prompts, config.clicks, config.seed, config.prompts_at_once
             )
             lists = {row: values.tolist() for row, values in ious.items()}
             records.append(Record(item.place, item.sample.source, areas.tolist(), lists))
@@ -162,18 +165,18 @@ def measure_masks(recipe: Recipe, batches: Iterable[list[Item]], predictors: lis
 
 
 def measure_detections(
-    recipe: Recipe, batches: Iterable[list[Item]], predictors: list[Predictor]
+    config: EvaluateMasksConfig, batches: Iterable[list[Item]], predictors: list[Predictor]
 ) -> list[tuple[str, int, dict]]:
     """Model, number and RLE of each detection of this process."""
     promises = []
-    with RleEncoder(recipe.num_workers) as encode:
+    with RleEncoder(config.num_workers) as encode:
         for batch in batches:
             for position, predictor in enumerate(predictors):
                 images = predictor.encode([item.inputs[position] for item in batch])
                 for item, predict in zip(batch, images, strict=True):
                     size = item.inputs[position].original_size
-                    parts = segment_detections(predict, item.sample, size, recipe.candidate, recipe.prompts_at_once)
-                    promises.append((recipe.model[position], item.sample.numbers, [encode(part) for part in parts]))
+                    parts = segment_detections(predict, item.sample, size, config.candidate, config.prompts_at_once)
+                    promises.append((config.model[position], item.sample.numbers, [encode(part) for part in parts]))
         return [
             (model, number, rle)
             for model, numbers, parts in promises
@@ -181,13 +184,13 @@ def measure_detections(
         ]
 
 
-def summarize_masks(recipe: Recipe, records: list[Record]) -> tuple[dict[str, dict], dict[str, dict]]:
+def summarize_masks(config: EvaluateMasksConfig, records: list[Record]) -> tuple[dict[str, dict], dict[str, dict]]:
     """Results by model, and by dataset and model where there are several datasets."""
-    results = {model: mean_ious(records, model, recipe.prompts) for model in recipe.model}
-    sources = dict.fromkeys(record.source for record in records if recipe.annotations)
+    results = {model: mean_ious(records, model, config.prompts) for model in config.model}
+    sources = dict.fromkeys(record.source for record in records if config.annotations)
     parts = {source: [record for record in records if record.source == source] for source in sources}
     return results, {
-        source: {model: mean_ious(part, model, recipe.prompts) for model in recipe.model}
+        source: {model: mean_ious(part, model, config.prompts) for model in config.model}
         for source, part in (parts.items() if len(parts) > 1 else ())
     }
 
@@ -221,13 +224,15 @@ def print_aps(results: dict[str, dict[str, float | None]]) -> None:
         print(f"{model[-23:]:24}" + "".join(cells))
 
 
-def draw_cases(recipe: Recipe, predictor: Predictor, batches: ImageBatches, records: list[Record]) -> None:
+def draw_cases(
+    config: EvaluateMasksConfig, predictor: Predictor, batches: ImageBatches, records: list[Record]
+) -> None:
     """The best, median and worst mask of the first prompt (box if it is one): prompt, true outline, confident mask."""
-    prompt = "box" if "box" in recipe.prompts else recipe.prompts[0]
+    prompt = "box" if "box" in config.prompts else config.prompts[0]
     ious = [
         (iou, record.place, number)
         for record in records
-        for number, iou in enumerate(record.ious[recipe.model[0], prompt, "confident"])
+        for number, iou in enumerate(record.ious[config.model[0], prompt, "confident"])
     ]
     ious.sort(reverse=True)
     chosen = {"best": ious[0], "median": ious[len(ious) // 2], "worst": ious[-1]}
@@ -236,7 +241,7 @@ def draw_cases(recipe: Recipe, predictor: Predictor, batches: ImageBatches, reco
         sample = batches.find(place)
         target = torch.from_numpy(decode([sample.rles[number]])).contiguous()
         (predict,) = predictor.encode([prepare_image(predictor.processor, sample.image)])
-        fixed = fixed_prompts(target, [sample.annotation_ids[number]], [prompt], recipe.clicks, recipe.seed)
+        fixed = fixed_prompts(target, [sample.annotation_ids[number]], [prompt], config.clicks, config.seed)
         ((_, given, (candidates, scores, _)),) = answers(predict, target, fixed, [prompt])
         predicted = candidates[0, scores[0].argmax()].cpu().numpy()
         axis.imshow(sample.image)
@@ -252,108 +257,110 @@ def draw_cases(recipe: Recipe, predictor: Predictor, batches: ImageBatches, reco
             for shown, color in ((on_object, "lime"), (~on_object, "red")):
                 axis.scatter(*points[shown].T, marker="*", s=120, color=color, edgecolors="white")
         axis.set(title=f"{name} of {len(ious)}, {prompt}: IoU {iou:.2f}", xticks=[], yticks=[])
-    figure.savefig(recipe.picture, dpi=100)
+    figure.savefig(config.picture, dpi=100)
 
 
-def write_report(recipe: Recipe, predictors: list[Predictor], numbers: dict[str, Any], by_model: dict) -> None:
+def save_results(
+    config: EvaluateMasksConfig, predictors: list[Predictor], numbers: dict[str, Any], by_model: dict
+) -> None:
     """`numbers` as they are; of `by_model` the model's own if there is one only."""
-    named = zip(recipe.model, predictors, strict=True)
+    named = zip(config.model, predictors, strict=True)
     by_model = {"input_size": {name: predictor.input_size() for name, predictor in named}, **by_model}
-    asked = {"annotations": recipe.annotations, "shards": recipe.shards}
+    asked = {"annotations": config.annotations, "shards": config.shards}
     report = {
-        "model": recipe.model,
+        "model": config.model,
         **{name: files[0] if len(files) == 1 else files for name, files in asked.items() if files},
         **numbers,
         **by_model,
-        "recipe": asdict(recipe),
+        "config": asdict(config),
         "device": str(predictors[0].model.device),
     }
-    if len(recipe.model) == 1:
-        report |= {name: values[recipe.model[0]] for name, values in by_model.items()} | {"model": recipe.model[0]}
-    write_with_versions(recipe.output, report, ("faster-coco-eval", "numpy", "pillow", "pycocotools", "scipy"))
+    if len(config.model) == 1:
+        report |= {name: values[config.model[0]] for name, values in by_model.items()} | {"model": config.model[0]}
+    write_report(config.output, report, ("faster-coco-eval", "numpy", "pillow", "pycocotools", "scipy"))
 
 
 # ------------------------------------------------------------------------------------------ all together
 
 
-def measure(recipe: Recipe, accelerator: Accelerator, batches: ImageBatches, predictors: list[Predictor]) -> list:
+def measure(
+    config: EvaluateMasksConfig, accelerator: Accelerator, batches: ImageBatches, predictors: list[Predictor]
+) -> list:
     """What the processes measured, all of it on each."""
-    loader = DataLoader(batches, batch_size=None, num_workers=recipe.num_workers)
+    loader = DataLoader(batches, batch_size=None, num_workers=config.num_workers)
     progress = with_progress(loader, batches.num_images, accelerator.is_main_process)
-    return gather_object((measure_detections if recipe.detections else measure_masks)(recipe, progress, predictors))
+    return gather_object((measure_detections if config.detections else measure_masks)(config, progress, predictors))
 
 
-def report_masks(recipe: Recipe, records: list[Record], batches: ImageBatches, predictors: list[Predictor]) -> tuple:
+def report_masks(
+    config: EvaluateMasksConfig, records: list[Record], batches: ImageBatches, predictors: list[Predictor]
+) -> tuple:
     """Numbers that all models share, and those by model."""
     records = sorted(records, key=lambda record: record.place)  # so that sums do not depend on who measured what
     if not records:
-        raise ValueError(f"There is no mask to evaluate in {', '.join(recipe.shards)}; check the files.")
-    results, datasets = summarize_masks(recipe, records)
-    for model in recipe.model:
+        raise ValueError(f"There is no mask to evaluate in {', '.join(config.shards)}; check the files.")
+    results, datasets = summarize_masks(config, records)
+    for model in config.model:
         print_masks(model, results[model], datasets)
-    if recipe.picture is not None:
-        draw_cases(recipe, predictors[0], batches, records)
-    shared = {"images": len(records), "masks": sum(len(record.areas) for record in records), "seed": recipe.seed}
+    if config.picture is not None:
+        draw_cases(config, predictors[0], batches, records)
+    shared = {"images": len(records), "masks": sum(len(record.areas) for record in records), "seed": config.seed}
     by_model = {"results": results}
     if datasets:
         by_model["datasets"] = {
-            model: {source: by_model[model] for source, by_model in datasets.items()} for model in recipe.model
+            model: {source: by_model[model] for source, by_model in datasets.items()} for model in config.model
         }
-    return {**shared, "protocol": PROTOCOLS[recipe.clicks]}, by_model
+    return {**shared, "protocol": PROTOCOLS[config.clicks]}, by_model
 
 
-def report_detections(recipe: Recipe, measured: list, source: Detections) -> tuple:
+def report_detections(config: EvaluateMasksConfig, measured: list, source: Detections) -> tuple:
     """Numbers that all models share, and those by model."""
     rles = defaultdict(dict)
     for model, number, rle in measured:
         rles[model][number] = rle
-    found = {model: source.results(rles[model]) for model in recipe.model}
-    results = {model: source.mask_ap(found[model]) for model in recipe.model}
+    found = {model: source.results(rles[model]) for model in config.model}
+    results = {model: source.mask_ap(found[model]) for model in config.model}
     print_aps(results)
-    if recipe.write_masks is not None:
-        replace_text(Path(recipe.write_masks), json.dumps(found[recipe.model[0]]) + "\n")
-    shared = {"images": len(source.evaluated), "detections": len(found[recipe.model[0]])}
-    return {**shared, "protocol": source.protocol(recipe.candidate)}, {"results": results}
+    if config.write_masks is not None:
+        replace_text(Path(config.write_masks), json.dumps(found[config.model[0]]) + "\n")
+    shared = {"images": len(source.evaluated), "detections": len(found[config.model[0]])}
+    return {**shared, "protocol": source.protocol(config.candidate)}, {"results": results}
 
 
-def evaluate(recipe: Recipe, accelerator: Accelerator) -> None:
-    check(recipe)
-    sources = open_sources(recipe)
-    predictors = [load_predictor(name, recipe.device or accelerator.device) for name in recipe.model]
+def evaluate(config: EvaluateMasksConfig, accelerator: Accelerator) -> None:
+    check(config)
+    sources = open_sources(config)
+    predictors = [load_predictor(name, config.device or accelerator.device) for name in config.model]
     batches = ImageBatches(
         sources,
         [predictor.processor for predictor in predictors],
-        recipe.batch_size,
-        None if recipe.detections else recipe.limit,  # detections count the images without any too
+        config.batch_size,
+        None if config.detections else config.limit,  # detections count the images without any too
         accelerator.process_index,
         accelerator.num_processes,
     )
-    for path in filter(None, (recipe.output, recipe.picture, recipe.write_masks)):
+    for path in filter(None, (config.output, config.picture, config.write_masks)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    measured = measure(recipe, accelerator, batches, predictors)
+    measured = measure(config, accelerator, batches, predictors)
     seconds = round(time.perf_counter() - started, 1)
     if not accelerator.is_main_process:
         return
-    if recipe.detections:
-        numbers, by_model = report_detections(recipe, measured, sources[0])
+    if config.detections:
+        numbers, by_model = report_detections(config, measured, sources[0])
     else:
-        numbers, by_model = report_masks(recipe, measured, batches, predictors)
-    if recipe.output is not None:
-        write_report(recipe, predictors, {**numbers, "seconds": seconds}, by_model)
+        numbers, by_model = report_masks(config, measured, batches, predictors)
+    if config.output is not None:
+        save_results(config, predictors, {**numbers, "seconds": seconds}, by_model)
 
 
-def main() -> None:
-    recipe = parse_recipe(Recipe, __doc__)
+def main(arguments: list[str] | None = None) -> None:
+    config = parse_config(EvaluateMasksConfig, __doc__, arguments)
     # Processes that are done wait for the others, for longer than the usual limit.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
-    try:
-        evaluate(recipe, accelerator)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"evaluate_masks: {last_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
+    evaluate(config, accelerator)
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main()
+    run_script("evaluate_masks", main)

@@ -10,7 +10,6 @@ are those of `SalientPrompter`, all objects of an image together. IoU and MAE ar
 images.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,14 +26,16 @@ from hf_efficientsam.inference.loading import find_checkpoint, load_model
 from hf_efficientsam.inference.prompters import SalientPrompter
 from hf_efficientsam.training.data.coco import decode
 from hf_efficientsam.training.data.saliency import SaliencyMasks, UnitedMasks, open_saliency
-from hf_efficientsam.training.engine.runtime import last_line, parse_recipe, write_with_versions
-from hf_efficientsam.training.saliency.encoded_images import mean_scores, score_map
+from hf_efficientsam.training.engine.config import parse_config
+from hf_efficientsam.training.engine.reports import write_report
+from hf_efficientsam.training.engine.run import run_script
+from hf_efficientsam.training.saliency.evaluation import mean_scores, score_map
 
 PRIOR_SIDE = 128  # pixels of the mean mask, high and wide
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EvaluateSaliencyConfig:
     model: str = field(default="bundled", metadata={"help": "path or Hub name of an EfficientSAM, or: bundled"})
     data: str | None = field(default=None, metadata={"help": "folder with images/ and masks/, or a COCO-style json"})
     limit: int | None = field(default=None, metadata={"help": "only the first so many images"})
@@ -46,14 +47,14 @@ class Recipe:
     device: str | None = field(default=None, metadata={"help": "by default a GPU if there is one"})
 
 
-def check(recipe: Recipe) -> None:
-    if recipe.data is None:
+def check(config: EvaluateSaliencyConfig) -> None:
+    if config.data is None:
         raise ValueError("Give --data a folder with images/ and masks/, or a COCO-style json file.")
-    if recipe.limit is not None and recipe.limit < 1:
-        raise ValueError(f"--limit {recipe.limit} must be at least 1.")
-    if not recipe.saliency or len(set(recipe.saliency)) < len(recipe.saliency):
+    if config.limit is not None and config.limit < 1:
+        raise ValueError(f"--limit {config.limit} must be at least 1.")
+    if not config.saliency or len(set(config.saliency)) < len(config.saliency):
         raise ValueError("Give --saliency at least one source, and none twice.")
-    if ("prior" in recipe.saliency) != (recipe.prior is not None):
+    if ("prior" in config.saliency) != (config.prior is not None):
         raise ValueError("--saliency prior is the mean of the masks of --prior; give both or neither.")
 
 
@@ -66,12 +67,12 @@ def mean_mask(source: SaliencyMasks | UnitedMasks) -> np.ndarray:
     return (total / len(source)).numpy()
 
 
-def open_source(name: str, recipe: Recipe) -> Callable | np.ndarray | str | None:
+def open_source(name: str, config: EvaluateSaliencyConfig) -> Callable | np.ndarray | str | None:
     """What `SalientPrompter` is to be given for a source."""
     if name == "whole":
         return lambda image: np.ones((image.height, image.width), np.float32)
     if name == "prior":
-        return mean_mask(open_saliency(recipe.prior))
+        return mean_mask(open_saliency(config.prior))
     return None if name == "own" else name
 
 
@@ -128,14 +129,14 @@ def print_table(results: dict[str, dict]) -> None:
         )
 
 
-def evaluate(recipe: Recipe) -> None:
-    check(recipe)
-    source = open_saliency(recipe.data)
-    count = min(len(source), recipe.limit or len(source))
-    model, processor = load_model(find_checkpoint(None if recipe.model == "bundled" else recipe.model))
-    predictor = EfficientSamPredictor(model.to(recipe.device or model.device), processor)
+def evaluate(config: EvaluateSaliencyConfig) -> None:
+    check(config)
+    source = open_saliency(config.data)
+    count = min(len(source), config.limit or len(source))
+    model, processor = load_model(find_checkpoint(None if config.model == "bundled" else config.model))
+    predictor = EfficientSamPredictor(model.to(config.device or model.device), processor)
     prompters = {
-        name: SalientPrompter(predictor, open_source(name, recipe), recipe.threshold) for name in recipe.saliency
+        name: SalientPrompter(predictor, open_source(name, config), config.threshold) for name in config.saliency
     }
     scores = {name: [] for name in prompters}
     for index in tqdm(range(count), unit="image", mininterval=2):
@@ -146,23 +147,19 @@ def evaluate(recipe: Recipe) -> None:
             scores[name].append(measure(prompter, truth))
     results = {name: summarize(of_source) for name, of_source in scores.items()}
     print_table(results)
-    if recipe.output is not None:
-        report = {"images": count, "results": results, "recipe": asdict(recipe), "device": str(predictor.device)}
-        Path(recipe.output).parent.mkdir(parents=True, exist_ok=True)
-        write_with_versions(recipe.output, report, ("numpy", "pillow", "scipy"))
-    if recipe.picture is not None:
-        Path(recipe.picture).parent.mkdir(parents=True, exist_ok=True)
-        draw(source, prompters, scores[recipe.saliency[0]]).save(recipe.picture)
+    if config.output is not None:
+        report = {"images": count, "results": results, "config": asdict(config), "device": str(predictor.device)}
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+        write_report(config.output, report, ("numpy", "pillow", "scipy"))
+    if config.picture is not None:
+        Path(config.picture).parent.mkdir(parents=True, exist_ok=True)
+        draw(source, prompters, scores[config.saliency[0]]).save(config.picture)
 
 
-def main() -> None:
-    recipe = parse_recipe(Recipe, __doc__)
-    try:
-        evaluate(recipe)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"evaluate_saliency: {last_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
+def main(arguments: list[str] | None = None) -> None:
+    config = parse_config(EvaluateSaliencyConfig, __doc__, arguments)
+    evaluate(config)
 
 
 if __name__ == "__main__":
-    main()
+    run_script("evaluate_saliency", main)

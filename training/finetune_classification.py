@@ -14,7 +14,6 @@ training/accelerate/ddp.yaml and multi_node.yaml.
 """
 
 import dataclasses
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device, set_seed
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
@@ -31,168 +30,185 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_efficientsam import EfficientSamForImageClassification, EfficientSamVisionConfig
 from hf_efficientsam.inference.drawing import picture_table
-from hf_efficientsam.training.classification.mixup import TopAccuracy, mix_neighbors
+from hf_efficientsam.training.classification.evaluation import top_accuracy
+from hf_efficientsam.training.classification.mixup import mix_neighbors
 from hf_efficientsam.training.data.classification import (
-    ClassOptions,
+    ClassSourceConfig,
+    ClassViewConfig,
     ClassViews,
     EvaluationBatches,
     Source,
     StreamedClassViews,
-    ViewOptions,
     open_test,
     open_train,
 )
 from hf_efficientsam.training.data.images import normalize, to_image
-from hf_efficientsam.training.engine.runtime import (
-    Checkpoints,
-    Curve,
-    Log,
-    Optimization,
+from hf_efficientsam.training.engine.checkpoints import replaced_folder
+from hf_efficientsam.training.engine.config import (
+    EpochsConfig,
+    EvaluationConfig,
+    LearningRateConfig,
+    PositiveFloat,
+    PositiveInt,
+    PositiveRatio,
+    RatioBelowOne,
+    RunConfig,
+    StreamConfig,
     check_ranges,
-    check_same_run,
-    epoch_loader,
-    last_line,
-    layer_decay,
-    parameter_groups,
-    parse_recipe,
-    replaced_folder,
-    run_script,
-    start_accelerator,
-    step_batches,
-    write_with_versions,
+    parse_config,
 )
-from hf_efficientsam.training.engine.warm_start import EncoderOptions, load_around_encoder
+from hf_efficientsam.training.engine.encoder_weights import EncoderConfig, load_around_encoder
+from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
+from hf_efficientsam.training.engine.optimization import (
+    encoder_lr_scale,
+    parameter_groups,
+    stop_unless_finite,
+    weight_average,
+)
+from hf_efficientsam.training.engine.reports import write_report
+from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
 
 MINIATURE = Path(__file__).parent / "recipes" / "classification_miniature.yaml"
 SHOWN = 6  # images in a picture
 
 
 @dataclass(frozen=True)
-class Recipe(EncoderOptions, ViewOptions, ClassOptions):
-    output_dir: str = field(
-        default="runs/classification", metadata={"help": "checkpoints, model, metrics, curves and pictures"}
-    )
+class ClassificationConfig(
+    RunConfig,
+    EpochsConfig,
+    LearningRateConfig,
+    EvaluationConfig,
+    StreamConfig,
+    EncoderConfig,
+    ClassViewConfig,
+    ClassSourceConfig,
+):
     evaluate: str | None = field(
         default=None, metadata={"help": "only print how good this model of an earlier run is on the images to test"}
     )
     # Model.
     pooling: str = field(default="mean", metadata={"help": "what is classified: mean (over patches) or cls (a token)"})
     linear_probe: bool = field(default=False, metadata={"help": "train the last norm and the classifier alone"})
-    # Data.
-    epoch_images: int | None = field(
-        default=None, metadata={"help": "images that count as an epoch; needed for shards, else all of them"}
-    )
-    shuffle_buffer: int = field(default=2000, metadata={"help": "images that a worker mixes while streaming"})
-    num_workers: int = field(default=2, metadata={"help": "processes that read images"})
     # Optimisation.
-    label_smoothing: float = field(default=0.1, metadata={"help": "share of the target that all classes divide"})
-    epochs: float = field(default=100, metadata={"help": "times over the data"})
-    warmup_epochs: float = field(default=5, metadata={"help": "of linear warm-up; then a cosine to zero"})
-    global_batch_size: int = field(default=1024, metadata={"help": "images a step, over all processes"})
-    batch_size: int | None = field(
-        default=None,
-        metadata={"help": "images at a time and process (all by default); gradients are accumulated"},
+    label_smoothing: RatioBelowOne = field(
+        default=0.1, metadata={"help": "ratio of the target that all classes divide"}
     )
-    learning_rate: float = field(default=1e-3, metadata={"help": "its peak"})
-    layer_decay: float = field(default=1.0, metadata={"help": "each layer's rate as a share of the next one's"})
-    weight_decay: float = field(default=0.05, metadata={"help": "AdamW's"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
-    ema_decay: float = field(
-        default=0.0, metadata={"help": "the saved model averages the weights' past; 0: it does not"}
-    )
-    seed: int = field(default=0, metadata={"help": "of everything random"})
+    global_batch_size: PositiveInt = 1024
+    learning_rate: PositiveFloat = 1e-3
     # Evaluation.
-    crop_ratio: float = field(
+    crop_ratio: PositiveRatio = field(
         default=0.875, metadata={"help": "side of the square in the middle that is looked at, of the shorter side"}
     )
-    test_batch_size: int = field(default=64, metadata={"help": "images at a time and process"})
-    test_steps: int = field(default=5000, metadata={"help": "an evaluation every so many steps, and at the end"})
-    # Output.
-    trackers: list[str] = field(default_factory=list, metadata={"help": "tensorboard, trackio, or both"})
-    save_steps: int = field(default=1000, metadata={"help": "a checkpoint every so many steps"})
-    log_steps: int = field(default=20, metadata={"help": "a point of the curve every so many steps"})
-    picture_steps: int = field(default=1000, metadata={"help": "a picture every so many steps"})
+    eval_batch_size: PositiveInt = field(default=64, metadata={"help": "images at a time and process"})
+    output_dir: str = "runs/classification"
 
 
-POSITIVE = ("size", "crop_scale", "crop_ratio", "epochs", "epoch_images", "global_batch_size", "batch_size")
-POSITIVE += ("test_batch_size", "test_steps", "save_steps", "log_steps", "picture_steps", "shuffle_buffer")
-POSITIVE += ("learning_rate", "layer_decay", "max_grad_norm")
-NOT_NEGATIVE = ("rand_augment", "mixup", "cutmix", "num_workers", "seed")
-SHARES = ("crop_scale", "crop_ratio", "erasing")
-BELOW_ONE = ("drop_path", "label_smoothing", "ema_decay")
-
-
-def check(recipe: Recipe) -> None:
-    check_ranges(recipe, POSITIVE, NOT_NEGATIVE, SHARES, BELOW_ONE)
-    if not 1 <= recipe.rand_augment_magnitude <= 29:
-        raise ValueError(f"--rand_augment_magnitude {recipe.rand_augment_magnitude} must be from 1 to 29.")
-    if recipe.size % 16:
-        raise ValueError(f"--size {recipe.size} must be a multiple of the patch's 16 pixels.")
-    if not 0 <= recipe.warmup_epochs < recipe.epochs:
-        raise ValueError(f"--warmup_epochs {recipe.warmup_epochs} must be less than --epochs {recipe.epochs}.")
-    if recipe.pooling not in ("mean", "cls"):
-        raise ValueError(f"--pooling {recipe.pooling} is not known; choose mean or cls.")
-    if recipe.linear_probe and recipe.drop_path:
+def check(config: ClassificationConfig) -> None:
+    check_ranges(config)
+    if not 1 <= config.rand_augment_magnitude <= 29:
+        raise ValueError(f"--rand_augment_magnitude {config.rand_augment_magnitude} must be from 1 to 29.")
+    if config.size % 16:
+        raise ValueError(f"--size {config.size} must be a multiple of the patch's 16 pixels.")
+    if config.pooling not in ("mean", "cls"):
+        raise ValueError(f"--pooling {config.pooling} is not known; choose mean or cls.")
+    if config.linear_probe and config.drop_path:
         raise ValueError("--linear_probe leaves the encoder as it is; leave --drop_path out.")
 
 
-def build_model(recipe: Recipe, classes: list[str]) -> EfficientSamForImageClassification:
+def build_model(config: ClassificationConfig, classes: list[str]) -> EfficientSamForImageClassification:
     options = {
         "id2label": dict(enumerate(classes)),
         "label2id": {name: number for number, name in enumerate(classes)},
-        "classifier_pooling": recipe.pooling,
-        "drop_path_rate": recipe.drop_path,
-        "image_size": recipe.size,
+        "classifier_pooling": config.pooling,
+        "drop_path_rate": config.drop_path,
+        "image_size": config.size,
     }
-    set_seed(recipe.seed)  # the same start on every process, whatever was loaded before
-    if recipe.encoder is None:
-        config = EfficientSamVisionConfig(
-            hidden_size=recipe.hidden_size,
-            num_attention_heads=recipe.num_attention_heads,
-            num_hidden_layers=recipe.num_hidden_layers,
-            pretrain_image_size=recipe.size,
+    set_seed(config.seed)  # the same start on every process, whatever was loaded before
+    if config.encoder is None:
+        model_config = EfficientSamVisionConfig(
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            num_hidden_layers=config.num_hidden_layers,
+            pretrain_image_size=config.size,
             **options,
         )
-        model = EfficientSamForImageClassification(config)
+        model = EfficientSamForImageClassification(model_config)
     else:
-        model, _ = load_around_encoder(EfficientSamForImageClassification, recipe.encoder, **options)
-    model.vision_encoder.requires_grad_(not recipe.linear_probe)
+        model, _ = load_around_encoder(EfficientSamForImageClassification, config.encoder, **options)
+    model.vision_encoder.requires_grad_(not config.linear_probe)
     return model.train()
 
 
-def build_data(recipe: Recipe, source: Source, accelerator: Accelerator) -> ClassViews | StreamedClassViews:
-    if not recipe.shards:
-        return ClassViews(source, recipe, recipe.seed)
+def build_data(
+    config: ClassificationConfig, source: Source, accelerator: Accelerator
+) -> ClassViews | StreamedClassViews:
+    if not config.shards:
+        return ClassViews(source, config, config.seed)
     processes = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
-    return StreamedClassViews(source, recipe, recipe.seed, shuffle_buffer=recipe.shuffle_buffer, **processes)
+    return StreamedClassViews(source, config, config.seed, shuffle_buffer=config.shuffle_buffer, **processes)
 
 
-def build_processor(recipe: Recipe) -> BitImageProcessorPil:
+def build_processor(config: ClassificationConfig) -> BitImageProcessorPil:
     """Resizes the shorter side and cuts the middle out, so that an image keeps its proportions."""
     return BitImageProcessorPil(
-        size={"shortest_edge": round(recipe.size / recipe.crop_ratio)},
-        crop_size={"height": recipe.size, "width": recipe.size},
+        size={"shortest_edge": round(config.size / config.crop_ratio)},
+        crop_size={"height": config.size, "width": config.size},
         image_mean=IMAGENET_DEFAULT_MEAN,
         image_std=IMAGENET_DEFAULT_STD,
     )
 
 
-def seed_drop_path(recipe: Recipe, step: int, batch: int, process: int) -> None:
+def get_loader(
+    config: ClassificationConfig, source: Source, accelerator: Accelerator
+) -> tuple[DataLoader, int, int, int]:
+    """Batches, optimiser steps an epoch, in all, and of warm-up."""
+    data = build_data(config, source, accelerator)
+    loading = (config.global_batch_size, config.num_workers, config.epoch_images)
+    loader, epoch_steps = epoch_loader(accelerator, data, *loading)
+    images = config.global_batch_size // accelerator.gradient_accumulation_steps // accelerator.num_processes
+    if (config.mixup or config.cutmix) and images % 2:
+        raise ValueError(
+            f"Pairs of images are mixed; {images} at a time must be even (--batch_size), or --mixup 0 --cutmix 0."
+        )
+    return loader, epoch_steps, *config.in_steps(epoch_steps)
+
+
+def get_optimizer(
+    config: ClassificationConfig, model: EfficientSamForImageClassification, steps: int, warmup_steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    layers = model.config.num_hidden_layers
+    scales = {"num_layers": layers, "layer_decay": config.layer_decay, "encoder_scale": config.encoder_lr_scale}
+    groups = parameter_groups(model, config.learning_rate, config.weight_decay, partial(encoder_lr_scale, **scales))
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
+
+
+def seed_drop_path(seed: int, step: int, batch: int, process: int) -> None:
     """A layer draws anew which images skip it: by this alone, so that a resumed run draws what it would have drawn."""
-    torch.manual_seed(int(np.random.SeedSequence([recipe.seed, step, batch, process]).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, batch, process]).generate_state(1)[0]))
+
+
+def prepare_batch(batch: dict, num_classes: int, mixes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalised images `[B, 3, H, W]` and their targets `[B, K]`, mixed with their neighbours if asked for."""
+    pixel_values, targets = normalize(batch["pixel_values"]), F.one_hot(batch["labels"], num_classes).float()
+    return mix_neighbors(pixel_values, targets, batch["share"], batch["box"]) if mixes else (pixel_values, targets)
 
 
 @torch.no_grad()
 def measure(
-    model: EfficientSamForImageClassification, source: Source, processor, recipe: Recipe, accelerator: Accelerator
+    model: EfficientSamForImageClassification,
+    source: Source,
+    processor,
+    config: ClassificationConfig,
+    accelerator: Accelerator,
 ) -> dict[str, float]:
     """`top1`, `top5` and the number of `images`, on every process."""
     processes = (accelerator.process_index, accelerator.num_processes)
-    batches = EvaluationBatches(source, processor, recipe.test_batch_size, *processes)
+    batches = EvaluationBatches(source, processor, config.eval_batch_size, *processes)
     ranked, references = [], []
     training = model.training
     model.eval()
-    for pixel_values, labels in DataLoader(batches, batch_size=None, num_workers=recipe.num_workers):
+    for pixel_values, labels in DataLoader(batches, batch_size=None, num_workers=config.num_workers):
         with accelerator.autocast():
             logits = model(pixel_values.to(accelerator.device)).logits
         ranked += logits.topk(min(5, logits.shape[1])).indices.tolist()
@@ -201,26 +217,31 @@ def measure(
     ranked, references = gather_object(ranked), gather_object(references)
     if not references:
         raise ValueError("There is no image to evaluate; check --test, --test_split or --test_shards.")
-    scores = TopAccuracy(keep_in_memory=True).compute(predictions=ranked, references=references)
-    return {**scores, "images": len(references)}
+    return {**top_accuracy(ranked, references), "images": len(references)}
 
 
-def evaluate_saved(recipe: Recipe) -> None:
+def evaluate_saved(config: ClassificationConfig) -> None:
     """Prints what the run that saved the model has written into its metrics."""
-    accelerator, source = Accelerator(), open_test(recipe)
-    model, new = load_around_encoder(EfficientSamForImageClassification, recipe.evaluate)
+    accelerator, source = Accelerator(), open_test(config)
+    model, new = load_around_encoder(EfficientSamForImageClassification, config.evaluate)
     if new or list(model.config.id2label.values()) != list(source.classes):
-        raise ValueError(f"{recipe.evaluate} is no classifier of the classes to test; choose another.")
-    processor = AutoImageProcessor.from_pretrained(recipe.evaluate, backend="pil")
-    scores = measure(model.to(accelerator.device), source, processor, recipe, accelerator)
+        raise ValueError(f"{config.evaluate} is no classifier of the classes to test; choose another.")
+    processor = AutoImageProcessor.from_pretrained(config.evaluate, backend="pil")
+    scores = measure(model.to(accelerator.device), source, processor, config, accelerator)
     accelerator.print("\n".join(f"{name}: {value:.6g}" for name, value in scores.items()))
     accelerator.end_training()
 
 
-def write_metrics(recipe: Recipe, scores: dict[str, float], step: int) -> None:
-    report = {**scores, "step": step, "recipe": dataclasses.asdict(recipe)}
-    libraries = ("accelerate", "evaluate", "kornia", "numpy", "pillow")
-    write_with_versions(Path(recipe.output_dir) / "metrics.json", report, libraries)
+def save_model(model: EfficientSamForImageClassification, processor: BitImageProcessorPil, folder: Path) -> None:
+    with replaced_folder(folder) as writing:
+        model.save_pretrained(writing)
+        processor.save_pretrained(writing)
+
+
+def write_metrics(config: ClassificationConfig, scores: dict[str, float], step: int) -> None:
+    report = {**scores, "step": step, "config": dataclasses.asdict(config)}
+    libraries = ("accelerate", "kornia", "numpy", "pillow")
+    write_report(Path(config.output_dir) / "metrics.json", report, libraries)
 
 
 @torch.no_grad()
@@ -241,92 +262,63 @@ def draw(model: EfficientSamForImageClassification, pixel_values: torch.Tensor, 
     return picture_table(columns)
 
 
-def main() -> None:
-    recipe = parse_recipe(Recipe, __doc__, None if sys.argv[1:] else ["--config", str(MINIATURE)])
-    try:
-        check(recipe)
-        if recipe.evaluate is not None:
-            return evaluate_saved(recipe)
-        accelerator = start_accelerator(recipe)
-        if accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError("A model this small gains nothing from FSDP; launch with training/accelerate/ddp.yaml.")
-        source, test_source = open_train(recipe), open_test(recipe)
-        if list(source.classes) != list(test_source.classes):
-            raise ValueError("The classes of the images to test are not those of the images to train on.")
-        data = build_data(recipe, source, accelerator)
-        loader, epoch_steps = epoch_loader(accelerator, data, recipe)
-        mixes = bool(recipe.mixup or recipe.cutmix)
-        images = recipe.global_batch_size // accelerator.gradient_accumulation_steps // accelerator.num_processes
-        if mixes and images % 2:
-            raise ValueError(
-                f"Pairs of images are mixed; {images} at a time must be even (--batch_size), or --mixup 0 --cutmix 0."
-            )
-        steps = round(recipe.epochs * epoch_steps)
-        if steps == 0:
-            raise ValueError(f"--epochs {recipe.epochs} is less than one step of {epoch_steps} an epoch; give more.")
-        model = build_model(recipe, source.classes)
-        if accelerator.is_main_process:
-            check_same_run(recipe, accelerator.num_processes)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"finetune_classification: {last_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
-    share = partial(layer_decay, num_layers=model.config.num_hidden_layers, decay=recipe.layer_decay)
-    groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay, share)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup_epochs * epoch_steps), steps)
-    optimization = Optimization(
-        accelerator, model, optimizer, schedule, recipe.max_grad_norm, ema_decay=recipe.ema_decay
-    )
-    model, num_classes, processor = optimization.model, len(source.classes), build_processor(recipe)
+def training_function(config: ClassificationConfig, run: TrainingRun) -> None:
+    accelerator = run.accelerator
+    source, test_source = open_train(config), open_test(config)
+    if list(source.classes) != list(test_source.classes):
+        raise ValueError("The classes of the images to test are not those of the images to train on.")
+    loader, epoch_steps, steps, warmup_steps = get_loader(config, source, accelerator)
+    classifier, processor = build_model(config, source.classes), build_processor(config)
+    optimizer, scheduler = get_optimizer(config, classifier, steps, warmup_steps)
+    model, optimizer = accelerator.prepare(classifier, optimizer)
+    average = weight_average(classifier, config.ema_decay)
+    averaged = classifier if average is None else average.module
+    done = run.resume(steps, [scheduler, average])
 
-    output = Path(recipe.output_dir)
-    log = Log(accelerator, output, steps, recipe.log_steps)
-    checkpoints = Checkpoints(accelerator, output / "checkpoints")
-    step = checkpoints.resume()
-    if step == steps:
-        accelerator.print(f"{output} holds a finished run; choose another --output_dir for a new one, or delete it.")
-    log.start(step, "classification", dataclasses.asdict(recipe))
-    if accelerator.is_main_process:
-        evaluations = Curve(output / "evaluation.jsonl", step)
-    for batches in step_batches(accelerator, loader, data, step, steps, epoch_steps):
+    mixes = bool(config.mixup or config.cutmix)
+    for step, batches in step_batches(accelerator, loader, done, steps, epoch_steps):
         losses, keys = [], []
         for number, batch in enumerate(batches):
-            seed_drop_path(recipe, step, number, accelerator.process_index)
+            seed_drop_path(config.seed, step - 1, number, accelerator.process_index)
             batch = send_to_device(batch, accelerator.device)
-            pixel_values, targets = normalize(batch["pixel_values"]), F.one_hot(batch["labels"], num_classes).float()
-            if mixes:
-                pixel_values, targets = mix_neighbors(pixel_values, targets, batch["share"], batch["box"])
+            pixel_values, targets = prepare_batch(batch, len(source.classes), mixes)
             with accelerator.accumulate(model):
                 logits = model(pixel_values).logits.float()
-                loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
-                optimization.add(loss)
+                loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
             losses.append(loss.detach())
             keys += batch["key"]
-        step, loss = step + 1, torch.stack(losses).mean()
-        rate = optimization.finish(step, loss, keys)
-        log.add(step, images=recipe.global_batch_size, loss=loss, lr=rate)
-        if step % recipe.picture_steps == 0 or step == steps:
-            log.picture(step, draw(optimization.current, pixel_values, targets), "classes")
-        if step % recipe.test_steps == 0 or step == steps:
-            scores = measure(optimization.result, test_source, processor, recipe, accelerator)
+        loss, lr = torch.stack(losses).mean(), max(scheduler.get_last_lr())
+        stop_unless_finite(accelerator, loss, grad_norm, step, keys)
+        if not accelerator.optimizer_step_was_skipped:  # as in float16, for an infinite gradient
+            scheduler.step()
+        if average is not None:
+            average.update_parameters(classifier)
+        run.log.add(step, images=config.global_batch_size, loss=loss, lr=lr)
+        if run.is_due(step, config.image_steps):
+            run.log.add_image(step, draw(classifier, pixel_values, targets), "classes")
+        if run.is_due(step, config.eval_steps):
+            scores = measure(averaged, test_source, processor, config, accelerator)
+            run.log.add_evaluation(step, top1=scores["top1"], top5=scores["top5"])
             if accelerator.is_main_process:
-                evaluations.add(step=step, **scores)
-                accelerator.log({name: scores[name] for name in ("top1", "top5")}, step)
-                write_metrics(recipe, scores, step)
-        if step % recipe.save_steps == 0 or step == steps:
-            # The model before the checkpoint: a finished run has its model.
+                write_metrics(config, scores, step)
+        if run.is_due(step, config.save_steps):
             if accelerator.is_main_process:
-                with replaced_folder(output / "model") as folder:
-                    optimization.result.save_pretrained(folder)
-                    processor.save_pretrained(folder)
-                evaluations.plot(["top1", "top5"])
-            log.plot()
-            checkpoints.save(step)
-    log.close()
-    # The model must not outlive the processes' group: freeing both at once can hang (pytorch/pytorch issue 56297).
-    del model, optimization
-    accelerator.free_memory()
-    accelerator.end_training()
+                save_model(averaged, processor, run.output_dir / "model")
+            run.save(step)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config = parse_config(ClassificationConfig, __doc__, arguments, default=MINIATURE)
+    check(config)
+    if config.evaluate is not None:
+        return evaluate_saved(config)
+    with TrainingRun(start_accelerator(config), config, "classification", bool(config.shards)) as run:
+        training_function(config, run)
 
 
 if __name__ == "__main__":

@@ -36,10 +36,9 @@ import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device, set_seed
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
@@ -49,41 +48,48 @@ from transformers import get_cosine_schedule_with_warmup
 from hf_efficientsam import EfficientSamBackbone, EfficientSamBackboneConfig
 from hf_efficientsam.training.data.coco import CocoMasks, decode
 from hf_efficientsam.training.data.images import to_image
-from hf_efficientsam.training.detection.mask_rcnn import (
+from hf_efficientsam.training.detection.data import DetectionViews
+from hf_efficientsam.training.detection.evaluation import (
     PROTOCOL,
-    STRIDES,
-    DetectionViews,
-    Detector,
-    DetectorConfig,
     average_precision,
     boxes_alone,
-    check_torchvision,
     draw_detections,
-    load_detector,
     match_categories,
     results_of,
+)
+from hf_efficientsam.training.detection.mask_rcnn import (
+    STRIDES,
+    Detector,
+    DetectorConfig,
+    check_torchvision,
+    load_detector,
     save_detector,
 )
-from hf_efficientsam.training.engine.runtime import (
-    Checkpoints,
-    Curve,
-    Log,
-    Optimization,
+from hf_efficientsam.training.engine.checkpoints import replaced_folder
+from hf_efficientsam.training.engine.config import (
+    EpochsConfig,
+    EvaluationConfig,
+    LearningRateConfig,
+    LoaderConfig,
+    NotNegativeFloat,
+    NotNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    RatioBelowOne,
+    RunConfig,
     check_ranges,
-    check_same_run,
-    epoch_loader,
-    last_line,
-    layer_decay,
-    parameter_groups,
-    parse_recipe,
-    replace_text,
-    replaced_folder,
-    run_script,
-    start_accelerator,
-    step_batches,
-    write_with_versions,
+    parse_config,
 )
-from hf_efficientsam.training.engine.warm_start import EncoderOptions, load_around_encoder
+from hf_efficientsam.training.engine.encoder_weights import EncoderConfig, load_around_encoder
+from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
+from hf_efficientsam.training.engine.optimization import (
+    encoder_lr_scale,
+    parameter_groups,
+    stop_unless_finite,
+    weight_average,
+)
+from hf_efficientsam.training.engine.reports import replace_text, write_report
+from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
 from hf_efficientsam.training.masks.coco_ap import Truth
 
 MINIATURE = Path(__file__).parent / "recipes" / "detection_miniature.yaml"
@@ -91,10 +97,7 @@ SHOWN = 4  # images in a picture
 
 
 @dataclass(frozen=True)
-class Recipe(EncoderOptions):
-    output_dir: str = field(
-        default="runs/detection", metadata={"help": "checkpoints, model, metrics, detections, curves and pictures"}
-    )
+class DetectionConfig(RunConfig, EpochsConfig, LearningRateConfig, EvaluationConfig, LoaderConfig, EncoderConfig):
     evaluate: str | None = field(
         default=None, metadata={"help": "only measure this model of an earlier run on --val, into OUTPUT_DIR"}
     )
@@ -103,111 +106,93 @@ class Recipe(EncoderOptions):
     train_images: str | None = field(default=None, metadata={"help": "folder of its images; by default beside it"})
     val: str | None = field(default=None, metadata={"help": "COCO-style json to measure AP on; without it none is"})
     val_images: str | None = field(default=None, metadata={"help": "folder of its images; by default beside it"})
-    val_limit: int | None = field(default=None, metadata={"help": "measure on its first so many images only"})
-    epoch_images: int | None = field(default=None, metadata={"help": "images that count as an epoch, else all"})
-    image_size: int = field(default=1024, metadata={"help": "side of the model input in pixels"})
-    least_scale: float = field(
-        default=0.1, metadata={"help": "large-scale jitter: smallest longer side of an image, as a share of it"}
+    val_limit: PositiveInt | None = field(default=None, metadata={"help": "measure on its first so many images only"})
+    image_size: PositiveInt = field(default=1024, metadata={"help": "side of the model input in pixels"})
+    least_scale: PositiveFloat = field(
+        default=0.1, metadata={"help": "large-scale jitter: smallest longer side of an image, as a ratio of it"}
     )
-    greatest_scale: float = field(default=2.0, metadata={"help": "and the largest"})
+    greatest_scale: PositiveFloat = field(default=2.0, metadata={"help": "and the largest"})
     flip: bool = field(default=True, metadata={"help": "half of the images are mirrored"})
-    num_workers: int = field(default=2, metadata={"help": "processes that read images"})
-    shards: ClassVar[tuple] = ()  # nothing is streamed
     # Model.
-    window_size: int = field(
+    window_size: NotNegativeInt = field(
         default=14, metadata={"help": "patches of the windows of all layers but four; 0: attention is global"}
     )
-    pyramid_channels: int = field(default=256, metadata={"help": "width of the feature pyramid and of the heads"})
-    anchor_scale: float = field(
+    pyramid_channels: PositiveInt = field(
+        default=256, metadata={"help": "width of the feature pyramid and of the heads"}
+    )
+    anchor_scale: PositiveFloat = field(
         default=8.0, metadata={"help": "side of an anchor in strides of its level; lower it for small images"}
     )
-    sampled_boxes: int = field(default=512, metadata={"help": "proposals of an image that the heads learn from"})
-    min_score: float = field(default=0.05, metadata={"help": "detections of a lower score are left out"})
+    sampled_boxes: PositiveInt = field(
+        default=512, metadata={"help": "proposals of an image that the heads learn from"}
+    )
+    min_score: RatioBelowOne = field(default=0.05, metadata={"help": "detections of a lower score are left out"})
     freeze_encoder: bool = field(default=False, metadata={"help": "train the pyramid and the heads alone"})
     # Optimisation.
-    epochs: float = field(default=100, metadata={"help": "times over the data"})
-    warmup_epochs: float = field(default=10, metadata={"help": "of linear warm-up; then a cosine to zero"})
-    global_batch_size: int = field(default=64, metadata={"help": "images a step, over all processes"})
-    batch_size: int | None = field(
-        default=None,
-        metadata={"help": "images at a time and process (all by default); gradients are accumulated"},
-    )
-    learning_rate: float = field(default=2e-4, metadata={"help": "its peak"})
-    layer_decay: float = field(default=1.0, metadata={"help": "each layer's rate as a share of the next one's"})
-    weight_decay: float = field(default=0.1, metadata={"help": "AdamW's"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
-    seed: int = field(default=0, metadata={"help": "of everything random"})
+    warmup_epochs: NotNegativeFloat = 10
+    global_batch_size: PositiveInt = 64
+    learning_rate: PositiveFloat = 2e-4
+    weight_decay: NotNegativeFloat = 0.1
     # Evaluation.
-    val_batch_size: int = field(default=4, metadata={"help": "images at a time and process"})
-    val_steps: int = field(default=20000, metadata={"help": "an evaluation every so many steps, and at the end"})
-    # Output.
-    trackers: list[str] = field(default_factory=list, metadata={"help": "tensorboard, trackio, or both"})
-    save_steps: int = field(default=1000, metadata={"help": "a checkpoint every so many steps"})
-    log_steps: int = field(default=20, metadata={"help": "a point of the curve every so many steps"})
-    picture_steps: int = field(default=1000, metadata={"help": "a picture every so many steps"})
+    eval_batch_size: PositiveInt = field(default=4, metadata={"help": "images at a time and process"})
+    eval_steps: PositiveInt = 20000
+    output_dir: str = "runs/detection"
 
 
-POSITIVE = ("val_limit", "epoch_images", "image_size", "least_scale", "anchor_scale", "sampled_boxes", "epochs")
-POSITIVE += ("global_batch_size", "batch_size", "val_batch_size", "val_steps", "save_steps", "log_steps")
-POSITIVE += ("picture_steps", "pyramid_channels", "learning_rate", "layer_decay", "max_grad_norm")
-NOT_NEGATIVE = ("window_size", "num_workers", "seed")
-BELOW_ONE = ("drop_path", "min_score")
-
-
-def check(recipe: Recipe) -> None:
-    check_ranges(recipe, POSITIVE, NOT_NEGATIVE, below_one=BELOW_ONE)
-    if recipe.image_size % STRIDES[-1]:
-        raise ValueError(f"--image_size {recipe.image_size} must be a multiple of {STRIDES[-1]}, the coarsest stride.")
-    if recipe.least_scale > recipe.greatest_scale:
-        raise ValueError(f"--least_scale {recipe.least_scale} is more than --greatest_scale {recipe.greatest_scale}.")
-    if not 0 <= recipe.warmup_epochs < recipe.epochs:
-        raise ValueError(f"--warmup_epochs {recipe.warmup_epochs} must be less than --epochs {recipe.epochs}.")
-    if recipe.evaluate is None and recipe.train is None:
+def check(config: DetectionConfig) -> None:
+    check_ranges(config)
+    if config.image_size % STRIDES[-1]:
+        raise ValueError(f"--image_size {config.image_size} must be a multiple of {STRIDES[-1]}, the coarsest stride.")
+    if config.least_scale > config.greatest_scale:
+        raise ValueError(f"--least_scale {config.least_scale} is more than --greatest_scale {config.greatest_scale}.")
+    if config.evaluate is None and config.train is None:
         raise ValueError("Give --train a COCO-style json, or --evaluate a model.")
-    if recipe.evaluate is not None and recipe.val is None:
+    if config.evaluate is not None and config.val is None:
         raise ValueError("--evaluate needs --val, a COCO-style json to measure AP on.")
-    if recipe.evaluate is not None and (Path(recipe.output_dir) / "checkpoints").exists():
-        raise ValueError(f"--output_dir {recipe.output_dir} holds a training run; give another for what is measured.")
-    if recipe.freeze_encoder and recipe.drop_path:
+    if config.evaluate is not None and (Path(config.output_dir) / "checkpoints").exists():
+        raise ValueError(f"--output_dir {config.output_dir} holds a training run; give another for what is measured.")
+    if config.freeze_encoder and config.drop_path:
         raise ValueError("--freeze_encoder leaves the encoder as it is; leave --drop_path out.")
     check_torchvision()
 
 
-def build_model(recipe: Recipe, categories: list[dict]) -> Detector:
+def build_model(config: DetectionConfig, categories: list[dict]) -> Detector:
     """
     Raises:
         ValueError: if the encoder cannot be loaded, or weights of it are missing.
     """
     names = ("window_size", "pyramid_channels")
-    options = {name: getattr(recipe, name) for name in names}
-    options |= {"pyramid_strides": list(STRIDES), "drop_path_rate": recipe.drop_path, "image_size": recipe.image_size}
-    set_seed(recipe.seed)  # the same start on every process, whatever was loaded before
-    if recipe.encoder is None:
+    options = {name: getattr(config, name) for name in names}
+    options |= {"pyramid_strides": list(STRIDES), "drop_path_rate": config.drop_path, "image_size": config.image_size}
+    set_seed(config.seed)  # the same start on every process, whatever was loaded before
+    if config.encoder is None:
         names = ("hidden_size", "num_attention_heads", "num_hidden_layers")
-        options |= {name: getattr(recipe, name) for name in names}
-        backbone = EfficientSamBackbone(EfficientSamBackboneConfig(pretrain_image_size=recipe.image_size, **options))
+        options |= {name: getattr(config, name) for name in names}
+        backbone = EfficientSamBackbone(EfficientSamBackboneConfig(pretrain_image_size=config.image_size, **options))
     else:
-        backbone, _ = load_around_encoder(EfficientSamBackbone, recipe.encoder, **options)
-    backbone.vision_encoder.requires_grad_(not recipe.freeze_encoder)
+        backbone, _ = load_around_encoder(EfficientSamBackbone, config.encoder, **options)
+    backbone.vision_encoder.requires_grad_(not config.freeze_encoder)
     names = ("image_size", "anchor_scale", "sampled_boxes", "min_score")
-    return Detector(backbone, DetectorConfig(categories, **{name: getattr(recipe, name) for name in names})).train()
+    return Detector(backbone, DetectorConfig(categories, **{name: getattr(config, name) for name in names})).train()
 
 
-def open_truth(recipe: Recipe, categories: list[dict]) -> Truth | None:
-    if recipe.val is None:
+def open_truth(config: DetectionConfig, categories: list[dict]) -> Truth | None:
+    if config.val is None:
         return None
-    truth = Truth(recipe.val, recipe.val_images, recipe.val_limit)
+    truth = Truth(config.val, config.val_images, config.val_limit)
     if not any(truth.rles):
-        raise ValueError(f"There is no object to find in {recipe.val}; check the file and --val_limit.")
+        raise ValueError(f"There is no object to find in {config.val}; check the file and --val_limit.")
     match_categories(categories, truth)  # now, not after a day of training
     return truth
 
 
-def measure(detector: Detector, truth: Truth, recipe: Recipe, accelerator: Accelerator) -> tuple[dict, list[dict]]:
+def measure(
+    detector: Detector, truth: Truth, config: DetectionConfig, accelerator: Accelerator
+) -> tuple[dict, list[dict]]:
     """What the detector finds on all images, and how good that is, on every process."""
     ids, results = match_categories(detector.config.categories, truth), []
     own = Subset(truth, range(accelerator.process_index, len(truth), accelerator.num_processes))
-    loader = DataLoader(own, recipe.val_batch_size, num_workers=recipe.num_workers, collate_fn=list)
+    loader = DataLoader(own, config.eval_batch_size, num_workers=config.num_workers, collate_fn=list)
     for samples in tqdm(loader, "evaluation", disable=not accelerator.is_main_process, mininterval=2):
         with accelerator.autocast():
             images = detector.detect([sample.image for sample in samples])
@@ -219,10 +204,10 @@ def measure(detector: Detector, truth: Truth, recipe: Recipe, accelerator: Accel
 
 
 def write_metrics(
-    detector: Detector, truth: Truth, scores: dict, results: list[dict], recipe: Recipe, step: int | None
+    detector: Detector, truth: Truth, scores: dict, results: list[dict], config: DetectionConfig, step: int | None
 ) -> None:
     """`metrics.json`, `detections.json` and, of the first images, `detections.png`."""
-    output, config = Path(recipe.output_dir), detector.config
+    output, detector_config = Path(config.output_dir), detector.config
     output.mkdir(parents=True, exist_ok=True)
     libraries = ("torchvision", "accelerate", "faster-coco-eval", "numpy", "pillow", "pycocotools")
     report = {
@@ -230,25 +215,25 @@ def write_metrics(
         "images": len(truth),
         "detections": len(results),
         "step": step,
-        "protocol": PROTOCOL.format(size=config.image_size, score=config.min_score),
-        "recipe": dataclasses.asdict(recipe),
+        "protocol": PROTOCOL.format(size=detector_config.image_size, score=detector_config.min_score),
+        "config": dataclasses.asdict(config),
         "device": str(next(detector.parameters()).device),
     }
-    write_with_versions(output / "metrics.json", report, libraries)
+    write_report(output / "metrics.json", report, libraries)
     replace_text(output / "detections.json", json.dumps(boxes_alone(results)) + "\n")
     samples = [truth[index] for index in range(min(SHOWN, len(truth)))]
     masks = [decode(sample.rles) if sample.rles else [] for sample in samples]
     draw_detections(detector, [sample.image for sample in samples], masks).save(output / "detections.png")
 
 
-def evaluate_saved(recipe: Recipe) -> None:
+def evaluate_saved(config: DetectionConfig) -> None:
     """Prints and writes what the run that saved the detector has written into its metrics."""
-    accelerator, detector = Accelerator(), load_detector(recipe.evaluate)
-    truth = open_truth(recipe, detector.config.categories)
+    accelerator, detector = Accelerator(), load_detector(config.evaluate)
+    truth = open_truth(config, detector.config.categories)
     detector = detector.to(accelerator.device)
-    scores, results = measure(detector, truth, recipe, accelerator)
+    scores, results = measure(detector, truth, config, accelerator)
     if accelerator.is_main_process:
-        write_metrics(detector, truth, scores, results, recipe, None)
+        write_metrics(detector, truth, scores, results, config, None)
         print(f"{'':8}" + "".join(f"{name:>8}" for name in scores["box"]))
         for kind, values in scores.items():
             print(f"{kind:8}" + "".join(f"{'-':>8}" if one is None else f"{one:8.4f}" for one in values.values()))
@@ -261,81 +246,79 @@ def draw(detector: Detector, items: list[dict]) -> Image.Image:
     return draw_detections(detector, images, [item["masks"].cpu() for item in items[:SHOWN]])
 
 
-def main() -> None:
-    recipe = parse_recipe(Recipe, __doc__, None if sys.argv[1:] else ["--config", str(MINIATURE)])
-    try:
-        check(recipe)
-        if recipe.evaluate is not None:
-            return evaluate_saved(recipe)
-        accelerator = start_accelerator(recipe)
-        if accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError("A model this small gains nothing from FSDP; launch with training/accelerate/ddp.yaml.")
-        scale = (recipe.least_scale, recipe.greatest_scale)
-        source = CocoMasks(recipe.train, recipe.train_images)
-        data = DetectionViews(source, recipe.image_size, scale, recipe.flip, recipe.seed)
-        truth = open_truth(recipe, data.categories)
-        loader, epoch_steps = epoch_loader(accelerator, data, recipe, collate_fn=list)
-        steps = round(recipe.epochs * epoch_steps)
-        if steps == 0:
-            raise ValueError(f"--epochs {recipe.epochs} is less than one step of {epoch_steps} an epoch; give more.")
-        model = build_model(recipe, data.categories)
-        if accelerator.is_main_process:
-            check_same_run(recipe, accelerator.num_processes)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"finetune_detection: {last_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
-    share = partial(layer_decay, num_layers=model.backbone.config.num_hidden_layers, decay=recipe.layer_decay)
-    groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay, share)
+def get_optimizer(
+    config: DetectionConfig, detector: Detector, steps: int, warmup_steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    layers = detector.backbone.config.num_hidden_layers
+    scales = {"num_layers": layers, "layer_decay": config.layer_decay, "encoder_scale": config.encoder_lr_scale}
+    scale = partial(encoder_lr_scale, **scales)
+    groups = parameter_groups(detector, config.learning_rate, config.weight_decay, scale)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup_epochs * epoch_steps), steps)
-    optimization = Optimization(accelerator, model, optimizer, schedule, recipe.max_grad_norm)
-    model, detector = optimization.model, optimization.current
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
 
-    output = Path(recipe.output_dir)
-    log = Log(accelerator, output, steps, recipe.log_steps)
-    checkpoints = Checkpoints(accelerator, output / "checkpoints")
-    step = checkpoints.resume()
-    if step == steps:
-        accelerator.print(f"{output} holds a finished run; choose another --output_dir for a new one, or delete it.")
-    log.start(step, "detection", dataclasses.asdict(recipe))
-    if accelerator.is_main_process:
-        evaluations = Curve(output / "evaluation.jsonl", step)
+
+def save_model(detector: Detector, folder: Path) -> None:
+    with replaced_folder(folder) as writing:
+        save_detector(detector, writing)
+
+
+def training_function(config: DetectionConfig, run: TrainingRun) -> None:
+    accelerator = run.accelerator
+    scale, source = (config.least_scale, config.greatest_scale), CocoMasks(config.train, config.train_images)
+    data = DetectionViews(source, config.image_size, scale, config.flip, config.seed)
+    truth = open_truth(config, data.categories)
+    loading = (config.global_batch_size, config.num_workers, config.epoch_images)
+    loader, epoch_steps = epoch_loader(accelerator, data, *loading, collate_fn=list)
+    steps, warmup_steps = config.in_steps(epoch_steps)
+    detector = build_model(config, data.categories)
+    optimizer, scheduler = get_optimizer(config, detector, steps, warmup_steps)
+    model, optimizer = accelerator.prepare(detector, optimizer)
+    average = weight_average(detector, config.ema_decay)
+    averaged = detector if average is None else average.module
+    done = run.resume(steps, [scheduler, average])
+
     model.train()
-    for batches in step_batches(accelerator, loader, data, step, steps, epoch_steps):
+    for step, batches in step_batches(accelerator, loader, done, steps, epoch_steps):
         losses, keys = [], []
         for items in batches:
             items = send_to_device(items, accelerator.device)
             with accelerator.accumulate(model):
                 parts = model(items)
-                optimization.add(parts["loss"])
+                accelerator.backward(parts["loss"])
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
             losses.append({name: part.detach() for name, part in parts.items()})
             keys += [item["key"] for item in items]
         means = {name: torch.stack([parts[name] for parts in losses]).mean() for name in losses[0]}
-        step += 1
-        rate = optimization.finish(step, means["loss"], keys)
-        log.add(step, images=recipe.global_batch_size, **means, lr=rate)
-        if step % recipe.picture_steps == 0 or step == steps:
-            log.picture(step, draw(detector, items), "objects")
-        if truth is not None and (step % recipe.val_steps == 0 or step == steps):
-            scores, results = measure(detector, truth, recipe, accelerator)
+        lr = max(scheduler.get_last_lr())
+        stop_unless_finite(accelerator, means["loss"], grad_norm, step, keys)
+        if not accelerator.optimizer_step_was_skipped:  # as in float16, for an infinite gradient
+            scheduler.step()
+        if average is not None:
+            average.update_parameters(detector)
+        run.log.add(step, images=config.global_batch_size, **means, lr=lr)
+        if run.is_due(step, config.image_steps):
+            run.log.add_image(step, draw(detector, items), "objects")
+        if truth is not None and run.is_due(step, config.eval_steps):
+            scores, results = measure(averaged, truth, config, accelerator)
+            run.log.add_evaluation(step, **{f"{kind}_ap": values["AP"] for kind, values in scores.items()})
             if accelerator.is_main_process:
-                aps = {f"{kind}_ap": values["AP"] for kind, values in scores.items()}
-                evaluations.add(step=step, **aps)
-                evaluations.plot(list(aps))
-                accelerator.log(aps, step)
-                write_metrics(detector, truth, scores, results, recipe, step)
-        if step % recipe.save_steps == 0 or step == steps:
-            # The model before the checkpoint: a finished run has its model.
+                write_metrics(averaged, truth, scores, results, config, step)
+        if run.is_due(step, config.save_steps):
             if accelerator.is_main_process:
-                with replaced_folder(output / "model") as folder:
-                    save_detector(detector, folder)
-            log.plot()
-            checkpoints.save(step)
-    log.close()
-    # The model must not outlive the processes' group: freeing both at once can hang (pytorch/pytorch issue 56297).
-    del model, detector, optimization
-    accelerator.free_memory()
-    accelerator.end_training()
+                save_model(averaged, run.output_dir / "model")
+            run.save(step)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config = parse_config(DetectionConfig, __doc__, arguments, default=MINIATURE)
+    check(config)
+    if config.evaluate is not None:
+        return evaluate_saved(config)
+    with TrainingRun(start_accelerator(config), config, "detection") as run:
+        training_function(config, run)
 
 
 if __name__ == "__main__":

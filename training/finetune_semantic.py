@@ -16,14 +16,13 @@ and multi_node.yaml.
 """
 
 import dataclasses
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
+import numpy as np
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device, set_seed
 from PIL import Image
 from torch import nn
@@ -44,40 +43,44 @@ from hf_efficientsam import EfficientSamBackbone, EfficientSamBackboneConfig
 from hf_efficientsam.inference.drawing import draw_classes, picture_table
 from hf_efficientsam.training.data.semantic import (
     NO_CLASS,
-    CropOptions,
+    CropConfig,
     EvaluationImages,
-    LabelOptions,
+    LabelSourceConfig,
     SemanticCrops,
     Source,
     open_source,
 )
-from hf_efficientsam.training.engine.runtime import (
-    Checkpoints,
-    Curve,
-    Log,
-    Optimization,
+from hf_efficientsam.training.engine.checkpoints import replaced_folder
+from hf_efficientsam.training.engine.config import (
+    EvaluationConfig,
+    LearningRateConfig,
+    LoaderConfig,
+    NotNegativeFloat,
+    NotNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    RunConfig,
+    StepsConfig,
     check_ranges,
-    check_same_run,
-    epoch_loader,
-    last_line,
-    layer_decay,
-    parameter_groups,
-    parse_recipe,
-    replaced_folder,
-    run_script,
-    start_accelerator,
-    step_batches,
-    write_with_versions,
+    parse_config,
 )
-from hf_efficientsam.training.engine.warm_start import EncoderOptions, load_around_encoder
-from hf_efficientsam.training.semantic.losses import (
-    MaskLoss,
-    MeanIoU,
-    PixelLoss,
+from hf_efficientsam.training.engine.encoder_weights import EncoderConfig, load_around_encoder
+from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
+from hf_efficientsam.training.engine.optimization import (
+    encoder_lr_scale,
+    parameter_groups,
+    stop_unless_finite,
+    weight_average,
+)
+from hf_efficientsam.training.engine.reports import write_report
+from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
+from hf_efficientsam.training.semantic.evaluation import (
     class_scores,
     confusion_matrix,
+    confusion_scores,
     sliding_scores,
 )
+from hf_efficientsam.training.semantic.losses import PixelLoss, QueryLoss
 
 MINIATURE = Path(__file__).parent / "recipes" / "semantic_miniature.yaml"
 HEADS = {"mask2former": Mask2FormerForUniversalSegmentation, "upernet": UperNetForSemanticSegmentation}
@@ -85,151 +88,158 @@ SHOWN = 4  # images in a picture
 
 
 @dataclass(frozen=True)
-class Recipe(EncoderOptions, CropOptions, LabelOptions):
-    # What the shared parts ask of a recipe and images in folders do not have.
-    shards: ClassVar[list[str]] = []
-    epoch_images: ClassVar[int | None] = None
-
-    output_dir: str = field(
-        default="runs/semantic", metadata={"help": "checkpoints, model, metrics, curves and pictures"}
-    )
+class SemanticConfig(
+    RunConfig,
+    StepsConfig,
+    LearningRateConfig,
+    EvaluationConfig,
+    LoaderConfig,
+    EncoderConfig,
+    CropConfig,
+    LabelSourceConfig,
+):
     evaluate: str | None = field(
         default=None, metadata={"help": "only print how good this model of an earlier run is on the images to test"}
     )
     # Encoder.
-    window_size: int = field(
+    window_size: NotNegativeInt = field(
         default=0, metadata={"help": "side in patches of the windows that most layers attend within; 0: everywhere"}
     )
     # Head.
     head: str = field(default="mask2former", metadata={"help": "what segments: mask2former or upernet"})
-    width: int = field(default=256, metadata={"help": "its channels, and the feature pyramid's; a multiple of 32"})
-    num_queries: int = field(default=100, metadata={"help": "masks that Mask2Former makes of an image"})
-    pixel_decoder_layers: int = field(default=6, metadata={"help": "Mask2Former's layers over the pyramid"})
-    decoder_layers: int = field(default=9, metadata={"help": "Mask2Former's layers over the queries"})
-    num_points: int = field(default=12544, metadata={"help": "pixels at which its loss compares two masks"})
+    width: PositiveInt = field(
+        default=256, metadata={"help": "its channels, and the feature pyramid's; a multiple of 32"}
+    )
+    num_queries: PositiveInt = field(default=100, metadata={"help": "masks that Mask2Former makes of an image"})
+    pixel_decoder_layers: PositiveInt = field(default=6, metadata={"help": "Mask2Former's layers over the pyramid"})
+    decoder_layers: PositiveInt = field(default=9, metadata={"help": "Mask2Former's layers over the queries"})
+    num_points: PositiveInt = field(default=12544, metadata={"help": "pixels at which its loss compares two masks"})
     # Optimisation.
-    steps: int = field(default=160000, metadata={"help": "optimiser steps"})
-    warmup_steps: int = field(default=0, metadata={"help": "linear warm-up"})
-    schedule_power: float = field(default=0.9, metadata={"help": "then the rate falls as this power of what is left"})
-    global_batch_size: int = field(default=16, metadata={"help": "images a step, over all processes"})
-    batch_size: int | None = field(
-        default=None,
-        metadata={"help": "images at a time and process (all by default); gradients are accumulated"},
+    steps: PositiveInt = 160000
+    warmup_steps: NotNegativeInt = 0
+    schedule_power: PositiveFloat = field(
+        default=0.9, metadata={"help": "then the rate falls as this power of what is left"}
     )
-    learning_rate: float = field(default=2e-4, metadata={"help": "its peak"})
-    encoder_rate: float = field(default=0.1, metadata={"help": "the encoder's learning rate as a share of it"})
-    layer_decay: float = field(default=1.0, metadata={"help": "and each layer's as a share of the next one's"})
-    weight_decay: float = field(default=0.05, metadata={"help": "AdamW's"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
-    ema_decay: float = field(
-        default=0.0, metadata={"help": "the saved model averages the weights' past; 0: it does not"}
-    )
-    seed: int = field(default=0, metadata={"help": "of everything random"})
+    global_batch_size: PositiveInt = 16
+    learning_rate: PositiveFloat = 2e-4
+    encoder_lr_scale: NotNegativeFloat = 0.1
     # Evaluation.
     evaluation: str = field(
         default="whole", metadata={"help": "images are looked at whole, or by windows of --size: whole or slide"}
     )
-    test_steps: int = field(default=5000, metadata={"help": "an evaluation every so many steps, and at the end"})
-    # Output.
-    num_workers: int = field(default=2, metadata={"help": "processes that read images"})
-    trackers: list[str] = field(default_factory=list, metadata={"help": "tensorboard, trackio, or both"})
-    save_steps: int = field(default=1000, metadata={"help": "a checkpoint every so many steps"})
-    log_steps: int = field(default=20, metadata={"help": "a point of the curve every so many steps"})
-    picture_steps: int = field(default=1000, metadata={"help": "a picture every so many steps"})
+    output_dir: str = "runs/semantic"
 
 
-POSITIVE = ("size", "min_scale", "num_queries", "pixel_decoder_layers", "decoder_layers", "num_points", "width")
-POSITIVE += ("steps", "schedule_power", "global_batch_size", "batch_size", "test_steps", "save_steps", "log_steps")
-POSITIVE += ("picture_steps", "learning_rate", "layer_decay", "max_grad_norm")
-NOT_NEGATIVE = ("encoder_rate", "warmup_steps", "window_size", "num_workers", "seed")
-BELOW_ONE = ("color_jitter", "drop_path", "ema_decay")
-
-
-def check(recipe: Recipe) -> None:
-    check_ranges(recipe, POSITIVE, NOT_NEGATIVE, below_one=BELOW_ONE)
+def check(config: SemanticConfig) -> None:
+    check_ranges(config)
     for name in ("size", "width"):
-        if getattr(recipe, name) % 32:
-            raise ValueError(f"--{name} {getattr(recipe, name)} must be a multiple of 32.")
-    if recipe.max_scale < recipe.min_scale:
-        raise ValueError(f"--max_scale {recipe.max_scale} must not be less than --min_scale {recipe.min_scale}.")
-    if recipe.warmup_steps >= recipe.steps:
-        raise ValueError(f"--warmup_steps {recipe.warmup_steps} must be less than --steps {recipe.steps}.")
-    if recipe.head not in HEADS:
-        raise ValueError(f"--head {recipe.head} is not known; choose mask2former or upernet.")
-    if recipe.evaluation not in ("whole", "slide"):
-        raise ValueError(f"--evaluation {recipe.evaluation} is not known; choose whole or slide.")
+        if getattr(config, name) % 32:
+            raise ValueError(f"--{name} {getattr(config, name)} must be a multiple of 32.")
+    if config.max_scale < config.min_scale:
+        raise ValueError(f"--max_scale {config.max_scale} must not be less than --min_scale {config.min_scale}.")
+    if config.warmup_steps >= config.steps:
+        raise ValueError(f"--warmup_steps {config.warmup_steps} must be less than --steps {config.steps}.")
+    if config.head not in HEADS:
+        raise ValueError(f"--head {config.head} is not known; choose mask2former or upernet.")
+    if config.evaluation not in ("whole", "slide"):
+        raise ValueError(f"--evaluation {config.evaluation} is not known; choose whole or slide.")
 
 
-def build_backbone(recipe: Recipe) -> EfficientSamBackbone:
+def build_backbone(config: SemanticConfig) -> EfficientSamBackbone:
     """The encoder under a new feature pyramid; ValueError if it cannot be loaded, or weights of it are missing."""
     options = {
-        "window_size": recipe.window_size,
-        "drop_path_rate": recipe.drop_path,
-        "image_size": recipe.size,
+        "window_size": config.window_size,
+        "drop_path_rate": config.drop_path,
+        "image_size": config.size,
         "pyramid_strides": [4, 8, 16, 32],
-        "pyramid_channels": recipe.width,
+        "pyramid_channels": config.width,
     }
-    if recipe.encoder is not None:
-        return load_around_encoder(EfficientSamBackbone, recipe.encoder, **options)[0]
-    options |= {name: getattr(recipe, name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")}
-    return EfficientSamBackbone(EfficientSamBackboneConfig(pretrain_image_size=recipe.size, **options))
+    if config.encoder is not None:
+        return load_around_encoder(EfficientSamBackbone, config.encoder, **options)[0]
+    options |= {name: getattr(config, name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")}
+    return EfficientSamBackbone(EfficientSamBackboneConfig(pretrain_image_size=config.size, **options))
 
 
-def build_model(recipe: Recipe, classes: list[str]) -> PreTrainedModel:
-    set_seed(recipe.seed)  # the same start on every process, whatever was loaded before
-    backbone = build_backbone(recipe)
+def build_model(config: SemanticConfig, classes: list[str]) -> PreTrainedModel:
+    set_seed(config.seed)  # the same start on every process, whatever was loaded before
+    backbone = build_backbone(config)
     options = {
         "backbone_config": backbone.config,
         "id2label": dict(enumerate(classes)),
         "label2id": {name: number for number, name in enumerate(classes)},
     }
-    if recipe.head == "upernet":
+    if config.head == "upernet":
         # Without the second classifier on the stride-16 map, which in ResNets speeds up the first layers.
-        config = UperNetConfig(hidden_size=recipe.width, use_auxiliary_head=False, **options)
-        model = UperNetForSemanticSegmentation(config)
+        model_config = UperNetConfig(hidden_size=config.width, use_auxiliary_head=False, **options)
+        model = UperNetForSemanticSegmentation(model_config)
         model.backbone.load_state_dict(backbone.state_dict())
         return model.train()
-    config = Mask2FormerConfig(
-        feature_size=recipe.width,
-        mask_feature_size=recipe.width,
-        hidden_dim=recipe.width,
-        num_attention_heads=recipe.width // 32,
-        encoder_layers=recipe.pixel_decoder_layers,
-        encoder_feedforward_dim=4 * recipe.width,
-        decoder_layers=recipe.decoder_layers + 1,  # transformers counts the masks before the first layer
-        dim_feedforward=8 * recipe.width,
-        num_queries=recipe.num_queries,
-        train_num_points=recipe.num_points,
+    model_config = Mask2FormerConfig(
+        feature_size=config.width,
+        mask_feature_size=config.width,
+        hidden_dim=config.width,
+        num_attention_heads=config.width // 32,
+        encoder_layers=config.pixel_decoder_layers,
+        encoder_feedforward_dim=4 * config.width,
+        decoder_layers=config.decoder_layers + 1,  # transformers counts the masks before the first layer
+        dim_feedforward=8 * config.width,
+        num_queries=config.num_queries,
+        train_num_points=config.num_points,
         **options,
     )
-    model = Mask2FormerForUniversalSegmentation(config)
+    model = Mask2FormerForUniversalSegmentation(model_config)
     model.model.pixel_level_module.encoder.load_state_dict(backbone.state_dict())
     return model.train()
 
 
-def build_processor(recipe: Recipe, model: PreTrainedModel) -> Mask2FormerImageProcessorPil:
+def build_processor(config: SemanticConfig, model: PreTrainedModel) -> Mask2FormerImageProcessorPil:
     """Resizes the shorter side to `--size`, and both to multiples of 32."""
-    size = {"shortest_edge": recipe.size, "longest_edge": 4 * recipe.size}
+    size = {"shortest_edge": config.size, "longest_edge": 4 * config.size}
     return Mask2FormerImageProcessorPil(
         size=size, size_divisor=32, ignore_index=NO_CLASS, num_labels=model.config.num_labels
     )
 
 
-def learning_rate_share(name: str, num_layers: int, recipe: Recipe) -> float:
-    """Of a parameter: less than 1 in the encoder, if the recipe says so; the pyramid is new and learns as the head."""
-    share = layer_decay(name, num_layers, recipe.layer_decay)
-    return share * recipe.encoder_rate if "vision_encoder." in name else share
+def synchronize_batch_norm(
+    config: SemanticConfig, model: PreTrainedModel, accelerator: Accelerator
+) -> PreTrainedModel:
+    """UperNet normalises over all images of a step: with several processes they must share their statistics."""
+    if config.head != "upernet":
+        return model
+    if config.global_batch_size // accelerator.gradient_accumulation_steps == 1:
+        raise ValueError("UperNet normalises over several images; raise --batch_size, or --global_batch_size.")
+    if accelerator.num_processes == 1:
+        return model
+    if accelerator.device.type != "cuda":
+        raise ValueError("UperNet normalises over all images of a step, which processes share on GPUs alone.")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def predict(model: PreTrainedModel, pixel_values: torch.Tensor, size: tuple[int, int], recipe: Recipe) -> torch.Tensor:
+def get_optimizer(
+    config: SemanticConfig, model: PreTrainedModel
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    layers = model.config.backbone_config.num_hidden_layers
+    scales = {"num_layers": layers, "layer_decay": config.layer_decay, "encoder_scale": config.encoder_lr_scale}
+    groups = parameter_groups(model, config.learning_rate, config.weight_decay, partial(encoder_lr_scale, **scales))
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+    return optimizer, get_polynomial_decay_schedule_with_warmup(
+        optimizer, config.warmup_steps, config.steps, lr_end=0.0, power=config.schedule_power
+    )
+
+
+def predict(
+    model: PreTrainedModel, pixel_values: torch.Tensor, size: tuple[int, int], config: SemanticConfig
+) -> torch.Tensor:
     """The likeliest class of each pixel of one image: `[1, 3, h, w]` -> int64 `[*size]`."""
-    if recipe.evaluation == "slide":
-        return sliding_scores(model, pixel_values, size, recipe.size)[0].argmax(0)
+    if config.evaluation == "slide":
+        return sliding_scores(model, pixel_values, size, config.size)[0].argmax(0)
     return class_scores(model, pixel_values, size)[0].argmax(0)
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, source: Source, processor, recipe: Recipe, accelerator: Accelerator) -> dict:
+def measure(
+    model: PreTrainedModel, source: Source, processor, config: SemanticConfig, accelerator: Accelerator
+) -> dict:
     """`mean_iou`, `pixel_accuracy`, the number of `images` and `class_iou` by name, on every process. Each image is
     looked at by itself, so the counts are the same however many processes share them."""
     own = range(accelerator.process_index, len(source), accelerator.num_processes)
@@ -237,53 +247,59 @@ def measure(model: PreTrainedModel, source: Source, processor, recipe: Recipe, a
     num_classes, training = len(source.classes), model.training
     counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=accelerator.device)
     model.eval()
-    for pixel_values, labels in DataLoader(images, batch_size=None, num_workers=recipe.num_workers):
+    for pixel_values, labels in DataLoader(images, batch_size=None, num_workers=config.num_workers):
         with accelerator.autocast():
-            predicted = predict(model, pixel_values.to(accelerator.device), labels.shape, recipe)
+            predicted = predict(model, pixel_values.to(accelerator.device), labels.shape, config)
         counts += confusion_matrix(predicted, labels.to(accelerator.device), num_classes)
     model.train(training)
-    scores = MeanIoU(keep_in_memory=True).compute(confusions=gather_object([counts.tolist()]))
+    scores = confusion_scores(np.sum(gather_object([counts.tolist()]), axis=0))
     class_iou = dict(zip(source.classes, scores.pop("class_iou"), strict=True))
     return {**scores, "images": len(source), "class_iou": class_iou}
 
 
-def evaluate_saved(recipe: Recipe) -> None:
+def evaluate_saved(config: SemanticConfig) -> None:
     """Prints what the run that saved the model has written into its metrics."""
-    accelerator, source = Accelerator(), open_source(recipe, test=True)
+    accelerator, source = Accelerator(), open_source(config, test=True)
     try:
-        head = AutoConfig.from_pretrained(recipe.evaluate).model_type
+        head = AutoConfig.from_pretrained(config.evaluate).model_type
     except (OSError, ValueError):
         head = None
     if head not in HEADS:
         raise ValueError(
-            f"{recipe.evaluate} holds no result of finetune_semantic.py; give the folder OUTPUT_DIR/model."
+            f"{config.evaluate} holds no result of finetune_semantic.py; give the folder OUTPUT_DIR/model."
         )
-    model = HEADS[head].from_pretrained(recipe.evaluate, dtype=torch.float32)
+    model = HEADS[head].from_pretrained(config.evaluate, dtype=torch.float32)
     if list(model.config.id2label.values()) != source.classes:
-        raise ValueError(f"The classes of the images to test are not those of {recipe.evaluate}; choose others.")
-    processor = AutoImageProcessor.from_pretrained(recipe.evaluate, backend="pil")
-    recipe = dataclasses.replace(recipe, size=processor.size.shortest_edge)
-    scores = measure(model.to(accelerator.device), source, processor, recipe, accelerator)
+        raise ValueError(f"The classes of the images to test are not those of {config.evaluate}; choose others.")
+    processor = AutoImageProcessor.from_pretrained(config.evaluate, backend="pil")
+    config = dataclasses.replace(config, size=processor.size.shortest_edge)
+    scores = measure(model.to(accelerator.device), source, processor, config, accelerator)
     scores |= {f"IoU of {name}": iou for name, iou in scores.pop("class_iou").items() if iou is not None}
     accelerator.print("\n".join(f"{name}: {value:.6g}" for name, value in scores.items()))
     accelerator.end_training()
 
 
-def write_metrics(recipe: Recipe, scores: dict, step: int) -> None:
-    report = {**scores, "step": step, "recipe": dataclasses.asdict(recipe)}
-    libraries = ("accelerate", "evaluate", "scipy", "numpy", "pillow")
-    write_with_versions(Path(recipe.output_dir) / "metrics.json", report, libraries)
+def save_model(model: PreTrainedModel, processor: Mask2FormerImageProcessorPil, folder: Path) -> None:
+    with replaced_folder(folder) as writing:
+        model.save_pretrained(writing)
+        processor.save_pretrained(writing)
+
+
+def write_metrics(config: SemanticConfig, scores: dict, step: int) -> None:
+    report = {**scores, "step": step, "config": dataclasses.asdict(config)}
+    libraries = ("accelerate", "scipy", "numpy", "pillow")
+    write_report(Path(config.output_dir) / "metrics.json", report, libraries)
 
 
 @torch.no_grad()
-def draw(model: PreTrainedModel, source: Source, processor, recipe: Recipe) -> Image.Image:
+def draw(model: PreTrainedModel, source: Source, processor, config: SemanticConfig) -> Image.Image:
     """Some of the images to test on, their classes, and what the model takes them for, side by side."""
     columns = {"images": [], "their classes": [], "predicted": []}
     model.eval()
     for index in range(0, len(source), max(1, len(source) // SHOWN))[:SHOWN]:  # neighbours may be of one film
         _, image, labels = source[index]
         pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
-        predicted = predict(model, pixel_values, labels.shape, recipe)
+        predicted = predict(model, pixel_values, labels.shape, config)
         columns["images"].append(image)
         columns["their classes"].append(draw_classes(image, labels))
         columns["predicted"].append(draw_classes(image, predicted.cpu()))
@@ -293,56 +309,23 @@ def draw(model: PreTrainedModel, source: Source, processor, recipe: Recipe) -> I
     return picture_table({name: [picture.resize(size) for picture in cells] for name, cells in columns.items()})
 
 
-def main() -> None:
-    recipe = parse_recipe(Recipe, __doc__, None if sys.argv[1:] else ["--config", str(MINIATURE)])
-    try:
-        check(recipe)
-        if recipe.evaluate is not None:
-            return evaluate_saved(recipe)
-        accelerator = start_accelerator(recipe)
-        if accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError("A model this small gains nothing from FSDP; launch with training/accelerate/ddp.yaml.")
-        source, test_source = open_source(recipe, test=False), open_source(recipe, test=True)
-        if source.classes != test_source.classes:
-            raise ValueError("The classes of the images to test are not those of the images to train on.")
-        data = SemanticCrops(source, recipe, recipe.seed)
-        loader, epoch_steps = epoch_loader(accelerator, data, recipe)
-        model = build_model(recipe, source.classes)
-        images = recipe.global_batch_size // accelerator.gradient_accumulation_steps
-        if recipe.head == "upernet" and images == 1:
-            raise ValueError("UperNet normalises over several images; raise --batch_size, or --global_batch_size.")
-        if recipe.head == "upernet" and accelerator.num_processes > 1:
-            if accelerator.device.type != "cuda":
-                raise ValueError("UperNet normalises over all images of a step, which processes share on GPUs alone.")
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        if accelerator.is_main_process:
-            check_same_run(recipe, accelerator.num_processes)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"finetune_semantic: {last_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
-    num_layers = model.config.backbone_config.num_hidden_layers
-    share = partial(learning_rate_share, num_layers=num_layers, recipe=recipe)
-    groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay, share)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
-    schedule = get_polynomial_decay_schedule_with_warmup(
-        optimizer, recipe.warmup_steps, recipe.steps, lr_end=0.0, power=recipe.schedule_power
-    )
-    optimization = Optimization(
-        accelerator, model, optimizer, schedule, recipe.max_grad_norm, ema_decay=recipe.ema_decay
-    )
-    criterion = PixelLoss() if recipe.head == "upernet" else MaskLoss(optimization.current)
-    model, processor = optimization.model, build_processor(recipe, optimization.current)
+def training_function(config: SemanticConfig, run: TrainingRun) -> None:
+    accelerator = run.accelerator
+    source, test_source = open_source(config, test=False), open_source(config, test=True)
+    if source.classes != test_source.classes:
+        raise ValueError("The classes of the images to test are not those of the images to train on.")
+    data, loading = SemanticCrops(source, config, config.seed), (config.num_workers, config.epoch_images)
+    loader, epoch_steps = epoch_loader(accelerator, data, config.global_batch_size, *loading)
+    segmenter = synchronize_batch_norm(config, build_model(config, source.classes), accelerator)
+    processor = build_processor(config, segmenter)
+    optimizer, scheduler = get_optimizer(config, segmenter)
+    model, optimizer = accelerator.prepare(segmenter, optimizer)
+    criterion = PixelLoss() if config.head == "upernet" else QueryLoss(segmenter)
+    average = weight_average(segmenter, config.ema_decay)
+    averaged = segmenter if average is None else average.module
+    done = run.resume(config.steps, [scheduler, average])
 
-    output = Path(recipe.output_dir)
-    log = Log(accelerator, output, recipe.steps, recipe.log_steps)
-    checkpoints = Checkpoints(accelerator, output / "checkpoints")
-    step = checkpoints.resume()
-    if step == recipe.steps:
-        accelerator.print(f"{output} holds a finished run; choose another --output_dir for a new one, or delete it.")
-    log.start(step, "semantic", dataclasses.asdict(recipe))
-    if accelerator.is_main_process:
-        evaluations = Curve(output / "evaluation.jsonl", step)
-    for batches in step_batches(accelerator, loader, data, step, recipe.steps, epoch_steps):
+    for step, batches in step_batches(accelerator, loader, done, config.steps, epoch_steps):
         batches, losses = list(batches), []
         # A mean over the masks or pixels of all batches and processes: accelerate divides by the number of both.
         amounts = torch.stack([criterion.amounts(batch["labels"]) for batch in batches]).sum(0)
@@ -353,34 +336,39 @@ def main() -> None:
             torch.manual_seed(seeds[0])  # of drop path, so that a resumed run draws what it would have drawn
             with accelerator.accumulate(model):
                 loss = criterion(model(batch["pixel_values"], **criterion.options), batch["labels"], seeds, amounts)
-                optimization.add(loss)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
             losses.append(loss.detach())
-        step, loss = step + 1, torch.stack(losses).mean()
-        rate = optimization.finish(step, loss, [key for batch in batches for key in batch["key"]])
-        log.add(step, images=recipe.global_batch_size, loss=loss, lr=rate)
-        if step % recipe.picture_steps == 0 or step == recipe.steps:
-            log.picture(step, draw(optimization.current, test_source, processor, recipe), "classes")
-        if step % recipe.test_steps == 0 or step == recipe.steps:
-            scores = measure(optimization.result, test_source, processor, recipe, accelerator)
+        loss, lr = torch.stack(losses).mean(), max(scheduler.get_last_lr())
+        stop_unless_finite(accelerator, loss, grad_norm, step, [key for batch in batches for key in batch["key"]])
+        if not accelerator.optimizer_step_was_skipped:  # as in float16, for an infinite gradient
+            scheduler.step()
+        if average is not None:
+            average.update_parameters(segmenter)
+        run.log.add(step, images=config.global_batch_size, loss=loss, lr=lr)
+        if run.is_due(step, config.image_steps):
+            run.log.add_image(step, draw(segmenter, test_source, processor, config), "classes")
+        if run.is_due(step, config.eval_steps):
+            scores = measure(averaged, test_source, processor, config, accelerator)
+            run.log.add_evaluation(step, mean_iou=scores["mean_iou"], pixel_accuracy=scores["pixel_accuracy"])
             if accelerator.is_main_process:
-                means = {name: scores[name] for name in ("mean_iou", "pixel_accuracy")}
-                evaluations.add(step=step, **means)
-                accelerator.log(means, step)
-                write_metrics(recipe, scores, step)
-        if step % recipe.save_steps == 0 or step == recipe.steps:
-            # The model before the checkpoint: a finished run has its model.
+                write_metrics(config, scores, step)
+        if run.is_due(step, config.save_steps):
             if accelerator.is_main_process:
-                with replaced_folder(output / "model") as folder:
-                    optimization.result.save_pretrained(folder)
-                    processor.save_pretrained(folder)
-                evaluations.plot(["mean_iou", "pixel_accuracy"])
-            log.plot()
-            checkpoints.save(step)
-    log.close()
-    # The model must not outlive the processes' group: freeing both at once can hang (pytorch/pytorch issue 56297).
-    del model, optimization, criterion
-    accelerator.free_memory()
-    accelerator.end_training()
+                save_model(averaged, processor, run.output_dir / "model")
+            run.save(step)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config = parse_config(SemanticConfig, __doc__, arguments, default=MINIATURE)
+    check(config)
+    if config.evaluate is not None:
+        return evaluate_saved(config)
+    with TrainingRun(start_accelerator(config), config, "semantic") as run:
+        training_function(config, run)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ An image is resized to a square and described by the mean over the patches of th
 neck. The linear probe is a logistic regression on standardised features; nothing is tuned on the test images.
 """
 
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,12 +24,14 @@ from tqdm.auto import tqdm
 
 from hf_efficientsam.training.data.classification import ClassFolders
 from hf_efficientsam.training.data.images import normalize
-from hf_efficientsam.training.engine.runtime import parse_recipe, write_with_versions
-from hf_efficientsam.training.engine.warm_start import load_encoder
+from hf_efficientsam.training.engine.config import parse_config
+from hf_efficientsam.training.engine.encoder_weights import load_encoder
+from hf_efficientsam.training.engine.reports import write_report
+from hf_efficientsam.training.engine.run import run_script
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ProbeConfig:
     encoder: str | None = field(
         default=None,
         metadata={"help": "path or Hub name that EfficientSamVisionModel.from_pretrained takes, or: pixels"},
@@ -76,61 +77,57 @@ class MeanPatch(nn.Module):
 
 
 @torch.inference_mode()
-def features_of(encoder: nn.Module, images: ClassFolders, recipe: Recipe, device: torch.device) -> np.ndarray:
+def features_of(encoder: nn.Module, images: ClassFolders, config: ProbeConfig, device: torch.device) -> np.ndarray:
     """[number of images, C]"""
-    batches = DataLoader(Squares(images, recipe.size), recipe.batch_size, num_workers=recipe.num_workers)
+    batches = DataLoader(Squares(images, config.size), config.batch_size, num_workers=config.num_workers)
     features = [encoder(normalize(batch.to(device))).cpu() for batch in tqdm(batches, unit="batch", mininterval=2)]
     features = torch.cat(features).numpy()
     if not np.isfinite(features).all():
-        raise ValueError(f"The features of --encoder {recipe.encoder} are not finite; its training has diverged.")
+        raise ValueError(f"The features of --encoder {config.encoder} are not finite; its training has diverged.")
     return features
 
 
-def open_all(recipe: Recipe) -> tuple[nn.Module, ClassFolders, ClassFolders]:
-    if recipe.encoder is None or recipe.data is None:
+def open_all(config: ProbeConfig) -> tuple[nn.Module, ClassFolders, ClassFolders]:
+    if config.encoder is None or config.data is None:
         raise ValueError("Give --encoder and --data.")
-    folders = [Path(recipe.data) / name for name in ("train", "test")]
+    folders = [Path(config.data) / name for name in ("train", "test")]
     if missing := [str(folder) for folder in folders if not folder.is_dir()]:
         raise ValueError(f"There is no folder {' and no '.join(missing)}; --data needs train/CLASS/ and test/CLASS/.")
-    train = ClassFolders(folders[0], recipe.train_limit, recipe.seed)
-    test = ClassFolders(folders[1], recipe.test_limit, recipe.seed)
+    train = ClassFolders(folders[0], config.train_limit, config.seed)
+    test = ClassFolders(folders[1], config.test_limit, config.seed)
     if train.classes != test.classes:
         raise ValueError(f"The classes differ: {train.classes} in {folders[0]}, {test.classes} in {folders[1]}.")
-    if recipe.neighbors > len(train):
-        raise ValueError(f"--neighbors {recipe.neighbors} are more than the {len(train)} training images.")
-    if recipe.encoder == "pixels":
+    if config.neighbors > len(train):
+        raise ValueError(f"--neighbors {config.neighbors} are more than the {len(train)} training images.")
+    if config.encoder == "pixels":
         return nn.Flatten(), train, test
-    encoder = MeanPatch(recipe.encoder)
-    if recipe.size % (patch := encoder.model.config.patch_size):
-        raise ValueError(f"--size {recipe.size} must be a multiple of the patch size, {patch}.")
+    encoder = MeanPatch(config.encoder)
+    if config.size % (patch := encoder.model.config.patch_size):
+        raise ValueError(f"--size {config.size} must be a multiple of the patch size, {patch}.")
     return encoder.eval(), train, test
 
 
-def main() -> None:
-    recipe = parse_recipe(Recipe, __doc__)
+def main(arguments: list[str] | None = None) -> None:
+    config = parse_config(ProbeConfig, __doc__, arguments)
     started = time.perf_counter()
-    device = torch.device(recipe.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        encoder, train, test = open_all(recipe)
-        encoder.to(device)
-        train_features, test_features = (features_of(encoder, images, recipe, device) for images in (train, test))
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"probe_encoder: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    encoder, train, test = open_all(config)
+    encoder.to(device)
+    train_features, test_features = (features_of(encoder, images, config, device) for images in (train, test))
     encoded = time.perf_counter()
 
-    neighbors = KNeighborsClassifier(recipe.neighbors, metric="cosine")
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=recipe.probe_c, max_iter=recipe.probe_iterations))
+    neighbors = KNeighborsClassifier(config.neighbors, metric="cosine")
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=config.probe_c, max_iter=config.probe_iterations))
     accuracy = {}
     for name, classifier in {"nearest_neighbors": neighbors, "linear_probe": probe}.items():
         classifier.fit(train_features, train.labels)
         accuracy[name] = round(float(classifier.score(test_features, test.labels)), 4)
         print(f"{name}: {accuracy[name]:.4f}")
-    if recipe.output is None:
+    if config.output is None:
         return
     report = {
         **accuracy,
-        "recipe": asdict(recipe),
+        "config": asdict(config),
         "classes": train.classes,
         "train_images": len(train),
         "test_images": len(test),
@@ -139,9 +136,9 @@ def main() -> None:
         "seconds": {"features": round(encoded - started, 1), "all": round(time.perf_counter() - started, 1)},
         "device": str(device),
     }
-    Path(recipe.output).parent.mkdir(parents=True, exist_ok=True)
-    write_with_versions(recipe.output, report, ("scikit-learn", "pillow"))
+    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    write_report(config.output, report, ("scikit-learn", "pillow"))
 
 
 if __name__ == "__main__":
-    main()
+    run_script("probe_encoder", main)

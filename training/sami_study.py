@@ -17,7 +17,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from hf_efficientsam.training.data.images import FolderImages
-from hf_efficientsam.training.engine.runtime import parse_recipe, replaced_folder, run_script
+from hf_efficientsam.training.engine.checkpoints import replaced_folder
+from hf_efficientsam.training.engine.config import parse_config
+from hf_efficientsam.training.engine.run import run_script
 from hf_efficientsam.training.engine.study import Study, StudyOptions
 
 HERE = Path(__file__).parent
@@ -104,4 +106,4 @@ class SamiStudy(Study):
 
 
 if __name__ == "__main__":
-    run_script("sami_study", lambda: SamiStudy(parse_recipe(Recipe, __doc__), HERE).run())
+    run_script("sami_study", lambda: SamiStudy(parse_config(Recipe, __doc__), HERE).run())

@@ -12,14 +12,12 @@ the curves and pictures beside it. Several GPUs and machines: training/accelerat
 """
 
 import dataclasses
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device, set_seed
 from PIL import Image
 from torch.utils.data import ConcatDataset
@@ -34,30 +32,23 @@ from hf_efficientsam import (
 from hf_efficientsam.inference.drawing import picture_table
 from hf_efficientsam.inference.loading import find_checkpoint, load_model
 from hf_efficientsam.training.data.saliency import open_saliency
-from hf_efficientsam.training.engine.runtime import (
-    Checkpoints,
-    Curve,
-    Log,
-    Optimization,
+from hf_efficientsam.training.engine.checkpoints import replaced_folder
+from hf_efficientsam.training.engine.config import (
+    EvaluationConfig,
+    PositiveFloat,
+    PositiveInt,
+    RatioBelowOne,
+    RunConfig,
+    StepsConfig,
     check_ranges,
-    check_same_run,
-    epoch_loader,
-    parameter_groups,
-    parse_recipe,
-    replaced_folder,
-    run_script,
-    start_accelerator,
-    step_batches,
-    write_with_versions,
+    parse_config,
 )
-from hf_efficientsam.training.saliency.encoded_images import (
-    EncodedImages,
-    MirroredEmbeddings,
-    mean_scores,
-    predict_map,
-    score_map,
-    whiten,
-)
+from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
+from hf_efficientsam.training.engine.optimization import parameter_groups, stop_unless_finite, weight_average
+from hf_efficientsam.training.engine.reports import write_report
+from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
+from hf_efficientsam.training.saliency.embeddings import EncodedImages, MirroredEmbeddings, whiten
+from hf_efficientsam.training.saliency.evaluation import mean_scores, predict_map, score_map
 
 MINIATURE = Path(__file__).parent / "recipes" / "saliency_miniature.yaml"
 SHOWN = 4  # images in a picture
@@ -65,81 +56,78 @@ WHITENED = 100  # images whose embeddings a new head starts from
 
 
 @dataclass(frozen=True)
-class Recipe:
-    # What the shared parts ask of a recipe and this script leaves no choice about.
-    shards: ClassVar[list[str]] = []
-    epoch_images: ClassVar[int | None] = None
-    num_workers: ClassVar[int] = 0  # images are read where they are encoded
-
-    output_dir: str = field(
-        default="runs/saliency", metadata={"help": "checkpoints, model, metrics, curves and pictures"}
-    )
+class SaliencyConfig(RunConfig, StepsConfig, EvaluationConfig):
     # Data.
     train: list[str] = field(default_factory=list, metadata={"help": "folders with images/ and masks/, or COCO jsons"})
     val: str | None = field(default=None, metadata={"help": "such a folder or json to measure on"})
     model: str = field(default="bundled", metadata={"help": "whose encoder it is: path or Hub name, or: bundled"})
-    image_size: int | None = field(
+    image_size: PositiveInt | None = field(
         default=None, metadata={"help": "images are squashed to this side; by default the model's"}
     )
     # Head.
-    hidden_size: int = field(default=96, metadata={"help": "its width"})
-    num_hidden_layers: int = field(default=2, metadata={"help": "its transformer layers"})
-    num_attention_heads: int = field(default=4, metadata={"help": "their attention heads"})
-    dropout: float = field(default=0.1, metadata={"help": "of the narrowed embeddings"})
-    drop_path: float = field(default=0.1, metadata={"help": "share of the images that skip its last layer"})
+    hidden_size: PositiveInt = field(default=96, metadata={"help": "its width"})
+    num_hidden_layers: PositiveInt = field(default=2, metadata={"help": "its transformer layers"})
+    num_attention_heads: PositiveInt = field(default=4, metadata={"help": "their attention heads"})
+    dropout: RatioBelowOne = field(default=0.1, metadata={"help": "of the narrowed embeddings"})
+    drop_path: RatioBelowOne = field(default=0.1, metadata={"help": "ratio of the images that skip its last layer"})
     # Optimisation.
-    steps: int = field(default=2000, metadata={"help": "optimiser steps"})
-    warmup_steps: int = field(default=100, metadata={"help": "linear warm-up; at most a third of all steps"})
-    global_batch_size: int = field(default=8, metadata={"help": "images a step, over all processes"})
-    batch_size: int | None = field(
-        default=None,
-        metadata={"help": "images at a time and process (all by default); gradients are accumulated"},
-    )
-    learning_rate: float = field(default=1e-3, metadata={"help": "its peak; a cosine takes it to zero"})
-    weight_decay: float = field(default=0.05, metadata={"help": "AdamW's"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
-    ema_decay: float = field(
-        default=0.0, metadata={"help": "the saved head averages the weights' past; 0: it does not"}
-    )
-    seed: int = field(default=0, metadata={"help": "of everything random"})
+    learning_rate: PositiveFloat = field(default=1e-3, metadata={"help": "its peak; a cosine takes it to zero"})
     # Output.
-    trackers: list[str] = field(default_factory=list, metadata={"help": "tensorboard, trackio, or both"})
-    test_steps: int = field(default=500, metadata={"help": "an evaluation every so many steps, and at the end"})
-    save_steps: int = field(default=200, metadata={"help": "a checkpoint every so many steps"})
-    log_steps: int = field(default=20, metadata={"help": "a point of the curve every so many steps"})
-    picture_steps: int = field(default=500, metadata={"help": "a picture every so many steps"})
+    output_dir: str = "runs/saliency"
+    eval_steps: PositiveInt = 500
+    save_steps: PositiveInt = 200
+    image_steps: PositiveInt = 500
 
 
-POSITIVE = ("image_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "steps")
-POSITIVE += ("global_batch_size", "batch_size", "learning_rate", "max_grad_norm", "test_steps", "save_steps")
-POSITIVE += ("log_steps", "picture_steps")
-NOT_NEGATIVE = ("warmup_steps", "weight_decay", "seed")
-BELOW_ONE = ("dropout", "drop_path", "ema_decay")
-
-
-def check(recipe: Recipe) -> None:
-    check_ranges(recipe, POSITIVE, NOT_NEGATIVE, below_one=BELOW_ONE)
-    if not recipe.train:
+def check(config: SaliencyConfig) -> None:
+    check_ranges(config)
+    if not config.train:
         raise ValueError("Give --train folders with images/ and masks/, or COCO-style json files.")
-    if recipe.image_size is not None and recipe.image_size % 16:
-        raise ValueError(f"--image_size {recipe.image_size} must be a multiple of 16.")
+    if config.image_size is not None and config.image_size % 16:
+        raise ValueError(f"--image_size {config.image_size} must be a multiple of 16.")
 
 
-def build_head(recipe: Recipe, input_channels: int) -> EfficientSamSaliencyHead:
-    if recipe.hidden_size > input_channels:
+def get_data(config: SaliencyConfig, device: torch.device) -> tuple[MirroredEmbeddings, EncodedImages | None, int]:
+    """What is trained on, what is measured on, and the channels of the embeddings."""
+    model, _ = load_model(find_checkpoint(None if config.model == "bundled" else config.model))
+    model, vision = model.to(device), model.config.vision_config
+    side = config.image_size or vision.image_size
+    processor = EfficientSamProcessor(EfficientSamImageProcessor(size={"height": side, "width": side}))
+    source = ConcatDataset([open_saliency(path) for path in config.train])
+    data = MirroredEmbeddings(EncodedImages(model, processor, source), config.seed)
+    val = None if config.val is None else EncodedImages(model, processor, open_saliency(config.val))
+    return data, val, vision.output_channels
+
+
+def build_head(config: SaliencyConfig, input_channels: int) -> EfficientSamSaliencyHead:
+    if config.hidden_size > input_channels:
         raise ValueError(
-            f"--hidden_size {recipe.hidden_size} must be at most the encoder's {input_channels} channels."
+            f"--hidden_size {config.hidden_size} must be at most the encoder's {input_channels} channels."
         )
-    set_seed(recipe.seed)  # the same start on every process, whatever was loaded before
-    config = EfficientSamSaliencyConfig(
+    set_seed(config.seed)  # the same start on every process, whatever was loaded before
+    head_config = EfficientSamSaliencyConfig(
         input_channels=input_channels,
-        hidden_size=recipe.hidden_size,
-        num_hidden_layers=recipe.num_hidden_layers,
-        num_attention_heads=recipe.num_attention_heads,
-        hidden_dropout=recipe.dropout,
-        drop_path_rate=recipe.drop_path,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        hidden_dropout=config.dropout,
+        drop_path_rate=config.drop_path,
     )
-    return EfficientSamSaliencyHead(config).train()
+    return EfficientSamSaliencyHead(head_config).train()
+
+
+def whiten_head(head: EfficientSamSaliencyHead, data: MirroredEmbeddings) -> None:
+    """Starts a new head from the statistics of embeddings of images from all over the data."""
+    some = range(0, len(data), max(1, len(data) // WHITENED))[:WHITENED]
+    whiten(head, torch.stack([data.images[index]["image_embeddings"] for index in some]))
+
+
+def get_optimizer(
+    config: SaliencyConfig, head: EfficientSamSaliencyHead
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    groups = parameter_groups(head, config.learning_rate, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+    return optimizer, get_scheduler("cosine", optimizer, min(config.warmup_steps, config.steps // 3), config.steps)
 
 
 def measure(head: EfficientSamSaliencyHead, images: EncodedImages, accelerator: Accelerator) -> dict:
@@ -167,88 +155,68 @@ def draw(head: EfficientSamSaliencyHead, images: EncodedImages) -> Image.Image:
     return picture_table({name: [picture.resize(size) for picture in cells] for name, cells in columns.items()})
 
 
-def write_metrics(recipe: Recipe, scores: dict, step: int) -> None:
-    report = {**scores, "step": step, "recipe": dataclasses.asdict(recipe)}
-    write_with_versions(Path(recipe.output_dir) / "metrics.json", report, ("accelerate", "numpy", "pillow"))
+def write_metrics(config: SaliencyConfig, scores: dict, step: int) -> None:
+    report = {**scores, "step": step, "config": dataclasses.asdict(config)}
+    write_report(Path(config.output_dir) / "metrics.json", report, ("accelerate", "numpy", "pillow"))
 
 
-def main() -> None:
-    recipe = parse_recipe(Recipe, __doc__, None if sys.argv[1:] else ["--config", str(MINIATURE)])
-    try:
-        check(recipe)
-        accelerator = start_accelerator(recipe)
-        if accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError("A model this small gains nothing from FSDP; launch with training/accelerate/ddp.yaml.")
-        model, _ = load_model(find_checkpoint(None if recipe.model == "bundled" else recipe.model))
-        model, vision = model.to(accelerator.device), model.config.vision_config
-        side = recipe.image_size or vision.image_size
-        processor = EfficientSamProcessor(EfficientSamImageProcessor(size={"height": side, "width": side}))
-        source = ConcatDataset([open_saliency(path) for path in recipe.train])
-        data = MirroredEmbeddings(EncodedImages(model, processor, source), recipe.seed)
-        loader, epoch_steps = epoch_loader(accelerator, data, recipe)
-        images = None if recipe.val is None else EncodedImages(model, processor, open_saliency(recipe.val))
-        head = build_head(recipe, vision.output_channels)
-        if accelerator.is_main_process:
-            check_same_run(recipe, accelerator.num_processes)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"train_saliency: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    output = Path(recipe.output_dir)
-    checkpoints = Checkpoints(accelerator, output / "checkpoints")
-    if not checkpoints.steps():
-        some = range(0, len(data), max(1, len(data) // WHITENED))[:WHITENED]
-        whiten(head, torch.stack([data.images[index]["image_embeddings"] for index in some]))
-    groups = parameter_groups(head, recipe.learning_rate, recipe.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
-    schedule = get_scheduler("cosine", optimizer, min(recipe.warmup_steps, recipe.steps // 3), recipe.steps)
-    optimization = Optimization(
-        accelerator, head, optimizer, schedule, recipe.max_grad_norm, ema_decay=recipe.ema_decay
-    )
-    head = optimization.model
+def save_head(head: EfficientSamSaliencyHead, folder: Path) -> None:
+    with replaced_folder(folder) as writing:
+        head.save_pretrained(writing)
 
-    log = Log(accelerator, output, recipe.steps, recipe.log_steps)
-    step = checkpoints.resume()
-    if step == recipe.steps:
-        accelerator.print(f"{output} holds a finished run; choose another --output_dir for a new one, or delete it.")
-    log.start(step, "saliency", dataclasses.asdict(recipe))
-    if accelerator.is_main_process:
-        evaluations = Curve(output / "evaluation.jsonl", step)
-    for batches in step_batches(accelerator, loader, data, step, recipe.steps, epoch_steps):
+
+def training_function(config: SaliencyConfig, run: TrainingRun) -> None:
+    accelerator = run.accelerator
+    data, val, channels = get_data(config, accelerator.device)
+    loader, epoch_steps = epoch_loader(accelerator, data, config.global_batch_size)
+    head = build_head(config, channels)
+    if not run.checkpoints.steps():
+        whiten_head(head, data)
+    optimizer, scheduler = get_optimizer(config, head)
+    model, optimizer = accelerator.prepare(head, optimizer)
+    average = weight_average(head, config.ema_decay)
+    averaged = head if average is None else average.module
+    done = run.resume(config.steps, [scheduler, average])
+
+    for step, batches in step_batches(accelerator, loader, done, config.steps, epoch_steps):
         losses, keys = [], []
         for batch in batches:
             batch = send_to_device(batch, accelerator.device)
             torch.manual_seed(batch["seed"][0].item())  # of dropout: a resumed run draws what it would have drawn
-            with accelerator.accumulate(head):
-                loss = head(batch["image_embeddings"], batch["labels"]).loss
-                optimization.add(loss)
+            with accelerator.accumulate(model):
+                loss = model(batch["image_embeddings"], batch["labels"]).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
             losses.append(loss.detach())
             keys += batch["key"]
-        step, loss = step + 1, torch.stack(losses).mean()
-        rate = optimization.finish(step, loss, keys)
-        log.add(step, images=recipe.global_batch_size, loss=loss, lr=rate)
-        if images is not None and (step % recipe.picture_steps == 0 or step == recipe.steps):
-            log.picture(step, draw(optimization.result, images), "saliency")
-        if images is not None and (step % recipe.test_steps == 0 or step == recipe.steps):
-            scores = measure(optimization.result, images, accelerator)
+        loss, lr = torch.stack(losses).mean(), max(scheduler.get_last_lr())
+        stop_unless_finite(accelerator, loss, grad_norm, step, keys)
+        if not accelerator.optimizer_step_was_skipped:  # as in float16, for an infinite gradient
+            scheduler.step()
+        if average is not None:
+            average.update_parameters(head)
+        run.log.add(step, images=config.global_batch_size, loss=loss, lr=lr)
+        if val is not None and run.is_due(step, config.image_steps):
+            run.log.add_image(step, draw(averaged, val), "saliency")
+        if val is not None and run.is_due(step, config.eval_steps):
+            scores = measure(averaged, val, accelerator)
+            run.log.add_evaluation(step, **{name: scores[name] for name in ("iou", "mae", "max_f")})
             if accelerator.is_main_process:
-                means = {name: scores[name] for name in ("iou", "mae", "max_f")}
-                evaluations.add(step=step, **means)
-                accelerator.log(means, step)
-                write_metrics(recipe, scores, step)
-        if step % recipe.save_steps == 0 or step == recipe.steps:
-            # The model before the checkpoint: a finished run has its model.
+                write_metrics(config, scores, step)
+        if run.is_due(step, config.save_steps):
             if accelerator.is_main_process:
-                with replaced_folder(output / "model") as folder:
-                    optimization.result.save_pretrained(folder)
-                if evaluations.rows:
-                    evaluations.plot(["iou", "mae", "max_f"])
-            log.plot()
-            checkpoints.save(step)
-    log.close()
-    # The model must not outlive the processes' group: freeing both at once can hang (pytorch/pytorch issue 56297).
-    del head, optimization
-    accelerator.free_memory()
-    accelerator.end_training()
+                save_head(averaged, run.output_dir / "model")
+            run.save(step)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config = parse_config(SaliencyConfig, __doc__, arguments, default=MINIATURE)
+    check(config)
+    with TrainingRun(start_accelerator(config), config, "saliency") as run:
+        training_function(config, run)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from sami_study import Recipe, SamiStudy
 
-from hf_efficientsam.training.engine.runtime import parse_recipe, run_script
+from hf_efficientsam.training.engine.config import parse_config
+from hf_efficientsam.training.engine.run import run_script
 
 HERE = Path(__file__).parent
 
@@ -43,4 +44,4 @@ class TransferStudy(SamiStudy):
 
 
 if __name__ == "__main__":
-    run_script("transfer_study", lambda: TransferStudy(parse_recipe(Recipe, __doc__), HERE).run())
+    run_script("transfer_study", lambda: TransferStudy(parse_config(Recipe, __doc__), HERE).run())

@@ -45,7 +45,7 @@ def test_masks_that_are_the_truth_are_all_recalled(coco, tiny_model, tmp_path, m
     assert asked == 5 * [9] + 5 * [4] and report["images"] == 5
     assert report["results"]["3"] == {"AR100": 1, "AR1000": 1, "ARs": 1, "ARm": None, "ARl": None, "masks": 3}
     assert report["results"]["2"]["AR100"] == pytest.approx(5 / 15)  # one of the 1 to 5 objects of each image
-    assert report["recipe"]["points_per_side"] == [3, 2] and report["versions"]["torch"] == torch.__version__
+    assert report["config"]["points_per_side"] == [3, 2] and report["versions"]["torch"] == torch.__version__
 
 
 def test_found_masks_are_kept(coco, tiny_model, tmp_path, monkeypatch):

@@ -63,7 +63,7 @@ def numbers(folder: Path, *arguments, python=None) -> dict:
     if python is not None:  # only the main process prints
         tables = len(report["model"]) if isinstance(report["model"], list) else 1
         assert done.stdout.count("mIoU ") + done.stdout.count("AP75") == tables
-    return {name: value for name, value in report.items() if name not in ("seconds", "recipe")}
+    return {name: value for name, value in report.items() if name not in ("seconds", "config")}
 
 
 def test_a_folder_of_images_and_masks(coco, tiny_model, tmp_path):
@@ -94,7 +94,7 @@ def test_evaluate(coco, tiny_model, tmp_path):
     assert (report["images"], report["masks"], report["model"]) == (5, 15, str(tiny_model))
     assert report["input_size"] == {"height": SIZE, "width": SIZE}
     assert "uniformly random" in report["protocol"] and report["versions"]["torch"] == torch.__version__
-    assert report["recipe"]["clicks"] == "random" and "datasets" not in report
+    assert report["config"]["clicks"] == "random" and "datasets" not in report
     results = report["results"]
     assert list(results) == ["box", "click1", "click3", "click5", "baseline"]
     assert results["baseline"]["filled_box"]["all"] == {"miou": 1.0, "count": 15}  # every object is a rectangle

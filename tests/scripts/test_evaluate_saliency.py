@@ -1,19 +1,18 @@
 """`training/evaluate_saliency.py`, and the scores that it and the training print."""
 
 import json
-import runpy
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from script_runs import TRAINING, refuse, run
+from script_runs import load_script, refuse, run
 
 from hf_efficientsam import EfficientSamPredictor, EfficientSamSaliencyConfig, EfficientSamSaliencyHead
 from hf_efficientsam.inference.prompters import SalientPrompter
 from hf_efficientsam.training.data.saliency import SaliencyMasks
-from hf_efficientsam.training.saliency.encoded_images import mean_scores, score_map
+from hf_efficientsam.training.saliency.evaluation import mean_scores, score_map
 
 SHARES = (0.25, 0.5)  # of the two images that is salient
 
@@ -78,14 +77,14 @@ def test_paper_and_pencil():
 def test_a_perfect_map_through_the_prompter(folder, model):
     """The map is measured as it comes, and the masks are those of the prompter."""
     script, predictor = (
-        runpy.run_path(str(TRAINING / "evaluate_saliency.py")),
+        load_script("evaluate_saliency"),
         EfficientSamPredictor.from_pretrained(model),
     )
     sample = SaliencyMasks(folder)[0]
     truth = np.zeros((20, 40), bool)
     truth[:, :10] = True
     predictor.set_image(sample.image)
-    scores = script["measure"](SalientPrompter(predictor, truth), truth)
+    scores = script.measure(SalientPrompter(predictor, truth), truth)
     assert (scores["map"]["iou"], scores["map"]["mae"], scores["objects"]) == (1, 0, 1)
     mask = predictor.segment(boxes=[[0, 0, 10, 20]]).masks[0]
     assert scores["masks"]["iou"] == (mask & truth).sum() / (mask | truth).sum()

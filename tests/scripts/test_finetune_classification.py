@@ -2,11 +2,10 @@
 
 import dataclasses
 import json
-import runpy
 import signal
 import tarfile
-from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from script_runs import (
     assert_close,
     assert_equal,
     curve,
+    load_script,
     refuse,
     run,
     start,
@@ -35,9 +35,9 @@ from hf_efficientsam import (
     EfficientSamForPreTraining,
     EfficientSamSamiConfig,
 )
-from hf_efficientsam.training.classification import mixup as classification
-from hf_efficientsam.training.engine import runtime
-from hf_efficientsam.training.engine.runtime import parse_recipe
+from hf_efficientsam.training import engine
+from hf_efficientsam.training.data import classification as classification_data
+from hf_efficientsam.training.engine.config import parse_config
 
 SIZE = 32
 # Epochs have 2 steps of 8 images, the run has 7 steps: checkpoints lie within epochs and between them.
@@ -52,11 +52,11 @@ warmup_epochs: 0.5
 learning_rate: 3e-3
 layer_decay: 0.9
 ema_decay: 0.5
-test_batch_size: 3
-test_steps: 4
+eval_batch_size: 3
+eval_steps: 4
 log_steps: 1
 save_steps: 3
-picture_steps: 5
+image_steps: 5
 num_workers: 0
 """
 COLORS = {"blue": (0, 0, 150), "green": (0, 150, 0), "red": (150, 0, 0)}
@@ -125,9 +125,8 @@ def pretrained(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def script() -> dict:
-    """What the script defines."""
-    return runpy.run_path(str(TRAINING / "finetune_classification.py"))
+def script() -> ModuleType:
+    return load_script("finetune_classification")
 
 
 def metrics(folder: Path) -> dict:
@@ -152,11 +151,11 @@ def test_a_run_leaves_a_model_metrics_curves_and_pictures(whole, data):
     assert [row["step"] for row in evaluations] == [4, 7]
     report = metrics(whole)
     assert {name: report[name] for name in evaluations[-1]} == evaluations[-1] and report["images"] == 8
-    assert report["recipe"]["layer_decay"] == 0.9 and report["versions"].keys() >= {"torch", "kornia"}
+    assert report["config"]["layer_decay"] == 0.9 and report["versions"].keys() >= {"torch", "kornia"}
     for name in ("curve.png", "evaluation.png"):
         assert (whole / name).read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in (whole / "pictures").iterdir()) == [f"classes_{n:08}.png" for n in (5, 7)]
-    assert len(np.unique(np.array(Image.open(whole / "pictures" / "classes_00000007.png")))) > 50
+    assert sorted(path.name for path in (whole / "images").iterdir()) == [f"classes_{n:08}.png" for n in (5, 7)]
+    assert len(np.unique(np.array(Image.open(whole / "images" / "classes_00000007.png")))) > 50
     assert steps_saved(whole) == ["step_00000006", "step_00000007"]
 
 
@@ -255,12 +254,11 @@ def test_a_linear_probe_of_a_pretrained_encoder(arguments, pretrained, tmp_path)
 
 
 def test_every_weight_of_a_pretrained_start_has_its_rate(script, pretrained):
-    recipe = script["Recipe"](encoder=str(pretrained), size=SIZE)
-    model = script["build_model"](recipe, list(COLORS))
+    recipe = script.ClassificationConfig(encoder=str(pretrained), size=SIZE, learning_rate=1.0, layer_decay=0.5)
+    model = script.build_model(recipe, list(COLORS))
     assert model.config.pretrain_image_size == 64 and model.training
-    share = partial(script["layer_decay"], num_layers=2, decay=0.5)
-    groups = script["parameter_groups"](model, 1.0, 0.05, share)
-    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    optimizer, _ = script.get_optimizer(recipe, model, steps=10, warmup_steps=1)
+    rates = {id(parameter): group["initial_lr"] for group in optimizer.param_groups for parameter in group["params"]}
     found = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
     expected = {"embeddings": 1 / 8, "cls_token": 1 / 8, "layers.0": 1 / 4, "layers.1": 1 / 2}
     assert found == {
@@ -285,7 +283,7 @@ REFUSALS = {
     "share": ("--train TRAIN --test TEST --erasing 2", "--erasing is 2.0; it must be between 0 and 1"),
     "dropped": ("--train TRAIN --test TEST --drop_path 1", "it must be at least 0 and less than 1"),
     "frozen": ("--train TRAIN --test TEST --linear_probe true --drop_path 0.1", "leave --drop_path out"),
-    "negative": ("--train TRAIN --test TEST --mixup -1", "must not be negative"),
+    "negative": ("--train TRAIN --test TEST --mixup -1", "must be 0 or more"),
     "no encoder": ("--train TRAIN --test TEST --encoder TEST", "cannot be loaded"),
     "no model": ("--evaluate TEST --test TEST", "cannot be loaded"),
     "no classifier": ("--evaluate WHOLE/model --test patterns", "is no classifier of the classes to test"),
@@ -305,24 +303,22 @@ def test_what_cannot_train_is_refused_in_a_sentence(recipe, data, whole, tmp_pat
 # --------------------------------------------------------------------------------------------------- recipes
 
 
-def test_every_field_of_the_recipe_is_read(script):
-    from hf_efficientsam.training.data import classification as data
-
-    paths = (TRAINING / "finetune_classification.py", runtime.__file__, data.__file__, classification.__file__)
+def test_every_option_is_read(script):
+    paths = [script.__file__, classification_data.__file__, *Path(engine.__path__[0]).glob("*.py")]
     source = "".join(Path(path).read_text() for path in paths)
-    names = [field.name for field in dataclasses.fields(script["Recipe"])]
-    unread = [name for name in names if f"recipe.{name}" not in source and f"options.{name}" not in source]
-    assert unread == []
+    names = [field.name for field in dataclasses.fields(script.ClassificationConfig)]
+    readers = ("config", "options", "self")
+    assert [name for name in names if not any(f"{reader}.{name}" in source for reader in readers)] == []
 
 
 @pytest.mark.parametrize(
     "path", sorted((TRAINING / "recipes").glob("classification_*.yaml")), ids=lambda path: path.stem
 )
 def test_every_recipe_builds_its_model(script, path):
-    recipe = parse_recipe(script["Recipe"], "", ["--config", str(path)])
-    script["check"](recipe)
+    recipe = parse_config(script.ClassificationConfig, "", ["--config", str(path)])
+    script.check(recipe)
     with torch.device("meta"):
-        model = script["build_model"](dataclasses.replace(recipe, encoder=None), ["one", "other"])
+        model = script.build_model(dataclasses.replace(recipe, encoder=None), ["one", "other"])
     if not path.stem.endswith("_imagenet"):
         return
     width, heads = {"ti": (192, 3), "s": (384, 6), "b": (768, 12)}[path.stem.split("_")[1]]

@@ -2,15 +2,14 @@
 `detection_with_torchvision.py`."""
 
 import os
-import runpy
 import subprocess
 import sys
 
 import pytest
 import torch
-from script_runs import ROOT, TRAINING, refuse, start
+from script_runs import ROOT, TRAINING, load_script, refuse, start
 
-from hf_efficientsam.training.engine.runtime import parse_recipe
+from hf_efficientsam.training.engine.config import parse_config
 
 RECIPES = sorted((TRAINING / "recipes").glob("detection_*.yaml"))
 
@@ -48,7 +47,7 @@ def test_a_broken_torchvision_is_named_before_transformers_fails_with_it(tmp_pat
             ["--train", "a.json", "--freeze_encoder", "true", "--drop_path", 0.1],
             "--freeze_encoder leaves the encoder as it is; leave --drop_path out.",
         ),
-        (["--window_size", -1], "--window_size is -1; it must not be negative."),
+        (["--window_size", -1], "--window_size is -1; it must be 0 or more."),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, sentence):
@@ -57,18 +56,20 @@ def test_what_does_not_fit_is_refused(arguments, sentence):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_one(path, monkeypatch):
-    script = runpy.run_path(str(TRAINING / "finetune_detection.py"))
-    recipe = parse_recipe(script["Recipe"], "", ["--config", str(path), "--train", "some.json"])
+    script = load_script("finetune_detection")
+    recipe = parse_config(script.DetectionConfig, "", ["--config", str(path), "--train", "some.json"])
     with pytest.raises(ValueError, match="needs a torchvision"):  # what is checked last
         monkeypatch.setitem(sys.modules, "torchvision", None)
-        script["check"](recipe)
+        script.check(recipe)
 
 
 @pytest.mark.parametrize(("size", "width"), [("ti", 192), ("s", 384), ("b", 768)])
 def test_the_papers_recipes_are_the_papers(size, width):
     """arXiv 2312.00863 for the schedule, arXiv 2203.16527 for the rest."""
-    script = runpy.run_path(str(TRAINING / "finetune_detection.py"))
-    recipe = parse_recipe(script["Recipe"], "", ["--config", str(TRAINING / f"recipes/detection_{size}_coco.yaml")])
+    script = load_script("finetune_detection")
+    recipe = parse_config(
+        script.DetectionConfig, "", ["--config", str(TRAINING / f"recipes/detection_{size}_coco.yaml")]
+    )
     assert (recipe.hidden_size, 64 * recipe.num_attention_heads, recipe.num_hidden_layers) == (width, width, 12)
     assert (recipe.image_size, recipe.epochs, recipe.warmup_epochs, recipe.global_batch_size) == (1024, 100, 10, 64)
     assert (recipe.learning_rate, recipe.weight_decay, recipe.layer_decay, recipe.drop_path) == (2e-4, 0.1, 0.7, 0.1)

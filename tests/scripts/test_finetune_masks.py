@@ -1,7 +1,6 @@
 """`training/finetune_masks.py`, run as a user does, on tiny models and a handful of images."""
 
 import json
-import runpy
 import shutil
 import signal
 
@@ -18,6 +17,7 @@ from script_runs import (
     assert_close,
     assert_equal,
     curve,
+    load_script,
     refuse,
     run,
     start,
@@ -33,7 +33,7 @@ from hf_efficientsam import (
     EfficientSamSamiConfig,
 )
 from hf_efficientsam.training.data.coco import CocoMasks, decode
-from hf_efficientsam.training.engine.runtime import parse_recipe
+from hf_efficientsam.training.engine.config import parse_config
 
 SIZE = 64  # of the model input
 STEPS = 7
@@ -47,13 +47,13 @@ steps: {STEPS}
 warmup_steps: 2
 learning_rate: 1e-3
 layer_decay: 0.9
-geometry_steps: 1
-geometry_share: 0.2
+synthetic_steps: 1
+synthetic_ratio: 0.2
 mask_only_rounds: 1
 ema_decay: 0.5
 log_steps: 1
 save_steps: 3
-picture_steps: 5
+image_steps: 5
 num_workers: 0
 """
 
@@ -103,8 +103,8 @@ def test_a_run_leaves_a_model_a_processor_a_curve_and_pictures(whole, tiny_model
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert all(row["loss"] > 0 for row in rows) and rows[2]["lr"] == 1e-3 > rows[-1]["lr"]
     assert (whole / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in (whole / "pictures").iterdir()) == [f"masks_{n:08}.png" for n in (5, 7)]
-    assert Image.open(whole / "pictures" / "masks_00000007.png").size > (3 * SIZE, 4 * SIZE)
+    assert sorted(path.name for path in (whole / "images").iterdir()) == [f"masks_{n:08}.png" for n in (5, 7)]
+    assert Image.open(whole / "images" / "masks_00000007.png").size > (3 * SIZE, 4 * SIZE)
     assert steps_saved(whole) == ["step_00000006", "step_00000007"]
 
 
@@ -200,11 +200,11 @@ def test_a_pretrained_encoder(arguments, pretrained, tmp_path):
 
 def build(**options):
     """The model that a recipe starts from, and the script."""
-    script = runpy.run_path(str(TRAINING / "finetune_masks.py"))
-    recipe = script["Recipe"](
+    script = load_script("finetune_masks")
+    recipe = script.MasksConfig(
         **{name: str(value) if name != "mask_prompts" else value for name, value in options.items()}
     )
-    return script["build_model"](recipe)
+    return script.build_model(recipe)
 
 
 def test_a_decoder_is_handed_over_to_an_encoder_of_another_width(pretrained):
@@ -242,16 +242,20 @@ def test_schedules(arguments, tmp_path, schedule, expected):
     assert [row["lr"] for row in curve(tmp_path / "run")] == pytest.approx([1e-3 * share for share in expected])
 
 
-def test_the_encoder_learns_more_slowly_and_its_first_layers_most():
-    script = runpy.run_path(str(TRAINING / "finetune_masks.py"))
-    recipe = script["Recipe"](encoder_rate=0.5, layer_decay=0.8)
-    names = (
-        "vision_encoder.layers.1.norm.weight",
-        "vision_encoder.layers.0.norm.weight",
-        "vision_encoder.neck.conv1.weight",
+def test_the_encoder_learns_more_slowly_and_its_first_layers_most(tiny_model):
+    script = load_script("finetune_masks")
+    config = script.MasksConfig(encoder_lr_scale=0.5, layer_decay=0.8, learning_rate=1.0)
+    model = build(model=tiny_model)
+    optimizer, _ = script.get_optimizer(config, model, steps=10)
+    rates = {id(parameter): group["initial_lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    encoder = model.vision_encoder
+    parts = (
+        encoder.layers[0].mlp.fc1,
+        encoder.embeddings.projection,
+        encoder.neck.conv1,
+        model.mask_decoder.iou_token,
     )
-    shares = [script["learning_rate_share"](name, 2, recipe) for name in (*names, "mask_decoder.iou_token.weight")]
-    assert shares == pytest.approx([0.4, 0.32, 1, 1])
+    assert [rates[id(part.weight)] for part in parts] == pytest.approx([0.4, 0.32, 1, 1])
 
 
 def test_half_precision_keeps_the_masks(arguments, whole, tmp_path):
@@ -286,7 +290,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_what_is_trained(arguments, tiny_model, tmp_path, name):
     options, expected = OPTIONS[name]
-    given = [*arguments, *options, "--steps", 3, "--geometry_steps", 0, "--geometry_share", 0]
+    given = [*arguments, *options, "--steps", 3, "--synthetic_steps", 0, "--synthetic_ratio", 0]
     run("finetune_masks", *given, "--output_dir", tmp_path / "run")
     found = changed(tmp_path / "run", tiny_model)
     neck = set() if name == "frozen" else {"vision_encoder.neck"}
@@ -304,13 +308,13 @@ def test_embeddings_that_are_remembered_are_those_of_the_frozen_encoder(argument
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EfficientSamModel, "get_image_embeddings", count)
         for name in ("false", "true"):
-            run("finetune_masks", *arguments, *alike, "--remember_embeddings", name, "--output_dir", tmp_path / name)
+            run("finetune_masks", *arguments, *alike, "--cache_embeddings", name, "--output_dir", tmp_path / name)
             encoded = sum(calls)
             calls.clear()
     assert encoded == 5  # images, each once, though they were seen in 7 steps of 4
     assert_close(tmp_path / "true", tmp_path / "false", curves=0.02, values=0.02)  # half precision between them
     stopped_after(6, tmp_path / "true", tmp_path / "resumed")
-    run("finetune_masks", *arguments, *alike, "--remember_embeddings", "true", "--output_dir", tmp_path / "resumed")
+    run("finetune_masks", *arguments, *alike, "--cache_embeddings", "true", "--output_dir", tmp_path / "resumed")
     assert_equal(tmp_path / "resumed", tmp_path / "true")
 
 
@@ -355,12 +359,12 @@ def test_a_bad_config_is_refused(tmp_path, text, sentence):
         (["--image_size", 100], "--image_size 100 must be a multiple of 16"),
         (["--loss_stride", 3], "must be a multiple of 3 (16, --loss_stride)."),
         (["--steps", 0], "--steps is 0; it must be more than 0."),
-        (["--corrections", -1], "--corrections is -1; it must not be negative."),
+        (["--corrections", -1], "--corrections is -1; it must be 0 or more."),
         (["--schedule", "steep"], "choose cosine, linear or constant."),
         (["--freeze", "neck"], "--freeze neck: there is no such part"),
         (["--freeze", "vision_encoder", "prompt_encoder", "mask_decoder"], "leaves nothing to train"),
         (["--freeze", "vision_encoder", "--lora", 2], "leave one of them out"),
-        (["--remember_embeddings", "true"], "--remember_embeddings needs --freeze vision_encoder --crop_scale 1"),
+        (["--cache_embeddings", "true"], "--cache_embeddings needs --freeze vision_encoder --crop_scale 1"),
         (["--ema_decay", 1], "--ema_decay is 1.0"),
         (["--crop_scale", 1.5], "--crop_scale is 1.5; it must be between 0 and 1."),
         (["--epochs", 0.1], "--epochs 0.1 is less than one step of 2 an epoch"),
@@ -418,16 +422,16 @@ def test_an_unreadable_image_ends_the_run_with_its_name(arguments, coco, tiny_mo
 
 @pytest.mark.parametrize("path", sorted((TRAINING / "recipes").glob("*masks*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_one(path):
-    script = runpy.run_path(str(TRAINING / "finetune_masks.py"))
-    script["check"](parse_recipe(script["Recipe"], "", ["--config", str(path)]))
+    script = load_script("finetune_masks")
+    script.check(parse_config(script.MasksConfig, "", ["--config", str(path)]))
 
 
 @pytest.mark.parametrize(("size", "width"), [("ti", 192), ("s", 384)])
 def test_the_papers_recipes_are_the_papers(size, width):
     """arXiv 2312.00863 for the schedule, arXiv 2304.02643 for prompts, rounds and loss."""
-    script = runpy.run_path(str(TRAINING / "finetune_masks.py"))
+    script = load_script("finetune_masks")
     path = TRAINING / "recipes" / f"masks_{size}_sa1b.yaml"
-    recipe = parse_recipe(script["Recipe"], "", ["--config", str(path)])
+    recipe = parse_config(script.MasksConfig, "", ["--config", str(path)])
     assert (recipe.hidden_size, recipe.image_size, recipe.epochs, recipe.global_batch_size) == (width, 1024, 5, 128)
     assert (recipe.learning_rate, recipe.schedule, recipe.weight_decay) == (4e-4, "linear", 0.1)
     assert (recipe.crop_scale, recipe.flip, recipe.color_jitter, recipe.freeze) == (1, False, 0, [])

@@ -1,14 +1,13 @@
 """training/probe_encoder.py, run as a user does, on a handful of images."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from script_runs import refuse, run
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from transformers import Dinov2Config, Dinov2Model
@@ -19,16 +18,14 @@ from hf_efficientsam import (
     EfficientSamVisionConfig,
     EfficientSamVisionModel,
 )
+from hf_efficientsam.training.data.classification import ClassFolders
 
-SCRIPT = Path(__file__).resolve().parents[2] / "training" / "probe_encoder.py"
 VISION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "output_channels": 8, "image_size": 32}
 
 
-def run(monkeypatch, folder: Path, *arguments) -> dict:
+def probe(folder: Path, *arguments) -> dict:
     output = folder / "results" / "probe.json"
-    arguments = ["--data", folder, "--output", output, *arguments]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    run("probe_encoder", "--data", folder, "--output", output, *arguments)
     return json.loads(output.read_text())
 
 
@@ -59,26 +56,26 @@ def tiny(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("encoder", ["pixels", "tiny"])
-def test_classes_that_can_be_told_apart(monkeypatch, colors, encoder):
+def test_classes_that_can_be_told_apart(colors, encoder):
     encoder = tiny(colors / "encoder") if encoder == "tiny" else encoder
-    result = run(monkeypatch, colors, "--encoder", encoder, "--size", 32)
+    result = probe(colors, "--encoder", encoder, "--size", 32)
     assert (result["nearest_neighbors"], result["linear_probe"]) == (1, 1)
     assert result["classes"] == ["blue", "green", "red"]
     assert (result["train_images"], result["test_images"]) == (36, 12)
     assert result["width"] == (3 * 32 * 32 if encoder == "pixels" else 16)
-    assert result["recipe"]["encoder"] == str(encoder) and result["recipe"]["neighbors"] == 10
+    assert result["config"]["encoder"] == str(encoder) and result["config"]["neighbors"] == 10
     assert result["versions"].keys() >= {"torch", "scikit-learn"} and result["probe_iterations"] > 0
 
 
-def test_classes_that_cannot_be_told_apart(monkeypatch, tmp_path):
+def test_classes_that_cannot_be_told_apart(tmp_path):
     for i, name in enumerate(("heads", "tails")):
         save(tmp_path, "train", name, noise(40, i))
         save(tmp_path, "test", name, noise(40, 10 + i))
-    result = run(monkeypatch, tmp_path, "--encoder", tiny(tmp_path / "encoder"), "--size", 32)
+    result = probe(tmp_path, "--encoder", tiny(tmp_path / "encoder"), "--size", 32)
     assert 0.3 < result["nearest_neighbors"] < 0.7 and 0.3 < result["linear_probe"] < 0.7
 
 
-def test_three_of_four(monkeypatch, colors):
+def test_three_of_four(colors):
     """The nearest neighbour of an image is itself, with its label in training; one of four is said to be another."""
     train = {name: colors / "train" / name for name in ("blue", "green", "red")}
     for path in (colors / "test").rglob("*.png"):
@@ -86,11 +83,11 @@ def test_three_of_four(monkeypatch, colors):
     for name, source in {"blue": ["blue"], "green": ["green"], "red": ["red", "green"]}.items():
         for i, class_name in enumerate(source):
             (colors / "test" / name / f"{i}.png").write_bytes((train[class_name] / "3.png").read_bytes())
-    result = run(monkeypatch, colors, "--encoder", "pixels", "--neighbors", 1, "--size", 32)
+    result = probe(colors, "--encoder", "pixels", "--neighbors", 1, "--size", 32)
     assert result["nearest_neighbors"] == 0.75 and result["linear_probe"] == 0.75
 
 
-def test_against_the_same_by_hand(monkeypatch, tmp_path):
+def test_against_the_same_by_hand(tmp_path):
     """A pretraining directory, whose encoder has no neck: pixels, features and both classifiers step by step."""
     for i, name in enumerate(("dim", "dimmer")):
         save(tmp_path, "train", name, noise(15, i, (20 * i, 10, 0)))
@@ -99,7 +96,7 @@ def test_against_the_same_by_hand(monkeypatch, tmp_path):
     decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
     model = EfficientSamForPreTraining(EfficientSamSamiConfig(vision_config=VISION, **decoder))
     model.save_pretrained(tmp_path / "sami")
-    result = run(monkeypatch, tmp_path, "--encoder", tmp_path / "sami", "--size", 48, "--neighbors", 3)
+    result = probe(tmp_path, "--encoder", tmp_path / "sami", "--size", 48, "--neighbors", 3)
 
     encoder = EfficientSamVisionModel.from_pretrained(tmp_path / "sami").eval()
     features, labels = {}, np.repeat([0, 1], 15)
@@ -124,12 +121,11 @@ def test_against_the_same_by_hand(monkeypatch, tmp_path):
     assert 0.5 < result["nearest_neighbors"] < 1  # so that a mistake would show
 
 
-def test_limits_are_balanced_and_repeatable(monkeypatch, colors):
+def test_limits_are_balanced_and_repeatable(colors):
     arguments = ["--encoder", "pixels", "--size", 32, "--train_limit", 30, "--test_limit", 6]
-    result = run(monkeypatch, colors, *arguments)
+    result = probe(colors, *arguments)
     assert (result["train_images"], result["test_images"]) == (30, 6)
-    probe = runpy.run_path(str(SCRIPT))
-    chosen = [probe["ClassFolders"](colors / "train", 30, seed) for seed in (0, 0, 1)]
+    chosen = [ClassFolders(colors / "train", 30, seed) for seed in (0, 0, 1)]
     assert [chosen[0].labels.count(label) for label in (0, 1, 2)] == [10, 10, 10]
     assert chosen[0].rows == chosen[1].rows != chosen[2].rows
     assert len(set(chosen[0].rows)) == 30
@@ -154,7 +150,7 @@ def test_limits_are_balanced_and_repeatable(monkeypatch, colors):
         ),
     ],
 )
-def test_what_does_not_fit_is_said(monkeypatch, capsys, colors, change, arguments, words):
+def test_what_does_not_fit_is_said(monkeypatch, colors, change, arguments, words):
     if "TINY" in arguments:
         tiny(colors / "TINY")
     if "DINO" in arguments:
@@ -164,18 +160,14 @@ def test_what_does_not_fit_is_said(monkeypatch, capsys, colors, change, argument
     if change is not None:
         change(colors)
     monkeypatch.chdir(colors)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        run(monkeypatch, colors, *arguments)
-    last = capsys.readouterr().err.splitlines()[-1]
+    last = refuse("probe_encoder", "--data", colors, *arguments)
     assert exit.value.code == 2 and last.startswith("probe_encoder: ") and words in last
     assert not (colors / "results").exists()
 
 
-def test_a_diverged_encoder(monkeypatch, capsys, colors):
+def test_a_diverged_encoder(colors):
     model = EfficientSamVisionModel.from_pretrained(tiny(colors / "encoder"))
     torch.nn.init.constant_(model.vision_encoder.layers[0].mlp.fc1.weight, float("nan"))
     model.save_pretrained(colors / "encoder")
-    with pytest.raises(SystemExit):
-        run(monkeypatch, colors, "--encoder", colors / "encoder", "--size", 32)
-    assert "are not finite; its training has diverged" in capsys.readouterr().err
+    said = refuse("probe_encoder", "--data", colors, "--encoder", colors / "encoder", "--size", 32)
+    assert "are not finite; its training has diverged" in said

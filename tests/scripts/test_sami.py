@@ -4,12 +4,12 @@ import dataclasses
 import errno
 import json
 import re
-import runpy
 import shutil
 import signal
 import sqlite3
 import tarfile
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ from script_runs import (
     assert_close,
     assert_equal,
     curve,
+    load_script,
     run,
     start,
     steps_saved,
@@ -42,8 +43,9 @@ from hf_efficientsam import (
     EfficientSamModel,
     EfficientSamProcessor,
 )
-from hf_efficientsam.training.engine import runtime
-from hf_efficientsam.training.engine.runtime import parse_recipe
+from hf_efficientsam.training import engine
+from hf_efficientsam.training.engine.config import parse_config
+from hf_efficientsam.training.engine.optimization import parameter_groups
 
 # Epochs have 2 steps of 8 images, the run has 7 steps: checkpoints lie within epochs and between them.
 IMAGES = 20
@@ -63,7 +65,7 @@ warmup_epochs: 0.5
 base_learning_rate: 0.05
 save_steps: 3
 log_steps: 2
-picture_steps: 5
+image_steps: 5
 num_workers: 0
 """
 
@@ -147,10 +149,10 @@ def test_a_run_leaves_a_model_a_curve_and_pictures(whole):
     cosine = [0.05 * 8 / 256 * (1 + np.cos(np.pi * i / 6)) / 2 for i in (0, 2, 4, 5)]
     assert [row["lr"] for row in rows] == pytest.approx(cosine, rel=1e-5)
     assert (whole / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in (whole / "pictures").iterdir()) == [
+    assert sorted(path.name for path in (whole / "images").iterdir()) == [
         f"reconstruction_{step:08}.png" for step in (5, 7)
     ]
-    assert len(np.unique(np.array(Image.open(whole / "pictures" / "reconstruction_00000007.png")))) > 50
+    assert len(np.unique(np.array(Image.open(whole / "images" / "reconstruction_00000007.png")))) > 50
     assert steps_saved(whole) == ["step_00000006", "step_00000007"]
     averaged, last = (weights(whole)[f"{start}decoder.head.weight"] for start in ("", "checkpoint."))
     assert 0 < (averaged - last).abs().max() < 0.02
@@ -220,9 +222,9 @@ def test_selected_weights_are_kept_by_finetuning(recipe, images, teacher, tmp_pa
     before = EfficientSamModel(EfficientSamConfig(vision_config=vision))
     before.save_pretrained(tmp_path / "model")
     EfficientSamProcessor(EfficientSamImageProcessor(size=64)).save_pretrained(tmp_path / "model")
-    finetune = runpy.run_path(str(TRAINING / "finetune_masks.py"))
-    recipe = finetune["Recipe"](model=str(tmp_path / "model"), encoder=str(tmp_path / "encoder/model"))
-    after = finetune["build_model"](recipe).state_dict()
+    finetune = load_script("finetune_masks")
+    config = finetune.MasksConfig(model=str(tmp_path / "model"), encoder=str(tmp_path / "encoder/model"))
+    after = finetune.build_model(config).state_dict()
     for name, value in before.state_dict().items():
         encoder = name.startswith("vision_encoder.") and ".neck." not in name
         expected = pretrained.state_dict()[name.removeprefix("vision_encoder.")] if encoder else value
@@ -236,7 +238,7 @@ def test_selected_weights_are_kept_by_finetuning(recipe, images, teacher, tmp_pa
     run(
         "finetune_masks",
         "--train", tmp_path / "coco/masks.json", "--encoder", tmp_path / "encoder/model", "--image_size", 64,
-        "--global_batch_size", 2, "--steps", 1, "--num_workers", 0, "--geometry_steps", 1,
+        "--global_batch_size", 2, "--steps", 1, "--num_workers", 0, "--synthetic_steps", 1,
         "--output_dir", tmp_path / "masks",
     )  # fmt: skip
     finetuned = EfficientSamModel.from_pretrained(tmp_path / "masks/model")
@@ -420,7 +422,7 @@ REFUSALS = {
     "no steps": ("--images IMAGES --target pixels --log_steps 0", "--log_steps is 0; it must be more than 0."),
     "all warm-up": ("--images IMAGES --target pixels --warmup_epochs 4", "must be less than --epochs 3.5."),
     "no average": ("--images IMAGES --target pixels --ema_decay 1", "--ema_decay is 1.0; it must be at least 0"),
-    "no seed": ("--images IMAGES --target pixels --seed -1", "must not be negative."),
+    "no seed": ("--images IMAGES --target pixels --seed -1", "must be 0 or more."),
     "no size": ("--images IMAGES --target pixels --size 60", "must be a multiple of the patch's 16 pixels: got 60."),
     "no such loss": ("--images IMAGES --teacher TEACHER --loss l1", "it must be 'mse' or 'cosine'."),
     "no such tracker": ("--images IMAGES --teacher TEACHER --trackers wandb", "There is no tracker wandb here"),
@@ -456,14 +458,15 @@ def test_runs_are_not_mixed(arguments, whole):
 
 
 @pytest.fixture(scope="module")
-def sami() -> dict:
-    """What the script defines."""
-    return runpy.run_path(str(TRAINING / "sami.py"))
+def sami() -> ModuleType:
+    return load_script("sami")
 
 
-def test_every_field_of_the_recipe_is_read(sami):
-    source = (TRAINING / "sami.py").read_text() + Path(runtime.__file__).read_text()
-    unread = [f.name for f in dataclasses.fields(sami["Recipe"]) if f"recipe.{f.name}" not in source]
+def test_every_option_is_read(sami):
+    paths = [TRAINING / "sami.py", *Path(engine.__path__[0]).glob("*.py")]
+    source = "".join(path.read_text() for path in paths).replace("self.epochs", "config.epochs")
+    source = source.replace("self.warmup_epochs", "config.warmup_epochs")
+    unread = [f.name for f in dataclasses.fields(sami.SamiConfig) if f"config.{f.name}" not in source]
     assert unread == []
 
 
@@ -472,10 +475,10 @@ RECIPES = [path for path in sorted((TRAINING / "recipes").glob("sami_*.yaml")) i
 
 @pytest.mark.parametrize("path", [*RECIPES, TRAINING / "recipes/bundled_0_encoder.yaml"], ids=lambda path: path.stem)
 def test_every_recipe_builds_its_model(sami, path):
-    recipe = parse_recipe(sami["Recipe"], "", ["--config", str(path)])
+    recipe = parse_config(sami.SamiConfig, "", ["--config", str(path)])
     assert recipe.global_batch_size % recipe.batch_size == 0
     with torch.device("meta"):
-        model = sami["build_model"](dataclasses.replace(recipe, select_weights=False), 256)
+        model = sami.build_model(dataclasses.replace(recipe, select_weights=False), 256)
     if not path.stem.endswith("_imagenet"):
         return
     vision = model.config.vision_config
@@ -493,9 +496,9 @@ def test_every_recipe_builds_its_model(sami, path):
 def test_the_seed_decides_about_start_and_masks_and_not_about_crops(sami, images):
     starts, masks, crops = set(), set(), set()
     for seed in (0, 1, 1):
-        recipe = sami["Recipe"](images=[str(images)], target="pixels", num_hidden_layers=1, seed=seed)
-        starts.add(sami["build_model"](recipe, None).decoder.head.weight.sum().item())
-        item = sami["build_data"](recipe, None)[0]
+        recipe = sami.SamiConfig(images=[str(images)], target="pixels", num_hidden_layers=1, seed=seed)
+        starts.add(sami.build_model(recipe, None).decoder.head.weight.sum().item())
+        item = sami.build_data(recipe, None)[0]
         masks.add(item["noise"].sum().item())
         crops.add(item["pixel_values"].sum().item())
     assert (len(starts), len(masks), len(crops)) == (2, 2, 1)
@@ -506,7 +509,7 @@ def test_gradients_are_clipped(sami, recipe, images, tmp_path):
     """To so small a norm that AdamW's epsilon makes no step of them."""
     options = ["--images", images, "--target", "pixels", "--weight_decay", 0, "--max_grad_norm", 1e-20]
     run("sami", "--config", recipe, *options, "--epochs", 1, "--output_dir", tmp_path)
-    start = sami["build_model"](parse_recipe(sami["Recipe"], "", ["--config", str(recipe), *map(str, options)]), None)
+    start = sami.build_model(parse_config(sami.SamiConfig, "", ["--config", str(recipe), *map(str, options)]), None)
     model = EfficientSamForPreTraining.from_pretrained(tmp_path / "model")
     for (name, ours), theirs in zip(model.named_parameters(), start.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8, msg=name)
@@ -514,8 +517,8 @@ def test_gradients_are_clipped(sami, recipe, images, tmp_path):
 
 def test_weight_decay_is_for_matrices_alone(sami):
     with torch.device("meta"):
-        model = EfficientSamForPreTraining(sami["EfficientSamSamiConfig"]())
-    groups = sorted(sami["parameter_groups"](model, 0.1, 0.05), key=lambda group: group["weight_decay"])
+        model = EfficientSamForPreTraining(sami.EfficientSamSamiConfig())
+    groups = sorted(parameter_groups(model, 0.1, 0.05), key=lambda group: group["weight_decay"])
     spared, decayed = ({id(p) for p in group["params"]} for group in groups)
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.1, 0.0), (0.1, 0.05)]
     for name, parameter in model.named_parameters():

@@ -1,7 +1,6 @@
 """`training/train_saliency.py`, run as a user does, on a tiny encoder and a handful of made-up images."""
 
 import json
-import runpy
 import shutil
 import signal
 
@@ -17,6 +16,7 @@ from script_runs import (
     assert_close,
     assert_equal,
     curve,
+    load_script,
     refuse,
     run,
     start,
@@ -27,8 +27,9 @@ from hf_efficientsam import EfficientSamSaliencyConfig, EfficientSamSaliencyHead
 from hf_efficientsam.inference.loading import load_model
 from hf_efficientsam.training.data.coco import decode
 from hf_efficientsam.training.data.saliency import SaliencyMasks, UnitedMasks
-from hf_efficientsam.training.engine.runtime import parse_recipe
-from hf_efficientsam.training.saliency.encoded_images import EncodedImages, MirroredEmbeddings, predict_map, whiten
+from hf_efficientsam.training.engine.config import parse_config
+from hf_efficientsam.training.saliency.embeddings import EncodedImages, MirroredEmbeddings, whiten
+from hf_efficientsam.training.saliency.evaluation import predict_map
 
 STEPS = 7
 # Epochs have 2 steps of 4 images: checkpoints lie within epochs and between them.
@@ -41,9 +42,9 @@ warmup_steps: 2
 learning_rate: 3e-3
 ema_decay: 0.5
 log_steps: 1
-test_steps: 4
+eval_steps: 4
 save_steps: 3
-picture_steps: 5
+image_steps: 5
 """
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -86,13 +87,13 @@ def test_a_run_leaves_a_head_metrics_curves_and_pictures(whole, folder, tiny_mod
     rows = curve(whole)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1)) and rows[2]["lr"] == pytest.approx(3e-3)
     assert steps_saved(whole) == ["step_00000006", "step_00000007"]
-    assert sorted(path.name for path in (whole / "pictures").iterdir()) == [f"saliency_{n:08}.png" for n in (5, 7)]
-    assert Image.open(whole / "pictures" / "saliency_00000007.png").width > 3 * 256
+    assert sorted(path.name for path in (whole / "images").iterdir()) == [f"saliency_{n:08}.png" for n in (5, 7)]
+    assert Image.open(whole / "images" / "saliency_00000007.png").width > 3 * 256
     evaluations = [json.loads(line) for line in (whole / "evaluation.jsonl").read_text().splitlines()]
     metrics = json.loads((whole / "metrics.json").read_text())
     assert [row["step"] for row in evaluations] == [4, 7]
     assert evaluations[1] == {"step": 7, **{name: metrics[name] for name in ("iou", "mae", "max_f")}}
-    assert metrics["images"] == 9 and metrics["recipe"]["hidden_size"] == 24 and "torch" in metrics["versions"]
+    assert metrics["images"] == 9 and metrics["config"]["hidden_size"] == 24 and "torch" in metrics["versions"]
 
     # The numbers are those of the saved head.
     head = EfficientSamSaliencyHead.from_pretrained(whole / "model")
@@ -220,9 +221,9 @@ def test_another_run_and_a_broken_mask_are_refused(arguments, folder, whole, tmp
 
 @pytest.mark.parametrize("path", sorted((TRAINING / "recipes").glob("saliency*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_one(path):
-    script = runpy.run_path(str(TRAINING / "train_saliency.py"))
-    recipe = parse_recipe(script["Recipe"], "", ["--config", str(path), "--train", "somewhere"])
-    script["check"](recipe)
+    script = load_script("train_saliency")
+    recipe = parse_config(script.SaliencyConfig, "", ["--config", str(path), "--train", "somewhere"])
+    script.check(recipe)
 
 
 def test_the_miniature_runs_without_arguments_and_learns(tmp_path, monkeypatch):

@@ -8,17 +8,18 @@ from PIL import Image
 from tars import write_shard
 from torch.utils.data import DataLoader
 
-from hf_efficientsam.training.classification.mixup import TopAccuracy, mix_neighbors
+from hf_efficientsam.training.classification.evaluation import top_accuracy
+from hf_efficientsam.training.classification.mixup import mix_neighbors
 from hf_efficientsam.training.data.classification import (
     ClassFolders,
-    ClassOptions,
+    ClassSourceConfig,
+    ClassViewConfig,
     ClassViews,
     DatasetClasses,
     EvaluationBatches,
     Patterns,
     ShardClasses,
     StreamedClassViews,
-    ViewOptions,
     draw_mixing,
     open_test,
     open_train,
@@ -116,19 +117,19 @@ def test_what_is_no_class(folder, shards, tmp_path):
 
 def test_exactly_one_source(folder, shards, tmp_path):
     with pytest.raises(ValueError, match="Give one of --train"):
-        open_train(ClassOptions(train=str(folder), dataset="some"))
+        open_train(ClassSourceConfig(train=str(folder), dataset="some"))
     with pytest.raises(ValueError, match="Give images to evaluate on"):
-        open_test(ClassOptions(train=str(folder)))
+        open_test(ClassSourceConfig(train=str(folder)))
     with pytest.raises(ValueError, match="not both"):
-        open_test(ClassOptions(test=str(folder), test_shards=shards))
+        open_test(ClassSourceConfig(test=str(folder), test_shards=shards))
     with pytest.raises(ValueError, match="give --class_names"):
-        open_train(ClassOptions(shards=shards))
+        open_train(ClassSourceConfig(shards=shards))
     for text in ("ash\n", "ash\nash\n"):
         (tmp_path / "names.txt").write_text(text)
         with pytest.raises(ValueError, match="at least two classes, and none twice"):
-            open_test(ClassOptions(test_shards=shards, class_names=str(tmp_path / "names.txt")))
+            open_test(ClassSourceConfig(test_shards=shards, class_names=str(tmp_path / "names.txt")))
     (tmp_path / "names.txt").write_text("ash\nbirch\n cedar\n\n")
-    assert open_train(ClassOptions(shards=shards, class_names=str(tmp_path / "names.txt"))).classes == CLASSES
+    assert open_train(ClassSourceConfig(shards=shards, class_names=str(tmp_path / "names.txt"))).classes == CLASSES
 
 
 def test_patterns_are_of_their_classes():
@@ -148,7 +149,7 @@ def test_patterns_are_of_their_classes():
 
 
 def test_an_item_depends_on_seed_epoch_and_key_alone(folder):
-    options = ViewOptions(size=32)
+    options = ClassViewConfig(size=32)
     one, other = ClassViews(ClassFolders(folder), options), ClassViews(ClassFolders(folder, limit=3), options)
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -167,7 +168,7 @@ def test_an_item_depends_on_seed_epoch_and_key_alone(folder):
 
 def test_each_augmentation_does_its_part(folder):
     def views(**options):
-        return [ClassViews(ClassFolders(folder), ViewOptions(size=32, **PLAIN | options))[i] for i in range(9)]
+        return [ClassViews(ClassFolders(folder), ClassViewConfig(size=32, **PLAIN | options))[i] for i in range(9)]
 
     whole = [np.array(ClassFolders(folder)[i][1].resize((32, 32), Image.Resampling.BICUBIC)) for i in range(9)]
     for item, image in zip(views(crop_scale=1, flip=False), whole, strict=True):  # the aspect ratio still varies
@@ -185,7 +186,7 @@ def test_each_augmentation_does_its_part(folder):
 
 def test_mixup_and_cutmix_take_turns():
     generator = np.random.default_rng(0)
-    drawn = [draw_mixing(ViewOptions(size=64), generator) for _ in range(2000)]
+    drawn = [draw_mixing(ClassViewConfig(size=64), generator) for _ in range(2000)]
     boxes = np.array([box for _, box in drawn])
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     assert boxes.min() == 0 and boxes.max() == 64 and (areas >= 0).all()
@@ -193,9 +194,9 @@ def test_mixup_and_cutmix_take_turns():
     assert 0.45 < cut.mean() < 0.55 and not areas[~cut].any() and (areas[cut] > 0).mean() > 0.9
     shares = np.array([share for share, _ in drawn])[~cut]
     assert shares.mean() == pytest.approx(0.5, abs=0.03) and shares.std() == pytest.approx(0.31, abs=0.02)  # Beta(0.8)
-    assert {draw_mixing(ViewOptions(size=64, cutmix=0), generator)[1] for _ in range(9)} == {(0, 0, 0, 0)}
-    assert {draw_mixing(ViewOptions(size=64, mixup=0), generator)[0] for _ in range(9)} == {1}
-    assert draw_mixing(ViewOptions(mixup=0, cutmix=0), generator) == (1, (0, 0, 0, 0))
+    assert {draw_mixing(ClassViewConfig(size=64, cutmix=0), generator)[1] for _ in range(9)} == {(0, 0, 0, 0)}
+    assert {draw_mixing(ClassViewConfig(size=64, mixup=0), generator)[0] for _ in range(9)} == {1}
+    assert draw_mixing(ClassViewConfig(mixup=0, cutmix=0), generator) == (1, (0, 0, 0, 0))
 
 
 def test_neighbors_are_mixed_by_hand():
@@ -215,7 +216,7 @@ def test_neighbors_are_mixed_by_hand():
 
 
 def test_a_stream_gives_the_same_items(folder, shards):
-    options = ViewOptions(size=32)
+    options = ClassViewConfig(size=32)
     streamed = StreamedClassViews(ShardClasses(shards, CLASSES), options, shuffle_buffer=4)
     items = [item for item, _ in zip(streamed, range(9), strict=False)]
     assert sorted(item["key"] for item in items) == [str(i) for i in range(9)]
@@ -251,8 +252,7 @@ def test_every_image_is_evaluated_once(folder, shards):
 
 
 def test_top_accuracy():
-    measure = TopAccuracy(keep_in_memory=True).compute
-    assert measure(predictions=[[0, 1], [1, 0]], references=[0, 1]) == {"top1": 1, "top5": 1}
-    assert measure(predictions=[[0, 1], [1, 0]], references=[2, 2]) == {"top1": 0, "top5": 0}
+    assert top_accuracy([[0, 1], [1, 0]], [0, 1]) == {"top1": 1, "top5": 1}
+    assert top_accuracy([[0, 1], [1, 0]], [2, 2]) == {"top1": 0, "top5": 0}
     ranked = [[7, 1, 2, 3, 4], [1, 7, 2, 3, 4], [1, 2, 3, 4, 7], [1, 2, 3, 4, 5]]
-    assert measure(predictions=ranked, references=[7] * 4) == {"top1": 0.25, "top5": 0.75}
+    assert top_accuracy(ranked, [7] * 4) == {"top1": 0.25, "top5": 0.75}

@@ -12,18 +12,14 @@ from pycocotools import mask as rle_codec
 
 from hf_efficientsam.training.data.coco import CocoMasks
 from hf_efficientsam.training.data.images import normalize
-from hf_efficientsam.training.detection.mask_rcnn import (
-    DetectionViews,
+from hf_efficientsam.training.detection.data import DetectionViews, categories_of, fit, large_scale_jitter
+from hf_efficientsam.training.detection.evaluation import (
     average_precision,
     boxes_alone,
-    categories_of,
-    check_torchvision,
-    fit,
-    large_scale_jitter,
-    load_detector,
     match_categories,
     results_of,
 )
+from hf_efficientsam.training.detection.mask_rcnn import check_torchvision, load_detector
 from hf_efficientsam.training.masks.coco_ap import Detections, Truth
 
 WIDTH, HEIGHT = 80, 60

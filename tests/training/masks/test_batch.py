@@ -7,7 +7,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from hf_efficientsam.training.data.coco import CocoMasks
-from hf_efficientsam.training.masks.batch import Batch, MaskOptions, MaskTrainingSet, collate
+from hf_efficientsam.training.masks.batch import Batch, MaskDataConfig, MaskTrainingSet, collate
 
 
 def coco_masks(folder, masks_per_image, first_id=0):
@@ -31,7 +31,7 @@ def two_sets(tmp_path):
 
 
 def training_set(sources, seed=0, **options):
-    return MaskTrainingSet(sources, MaskOptions(image_size=32, color_jitter=0, **options), noise_size=5, seed=seed)
+    return MaskTrainingSet(sources, MaskDataConfig(image_size=32, color_jitter=0, **options), noise_size=5, seed=seed)
 
 
 def same(one, other):

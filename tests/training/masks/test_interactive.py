@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_efficientsam.training.masks.interactive import EmbeddingMemory, InteractiveSegmentation, PromptOptions
+from hf_efficientsam.training.masks.interactive import EmbeddingMemory, InteractiveSegmentation, PromptConfig
 from hf_efficientsam.training.masks.losses import MaskLoss
 from hf_efficientsam.training.masks.prompts import boxes_from_masks
 
@@ -37,7 +37,7 @@ def batch():
 def make_task(make_model):
     def make(prompt_encoder=None, **options):
         model = make_model(**(EVERYTHING if prompt_encoder is None else prompt_encoder))
-        task = InteractiveSegmentation(model, MaskLoss(), PromptOptions(**options))
+        task = InteractiveSegmentation(model, MaskLoss(), PromptConfig(**options))
         size = task.options.noise_size
         task.register_forward_pre_hook(lambda _, inputs: (*inputs[:3], inputs[3][..., :size], *inputs[4:]))
         return task

@@ -12,23 +12,22 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 from hf_efficientsam import EfficientSamBackboneConfig
 from hf_efficientsam.training.data.semantic import (
     NO_CLASS,
-    CropOptions,
+    CropConfig,
     EvaluationImages,
     LabelledImages,
-    LabelOptions,
+    LabelSourceConfig,
     SemanticCrops,
     Shapes,
     open_source,
     random_scale_crop,
 )
-from hf_efficientsam.training.semantic.losses import (
-    MaskLoss,
-    MeanIoU,
-    PixelLoss,
+from hf_efficientsam.training.semantic.evaluation import (
     class_scores,
     confusion_matrix,
+    confusion_scores,
     sliding_scores,
 )
+from hf_efficientsam.training.semantic.losses import PixelLoss, QueryLoss
 
 NAMES = ["sky", "void", "road", "tree"]
 
@@ -82,8 +81,8 @@ def test_ade20k(tmp_path):
     rows = ["Idx\tRatio\tName", "1\t0.16\twall", "2\t0.1\tbuilding, edifice", "3\t0.1\tsky", ""]
     (tmp_path / "objectInfo150.txt").write_text("\n".join(rows))
     with pytest.raises(ValueError, match="0 is no class; give --reduce_labels true"):
-        open_source(LabelOptions(train=str(tmp_path)), test=False)
-    options = LabelOptions(train=str(tmp_path), test=str(tmp_path), reduce_labels=True)
+        open_source(LabelSourceConfig(train=str(tmp_path)), test=False)
+    options = LabelSourceConfig(train=str(tmp_path), test=str(tmp_path), reduce_labels=True)
     train, test = open_source(options, test=False), open_source(options, test=True)
     assert train.classes == test.classes == ["wall", "building", "sky"]
     assert np.unique(train[0][2]).tolist() == [0, 2, NO_CLASS] and np.unique(test[0][2]).tolist() == [1]
@@ -137,7 +136,7 @@ def test_what_does_not_fit_is_refused(tmp_path, change, sentence):
 
 def test_images_must_be_given(tmp_path):
     with pytest.raises(ValueError, match="Give images: --test a folder"):
-        open_source(LabelOptions(train="shapes"), test=True)
+        open_source(LabelSourceConfig(train="shapes"), test=True)
     with pytest.raises(ValueError, match="There is no folder"):
         LabelledImages(tmp_path)
 
@@ -163,7 +162,7 @@ def test_made_up_shapes():
 
 def test_a_crop_depends_on_seed_epoch_and_key_alone():
     def item(seed, epoch, index):
-        data = SemanticCrops(Shapes(4, 0), CropOptions(size=32), seed)
+        data = SemanticCrops(Shapes(4, 0), CropConfig(size=32), seed)
         data.set_epoch(epoch)
         return data[index]
 
@@ -175,7 +174,7 @@ def test_a_crop_depends_on_seed_epoch_and_key_alone():
 
 def test_labels_stay_with_their_pixels():
     """Each shape has a colour of its own, so a crop's pixels say what its labels must be."""
-    source, options = Shapes(8, 0), CropOptions(size=96, min_scale=0.5, max_scale=2, color_jitter=0)
+    source, options = Shapes(8, 0), CropConfig(size=96, min_scale=0.5, max_scale=2, color_jitter=0)
     data = SemanticCrops(source, options)
     for index in range(len(source)):
         item = data[index]
@@ -197,7 +196,7 @@ def test_labels_stay_with_their_pixels():
 
 
 def test_crops_show_images_at_every_scale():
-    options, generator = CropOptions(size=32, min_scale=0.5, max_scale=2), np.random.default_rng(0)
+    options, generator = CropConfig(size=32, min_scale=0.5, max_scale=2), np.random.default_rng(0)
     scales, whole = [], 0
     for _ in range(300):
         (left, top, right, bottom), (width, height) = random_scale_crop(120, 80, options, generator)
@@ -253,7 +252,7 @@ def test_the_mask_loss_is_transformers_own(mask_former, monkeypatch):
     masks = [(image == one[:, None, None]).float() for image, one in zip(labels, classes, strict=True)]
     queries = output.masks_queries_logits, output.class_queries_logits
     expected = mask_former.get_loss_dict(*queries, masks, classes, output.auxiliary_logits)
-    loss = MaskLoss(mask_former)
+    loss = QueryLoss(mask_former)
     ours = loss(output, labels, [1, 2, 3], loss.amounts(labels))
     assert ours.item() == pytest.approx(mask_former.get_loss(expected).item(), rel=1e-5)
 
@@ -262,7 +261,7 @@ def test_the_mask_loss_of_a_step_does_not_depend_on_its_batches(mask_former):
     torch.manual_seed(2)
     pixel_values, labels = torch.randn(3, 3, 64, 64), torch.randint(0, 3, (3, 64, 64), dtype=torch.uint8)
     labels[0, :32], labels[1] = NO_CLASS, 1  # 3, 1 and 3 masks
-    loss = MaskLoss(mask_former)
+    loss = QueryLoss(mask_former)
     amounts = torch.stack([loss.amounts(labels[:1]), loss.amounts(labels[1:])]).sum(0)
     assert amounts.tolist() == pytest.approx([7, 7 + 0.1 * 5])
 
@@ -322,17 +321,16 @@ def test_mean_iou_by_hand():
     predicted = torch.tensor([[0, 0, 1, 1], [1, 2, 0, 3]])
     counts = confusion_matrix(predicted, true, 5)
     assert counts.tolist() == [[2, 1, 0, 0, 0], [0, 2, 0, 0, 0], [1, 0, 1, 0, 0], [0] * 5, [0] * 5]
-    scores = MeanIoU(keep_in_memory=True).compute(confusions=[counts.tolist()])
+    scores = confusion_scores(counts)
     assert scores["class_iou"] == pytest.approx([2 / 4, 2 / 3, 1 / 2, None, None])
     assert scores["mean_iou"] == pytest.approx((2 / 4 + 2 / 3 + 1 / 2) / 3)
     assert scores["pixel_accuracy"] == pytest.approx(5 / 7)
-    rows = [confusion_matrix(one, other, 5).tolist() for one, other in zip(predicted, true, strict=True)]
-    assert MeanIoU(keep_in_memory=True).compute(confusions=rows) == scores
+    rows = [confusion_matrix(one, other, 5) for one, other in zip(predicted, true, strict=True)]
+    assert confusion_scores(sum(rows)) == scores
 
 
 def test_mean_iou_of_the_truth_is_1_and_a_class_that_is_not_there_costs():
     true = torch.tensor([0, 1, 1])
-    metric = MeanIoU(keep_in_memory=True)
-    assert metric.compute(confusions=[confusion_matrix(true, true, 3).tolist()])["mean_iou"] == 1
-    wrong = metric.compute(confusions=[confusion_matrix(torch.tensor([0, 1, 2]), true, 3).tolist()])
+    assert confusion_scores(confusion_matrix(true, true, 3))["mean_iou"] == 1
+    wrong = confusion_scores(confusion_matrix(torch.tensor([0, 1, 2]), true, 3))
     assert wrong["class_iou"] == [1, 0.5, 0]

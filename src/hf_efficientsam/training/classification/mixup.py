@@ -1,7 +1,5 @@
 """What image classification adds to a training loop: mixed images with their targets, and top-1 and top-5."""
 
-import datasets
-import evaluate
 import torch
 
 
@@ -38,33 +36,3 @@ def mix_neighbors(
 def _swapped(batch: torch.Tensor) -> torch.Tensor:
     """`[B, ...]`, the first and the second change places, and so on."""
     return batch.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-
-
-class TopAccuracy(evaluate.Metric):
-    """
-    `top1` and `top5`: the share of images whose class is the likeliest, or one of the five likeliest. It is made
-    directly, as `evaluate.load` asks a network:
-
-        TopAccuracy(keep_in_memory=True).compute(predictions=[[3, 1, 0], ...], references=[1, ...])
-
-    `predictions` are classes of each image from the likeliest on, up to five of them; `references` its class.
-    """
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("int64")),
-                    "references": datasets.Value("int64"),
-                }
-            ),
-        )
-
-    def _compute(self, predictions: list[list[int]], references: list[int]) -> dict[str, float]:
-        def share(count: int) -> float:
-            found = [label in ranked[:count] for ranked, label in zip(predictions, references, strict=True)]
-            return sum(found) / len(found)
-
-        return {"top1": share(1), "top5": share(5)}

@@ -23,6 +23,8 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from hf_efficientsam.training.engine.config import NotNegativeFloat, NotNegativeInt, PositiveInt, PositiveRatio, Ratio
+
 from .augment import random_resized_crop
 from .images import DatasetImages, FolderImages, hash_key, load_split
 from .reading import IMAGE_SUFFIXES, read_image
@@ -32,7 +34,7 @@ PATTERNS = "patterns"  # in place of a folder's name
 
 
 @dataclass(frozen=True)
-class ClassOptions:
+class ClassSourceConfig:
     """The fields by which a recipe chooses its images: one of folders, a dataset, shards."""
 
     train: str | None = field(
@@ -55,17 +57,23 @@ class ClassOptions:
 
 
 @dataclass(frozen=True)
-class ViewOptions:
+class ClassViewConfig:
     """The fields by which a recipe chooses how its training images are varied."""
 
-    size: int = field(default=224, metadata={"help": "side of the model input in pixels"})
-    crop_scale: float = field(default=0.08, metadata={"help": "smallest part of an image's area that a crop keeps"})
+    size: PositiveInt = field(default=224, metadata={"help": "side of the model input in pixels"})
+    crop_scale: PositiveRatio = field(
+        default=0.08, metadata={"help": "smallest part of an image's area that a crop keeps"}
+    )
     flip: bool = field(default=True, metadata={"help": "half of the images are mirrored"})
-    rand_augment: int = field(default=2, metadata={"help": "RandAugment's operations an image; 0 for none"})
+    rand_augment: NotNegativeInt = field(default=2, metadata={"help": "RandAugment's operations an image; 0 for none"})
     rand_augment_magnitude: int = field(default=27, metadata={"help": "their strength, 1 to 29"})
-    erasing: float = field(default=0.25, metadata={"help": "share of the images in which a rectangle is erased"})
-    mixup: float = field(default=0.8, metadata={"help": "both parameters of mixup's Beta distribution; 0 for none"})
-    cutmix: float = field(default=1.0, metadata={"help": "of cutmix's, which takes turns with mixup; 0 for none"})
+    erasing: Ratio = field(default=0.25, metadata={"help": "share of the images in which a rectangle is erased"})
+    mixup: NotNegativeFloat = field(
+        default=0.8, metadata={"help": "both parameters of mixup's Beta distribution; 0 for none"}
+    )
+    cutmix: NotNegativeFloat = field(
+        default=1.0, metadata={"help": "of cutmix's, which takes turns with mixup; 0 for none"}
+    )
 
 
 # ------------------------------------------------------------------------------------------ sources
@@ -207,7 +215,7 @@ class Patterns:
 Source = ClassFolders | DatasetClasses | ShardClasses | Patterns
 
 
-def open_train(options: ClassOptions) -> Source:
+def open_train(options: ClassSourceConfig) -> Source:
     """
     The images to train on.
 
@@ -223,7 +231,7 @@ def open_train(options: ClassOptions) -> Source:
     return ShardClasses(options.shards, read_names(options.class_names))
 
 
-def open_test(options: ClassOptions) -> Source:
+def open_test(options: ClassSourceConfig) -> Source:
     """
     The images to evaluate on, which may be of another kind than those to train on.
 
@@ -258,7 +266,7 @@ def read_names(path: str | None) -> list[str]:
 # ------------------------------------------------------------------------------------------ to train on
 
 
-def draw_mixing(options: ViewOptions, generator: np.random.Generator) -> tuple[float, tuple[int, int, int, int]]:
+def draw_mixing(options: ClassViewConfig, generator: np.random.Generator) -> tuple[float, tuple[int, int, int, int]]:
     """
     How much of an image is kept when it is mixed with another, see `classification.mix_neighbors`: by mixup (arXiv
     1710.09412) a share of each pixel, by cutmix (arXiv 1905.04899) all pixels outside a box.
@@ -278,7 +286,7 @@ def draw_mixing(options: ViewOptions, generator: np.random.Generator) -> tuple[f
 class _Views:
     """What both datasets share: their arguments, the epoch, and how an image becomes an item."""
 
-    def __init__(self, source: Source, options: ViewOptions, seed: int = 0):
+    def __init__(self, source: Source, options: ClassViewConfig, seed: int = 0):
         self.source, self.options, self.seed = source, options, seed
         self.epoch = shared_number()
         self.augment = nn.Sequential()
@@ -339,7 +347,7 @@ class ClassViews(_Views, Dataset):
 class StreamedClassViews(Streamed, _Views):
     """The items of `ClassViews` from `ShardClasses`, without an end; see `Streamed` for order and splitting."""
 
-    def __init__(self, source: ShardClasses, options: ViewOptions, seed: int = 0, **streaming: int):
+    def __init__(self, source: ShardClasses, options: ClassViewConfig, seed: int = 0, **streaming: int):
         _Views.__init__(self, source, options, seed)
         Streamed.__init__(self, source, seed, **streaming)
 

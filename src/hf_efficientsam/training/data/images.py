@@ -26,7 +26,7 @@ from .shards import Shards, Streamed, hash_lines, shared_number
 
 
 @dataclass(frozen=True)
-class ImageOptions:
+class ImageSourceConfig:
     """The fields by which the recipes of several scripts choose their images: one of folders, a dataset, shards."""
 
     images: list[str] = field(default_factory=list, metadata={"help": "folders of images"})

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import Dataset
 
+from hf_efficientsam.training.engine.config import PositiveFloat, PositiveInt, RatioBelowOne
+
 from .augment import jitter_color
 from .images import FolderImages, hash_key, normalize
 from .shards import shared_number
@@ -24,7 +26,7 @@ NO_CLASS = 255  # of pixels that are neither learnt nor measured
 
 
 @dataclass(frozen=True)
-class LabelOptions:
+class LabelSourceConfig:
     """The fields by which a recipe chooses its images."""
 
     train: str | None = field(
@@ -43,14 +45,18 @@ class LabelOptions:
 
 
 @dataclass(frozen=True)
-class CropOptions:
+class CropConfig:
     """The fields by which a recipe chooses how its training images are varied."""
 
-    size: int = field(default=512, metadata={"help": "side of the crops; in evaluation the shorter side of the image"})
-    min_scale: float = field(default=0.5, metadata={"help": "images are resized to a shorter side of --size times"})
-    max_scale: float = field(default=2.0, metadata={"help": "this to this, before they are cropped"})
+    size: PositiveInt = field(
+        default=512, metadata={"help": "side of the crops; in evaluation the shorter side of the image"}
+    )
+    min_scale: PositiveFloat = field(
+        default=0.5, metadata={"help": "images are resized to a shorter side of --size times"}
+    )
+    max_scale: PositiveFloat = field(default=2.0, metadata={"help": "this to this, before they are cropped"})
     flip: bool = field(default=True, metadata={"help": "half of the images are mirrored"})
-    color_jitter: float = field(
+    color_jitter: RatioBelowOne = field(
         default=0.4, metadata={"help": "brightness, contrast, saturation times 1 - this to 1 + this"}
     )
 
@@ -193,7 +199,7 @@ class Shapes:
 Source = LabelledImages | Shapes
 
 
-def open_source(options: LabelOptions, test: bool) -> Source:
+def open_source(options: LabelSourceConfig, test: bool) -> Source:
     """
     The images to train on, or those to evaluate on.
 
@@ -222,7 +228,7 @@ class SemanticCrops(Dataset):
         seed: of all chance.
     """
 
-    def __init__(self, source: Source, options: CropOptions, seed: int = 0):
+    def __init__(self, source: Source, options: CropConfig, seed: int = 0):
         self.source, self.options, self.seed = source, options, seed
         self.epoch = shared_number()
 
@@ -259,7 +265,7 @@ class SemanticCrops(Dataset):
 
 
 def random_scale_crop(
-    width: int, height: int, options: CropOptions, generator: np.random.Generator
+    width: int, height: int, options: CropConfig, generator: np.random.Generator
 ) -> tuple[tuple[float, float, float, float], tuple[int, int]]:
     """
     What to cut out of an image of `width` x `height` pixels, and to which size: the whole image would become one whose

@@ -1,40 +1,29 @@
-"""Detection and instance segmentation: torchvision's Mask R-CNN around our backbone, what it is fed and measured by.
+"""Detection and instance segmentation: torchvision's Mask R-CNN around our backbone.
 
 Only the functions that need torchvision import it: it is an extra, and where it is broken half of transformers is.
 """
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import Dataset
 
-from hf_efficientsam.inference.drawing import draw_masks, picture_table
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamBackbone
-from hf_efficientsam.training.data.coco import CocoMasks, decode
-from hf_efficientsam.training.data.images import normalize
-from hf_efficientsam.training.data.shards import shared_number
-from hf_efficientsam.training.masks.coco_ap import Truth, encode
-from hf_efficientsam.training.masks.prompts import boxes_from_masks
+
+from .data import fit
 
 STRIDES = (4, 8, 16, 32, 64)  # of ViTDet's pyramid; boxes are proposed on all, and looked at on all but the last
 # torchvision's names of the losses, and ours.
 LOSSES = {"loss_objectness": "objectness", "loss_rpn_box_reg": "proposals", "loss_classifier": "classes"}
 LOSSES |= {"loss_box_reg": "boxes", "loss_mask": "masks"}
-PROTOCOL = (
-    "COCO AP of boxes and of masks through faster-coco-eval; images are resized to {size} pixels on the longer side "
-    "and padded to a square, and the 100 detections of an image with the best score, at least {score}, are counted."
-)
 
 
 def check_torchvision() -> None:
@@ -51,9 +40,6 @@ def check_torchvision() -> None:
             f"Detection needs a torchvision that works with torch {torch.__version__} ({error}); install the one that "
             "belongs to it: pip install 'hf-efficientsam[detection]', for a torch without CUDA from its own index."
         ) from error
-
-
-# ------------------------------------------------------------------------------------------ the detector
 
 
 @dataclass(frozen=True)
@@ -258,173 +244,3 @@ def load_detector(folder: str | Path) -> Detector:
 def of_backbone(name: str) -> bool:
     """Whether a detector's parameter is its backbone's."""
     return name.startswith("rcnn.backbone.body.")
-
-
-# ------------------------------------------------------------------------------------------ images for it
-
-
-def fit(image: Image.Image, size: int) -> tuple[torch.Tensor, tuple[int, int]]:
-    """An image as the detector sees it: normalised `[3, size, size]`, zeros below and right of it, and the height and
-    width that the image itself takes of that."""
-    ratio = size / max(image.size)
-    width, height = (max(1, round(side * ratio)) for side in image.size)
-    pixels = _pixels(image.resize((width, height), Image.Resampling.BILINEAR))
-    return F.pad(pixels, (0, size - width, 0, size - height)), (height, width)
-
-
-def large_scale_jitter(
-    image: Image.Image,
-    rles: list[dict],
-    size: int,
-    generator: torch.Generator,
-    scale: tuple[float, float] = (0.1, 2.0),
-    flip: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    An image much smaller or larger than it is (arXiv 2012.07177): what is too large for the square is cropped at
-    random, what is too small padded below and to the right.
-
-    Args:
-        image: RGB.
-        rles: compressed COCO RLEs at the image's size, at least one.
-        size: side S of the square in pixels.
-        generator: source of all randomness, on the CPU.
-        scale: least and greatest length of the image's longer side, as a share of S; uniform between.
-        flip: mirrored half of the time.
-
-    Returns:
-        image float32 `[3, S, S]`, normalised, zeros where it is padded; masks uint8 `[N, S, S]` of 0 and 1, none
-        empty; and which of the `rles` they are, int64 `[N]`. N may be 0.
-    """
-    if not 0 < scale[0] <= scale[1]:
-        raise ValueError(f"scale is a range of sizes, 0 < least <= greatest: got {scale}.")
-    share, x, y, mirror = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-    ratio = (scale[0] + share * (scale[1] - scale[0])) * size / max(image.size)
-    shown = [min(side, max(1, round(size / ratio))) for side in image.size]  # width and height in pixels of the image
-    width, height = (min(size, max(1, round(side * ratio))) for side in shown)
-    left, top = (int(place * (side - part + 1)) for place, side, part in zip((x, y), image.size, shown, strict=True))
-    right, bottom = left + shown[0], top + shown[1]
-
-    pixels = _pixels(image.crop((left, top, right, bottom)).resize((width, height), Image.Resampling.BILINEAR))
-    masks = torch.from_numpy(decode(rles))[:, None, top:bottom, left:right]
-    masks = F.interpolate(masks * 255, (height, width), mode="bilinear", antialias=True)[:, 0] >= 128
-    kept = masks.flatten(1).any(1).nonzero()[:, 0]
-    masks = masks[kept].byte()
-    if flip and mirror < 0.5:
-        pixels, masks = pixels.flip(-1), masks.flip(-1)
-    padding = (0, size - width, 0, size - height)
-    return F.pad(pixels, padding), F.pad(masks, padding), kept
-
-
-def _pixels(image: Image.Image) -> torch.Tensor:
-    return normalize(torch.from_numpy(np.array(image)).permute(2, 0, 1))
-
-
-class DetectionViews(Dataset):
-    """
-    The images of a json with their objects, jittered; an item depends on (seed, epoch, index) and on nothing else.
-    Call `set_epoch` before each epoch. Crowds are left out.
-
-    Args:
-        source: whose annotations have categories.
-        size, scale, flip: see `large_scale_jitter`.
-        seed: of all chance.
-
-    Raises:
-        ValueError: if there is no image, or an object has no category or one that the json does not list.
-    """
-
-    def __init__(
-        self, source: CocoMasks, size: int, scale: tuple[float, float] = (0.1, 2.0), flip: bool = True, seed: int = 0
-    ):
-        if not len(source):
-            raise ValueError(f"There is no object to learn in {source.annotations}; check the file.")
-        self.source, self.size, self.scale, self.flip, self.seed = source, size, scale, flip, seed
-        self.categories = categories_of(source)
-        self.label_of = {category["id"]: label for label, category in enumerate(self.categories, start=1)}
-        if unknown := {one for ids in source.category_ids for one in ids} - self.label_of.keys():
-            raise ValueError(
-                f"{source.annotations} has objects of the category {unknown.pop()}, which it does not list."
-            )
-        self.epoch = shared_number()
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch.fill_(epoch)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> dict:
-        """`pixel_values` and `masks` as of `large_scale_jitter`, `boxes` float32 `[N, 4]` (left, top, right, bottom)
-        and `labels` int64 `[N]` of the masks, `key`, the image's name, and `seed`, for what is drawn later."""
-        sample = self.source[index]
-        seed = int(np.random.SeedSequence([self.seed, self.epoch.item(), index]).generate_state(1)[0])
-        pixel_values, masks, kept = large_scale_jitter(
-            sample.image, sample.rles, self.size, torch.Generator().manual_seed(seed), self.scale, self.flip
-        )
-        labels = torch.tensor([self.label_of[one] for one in self.source.category_ids[index]])[kept]
-        item = {"pixel_values": pixel_values, "masks": masks, "boxes": boxes_from_masks(masks), "labels": labels}
-        return {**item, "key": f"{sample.source}/{sample.image_id}", "seed": seed}
-
-
-def categories_of(source: CocoMasks) -> list[dict]:
-    """`{id, name}` of a json's categories by id; of those that its annotations name where it has no list of them."""
-    named = source.categories or [{"id": one} for one in {one for ids in source.category_ids for one in ids}]
-    categories = [{"id": one["id"], "name": str(one.get("name", one["id"]))} for one in named if one["id"] is not None]
-    return sorted(categories, key=lambda category: category["id"])
-
-
-# ------------------------------------------------------------------------------------------ measuring it
-
-
-def match_categories(categories: list[dict], truth: Truth) -> dict[int, int]:
-    """
-    Labels of a detector's categories to the ids that a json has for them: of the same name, as two files may number
-    them differently. Those that the json lacks are left out.
-
-    Raises:
-        ValueError: if it has none of them.
-    """
-    ids = {str(one.get("name", one["id"])): one["id"] for one in truth.truth["categories"]}
-    matched = {label: ids[one["name"]] for label, one in enumerate(categories, start=1) if one["name"] in ids}
-    if not matched:
-        theirs = ", ".join(sorted(ids)[:3])
-        raise ValueError(f"{truth.annotations} has none of the detector's categories, but {theirs}; choose another.")
-    return matched
-
-
-def results_of(found: dict[str, torch.Tensor], image_id: int, ids: dict[int, int]) -> list[dict]:
-    """Of an image, what `Detector.detect` gives -> `{image_id, category_id, bbox, score, segmentation}` for each
-    detection whose label is among `ids`."""
-    boxes = torch.cat([found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]], 1).tolist()
-    rles = encode(found["masks"].transpose(1, 2).byte().contiguous().numpy())
-    return [
-        {"image_id": image_id, "category_id": ids[label], "bbox": box, "score": score, "segmentation": rle}
-        for label, box, score, rle in zip(found["labels"].tolist(), boxes, found["scores"].tolist(), rles, strict=True)
-        if label in ids
-    ]
-
-
-def average_precision(results: list[dict], truth: Truth) -> dict[str, dict[str, float | None]]:
-    """`box` and `mask`: AP and AR of what `results_of` gives for the images of `truth`, by their usual names."""
-    # A result with `bbox` would have the box's area where masks are measured.
-    masks = [{name: value for name, value in one.items() if name != "bbox"} for one in results]
-    return {"box": truth.box_ap(boxes_alone(results)), "mask": truth.mask_ap(masks)}
-
-
-def boxes_alone(results: list[dict]) -> list[dict]:
-    """What `evaluate_masks.py --detections` reads."""
-    return [{name: value for name, value in one.items() if name != "segmentation"} for one in results]
-
-
-def draw_detections(detector: Detector, images: Sequence[Image.Image], masks: Sequence) -> Image.Image:
-    """A row for each image: itself, its objects (masks `[N, height, width]`), and of what the detector finds the best,
-    as many as there are objects, with boxes and scores."""
-    columns = {"images": [], "objects": [], "detections": []}
-    for image, true, found in zip(images, masks, detector.detect(list(images)), strict=True):
-        best = slice(max(1, len(true)))
-        boxes, scores = found["boxes"][best].tolist(), found["scores"][best].tolist()
-        shown = draw_masks(image, found["masks"][best], boxes=boxes, scores=scores)
-        for cells, cell in zip(columns.values(), (image, draw_masks(image, true), shown), strict=True):
-            cells.append(ImageOps.pad(cell, (320, 320), Image.Resampling.BICUBIC, "white"))
-    return picture_table(columns)

@@ -1,1 +1,1 @@
-"""What every training script needs around its loop."""
+"""What every training script needs around its loop: configuration, loaders, optimisation, checkpoints, log."""

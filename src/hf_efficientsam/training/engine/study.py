@@ -13,7 +13,7 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from .runtime import fill_between, replace_text, write_with_versions
+from .reports import fill_between, replace_text, write_report
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Study:
     def report(self, results: dict[str, dict[str, dict[str, float]]]) -> None:
         """Json, table and picture of scores by arm and seed."""
         content = {"command": f"python training/{self.name}.py", "scores": results}
-        write_with_versions(self.kept, content, ("scikit-learn", "pillow"))
+        write_report(self.kept, content, ("scikit-learn", "pillow"))
         spread = {
             arm: {name: [run[name] for run in runs.values()] for name in self.scores}
             for arm, runs in results.items()

@@ -15,6 +15,7 @@ from hf_efficientsam.training.data.dataset_masks import DatasetMasks
 from hf_efficientsam.training.data.images import hash_key, normalize
 from hf_efficientsam.training.data.sa1b import Sa1bShards
 from hf_efficientsam.training.data.shards import Streamed, shared_number
+from hf_efficientsam.training.engine.config import NotNegativeFloat, PositiveInt, PositiveRatio
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class MaskOptions:
+class MaskDataConfig:
     """The fields by which a recipe chooses what masks it trains on, and how they are shown."""
 
     train: list[str] = field(
@@ -60,20 +61,26 @@ class MaskOptions:
     shards: list[str] = field(
         default_factory=list, metadata={"help": "or SA-1B's tars, streamed: paths or URLs, {000..099} for a range"}
     )
-    every: int = field(default=1, metadata={"help": "take only every so many-th image of json files or a dataset"})
-    image_size: int | None = field(
+    every: PositiveInt = field(
+        default=1, metadata={"help": "take only every so many-th image of json files or a dataset"}
+    )
+    image_size: PositiveInt | None = field(
         default=None, metadata={"help": "side of the model input in pixels; by default that of the model"}
     )
-    crop_scale: float = field(default=0.3, metadata={"help": "smallest part of an image's area that a crop keeps"})
+    crop_scale: PositiveRatio = field(
+        default=0.3, metadata={"help": "smallest part of an image's area that a crop keeps"}
+    )
     flip: bool = field(default=True, metadata={"help": "half of the images are mirrored"})
-    color_jitter: float = field(default=0.2, metadata={"help": "strength of brightness, contrast, saturation changes"})
-    max_masks: int = field(default=12, metadata={"help": "masks an image and step"})
+    color_jitter: NotNegativeFloat = field(
+        default=0.2, metadata={"help": "strength of brightness, contrast, saturation changes"}
+    )
+    max_masks: PositiveInt = field(default=12, metadata={"help": "masks an image and step"})
 
 
 class _Items:
     """What both datasets share: their arguments, the epoch, and how a sample becomes an item."""
 
-    def __init__(self, options: MaskOptions, noise_size: int = 0, seed: int = 0):
+    def __init__(self, options: MaskDataConfig, noise_size: int = 0, seed: int = 0):
         self.options, self.noise_size, self.seed = options, noise_size, seed
         self.epoch = shared_number()
 
@@ -103,11 +110,11 @@ class MaskTrainingSet(_Items, Dataset):
     Args:
         sources: `CocoMasks`, `DatasetMasks` or what behaves like them, read one after the other.
         options: `every`, `image_size` and what `random_crop_flip` takes.
-        noise_size: K, see `PromptOptions`.
+        noise_size: K, see `PromptConfig`.
         seed: of all chance.
     """
 
-    def __init__(self, sources: Sequence, options: MaskOptions, noise_size: int = 0, seed: int = 0):
+    def __init__(self, sources: Sequence, options: MaskDataConfig, noise_size: int = 0, seed: int = 0):
         super().__init__(options, noise_size, seed)
         self.sources = list(sources)
         self.ends = list(accumulate(len(range(0, len(source), options.every)) for source in self.sources))
@@ -134,7 +141,9 @@ class StreamedMasks(Streamed, _Items):
     An item depends on (seed, epoch, key): an image that comes again within an epoch is the same.
     """
 
-    def __init__(self, source: Sa1bShards, options: MaskOptions, noise_size: int = 0, seed: int = 0, **streaming: int):
+    def __init__(
+        self, source: Sa1bShards, options: MaskDataConfig, noise_size: int = 0, seed: int = 0, **streaming: int
+    ):
         _Items.__init__(self, options, noise_size, seed)
         Streamed.__init__(self, source, seed, **streaming)
 
@@ -142,7 +151,7 @@ class StreamedMasks(Streamed, _Items):
         return self.make(f"{sample.source}/{key}", sample, hash_key(key))
 
 
-def open_masks(options: MaskOptions) -> list[CocoMasks] | list[DatasetMasks] | Sa1bShards:
+def open_masks(options: MaskDataConfig) -> list[CocoMasks] | list[DatasetMasks] | Sa1bShards:
     """
     The sources that are given.
 

@@ -8,35 +8,40 @@ from torch import nn
 
 from hf_efficientsam.model.modeling_efficientsam import MISSING_BOX, PADDING, EfficientSamModel
 from hf_efficientsam.training.data.synthetic import random_ellipses
+from hf_efficientsam.training.engine.config import NotNegativeFloat, NotNegativeInt, PositiveInt, PositiveRatio, Ratio
 
 from .losses import MaskLoss
 from .prompts import boxes_from_masks, jitter_boxes, sample_error_points, sample_points
 
 
 @dataclass(frozen=True)
-class PromptOptions:
+class PromptConfig:
     """The fields of a recipe that say what a mask is asked for by, and how often."""
 
-    box_probability: float = field(default=0.5, metadata={"help": "share of first prompts that are a box alone"})
-    both_probability: float = field(default=0.1, metadata={"help": "share that are a box with clicks"})
-    tight_probability: float = field(default=0.5, metadata={"help": "share of boxes without noise"})
-    box_noise: float = field(default=0.1, metadata={"help": "standard deviation, as a share of the box's side"})
-    box_noise_pixels: float = field(default=20, metadata={"help": "the noise is cut off at so many pixels"})
-    max_clicks: int = field(
+    box_probability: Ratio = field(default=0.5, metadata={"help": "share of first prompts that are a box alone"})
+    both_probability: Ratio = field(default=0.1, metadata={"help": "share that are a box with clicks"})
+    tight_probability: Ratio = field(default=0.5, metadata={"help": "share of boxes without noise"})
+    box_noise: NotNegativeFloat = field(
+        default=0.1, metadata={"help": "standard deviation, as a share of the box's side"}
+    )
+    box_noise_pixels: NotNegativeFloat = field(default=20, metadata={"help": "the noise is cut off at so many pixels"})
+    max_clicks: PositiveInt = field(
         default=4, metadata={"help": "half of the clicked first prompts have one click, the others 2 to this many"}
     )
-    single_mask_probability: float = field(
+    single_mask_probability: Ratio = field(
         default=0.25, metadata={"help": "share of steps whose first round asks for one mask, not for candidates"}
     )
-    corrections: int = field(default=1, metadata={"help": "rounds with a click more, where the last mask was wrong"})
-    mask_only_rounds: int = field(
+    corrections: NotNegativeInt = field(
+        default=1, metadata={"help": "rounds with a click more, where the last mask was wrong"}
+    )
+    mask_only_rounds: NotNegativeInt = field(
         default=0, metadata={"help": "rounds without a new click: one is the last, the others anywhere between"}
     )
-    correction_probability: float = field(default=0.5, metadata={"help": "share of steps that have these rounds"})
-    smallest_ellipse: float = field(
+    correction_probability: Ratio = field(default=0.5, metadata={"help": "share of steps that have these rounds"})
+    smallest_ellipse: PositiveRatio = field(
         default=0.04, metadata={"help": "of steps on ellipses: their least side, as a share of the input's"}
     )
-    loss_stride: int = field(
+    loss_stride: PositiveInt = field(
         default=2, metadata={"help": "masks are compared at this fraction of the input's side: 4 is the decoder's own"}
     )
 
@@ -64,16 +69,16 @@ class InteractiveSegmentation(nn.Module):
     Args:
         model: trained in place.
         loss: applied to each round; the rounds' losses are averaged.
-        options: see [`PromptOptions`]. `loss_stride` 1, the input's size, takes longer than encoder and decoder
+        options: see [`PromptConfig`]. `loss_stride` 1, the input's size, takes longer than encoder and decoder
             together on a CPU; at the decoder's own size (4) objects below a few pixels lose their shape.
 
     Raises:
         ValueError: for rounds that only give a mask back, where the model takes none.
     """
 
-    def __init__(self, model: EfficientSamModel, loss: MaskLoss, options: PromptOptions | None = None):
+    def __init__(self, model: EfficientSamModel, loss: MaskLoss, options: PromptConfig | None = None):
         super().__init__()
-        self.model, self.loss, self.options = model, loss, options or PromptOptions()
+        self.model, self.loss, self.options = model, loss, options or PromptConfig()
         if self.options.mask_only_rounds and not model.config.prompt_encoder_config.mask_prompts:
             raise ValueError("The model takes no mask prompts; set mask_only_rounds to 0.")
 
@@ -85,7 +90,7 @@ class InteractiveSegmentation(nn.Module):
         noise: torch.Tensor,
         generator: torch.Generator,
         num_prompts: torch.Tensor | float | None = None,
-        geometry: bool = False,
+        synthetic: bool = False,
         image_embeddings: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """
@@ -97,7 +102,7 @@ class InteractiveSegmentation(nn.Module):
                 mask's prompts.
             generator: CPU source of what the whole step shares; give every process one of the same seed.
             num_prompts: what the loss is normalised by; see [`MaskLoss`].
-            geometry: ask for random ellipses instead of the masks, and leave the encoder without gradients.
+            synthetic: ask for random ellipses instead of the masks, and leave the encoder without gradients.
             image_embeddings: what a frozen encoder makes of the pixels, `[B, C, S / 16, S / 16]`, if that is known.
 
         Returns:
@@ -105,10 +110,10 @@ class InteractiveSegmentation(nn.Module):
         """
         single_mask, correct = torch.rand(2, generator=generator).tolist()
         kind, box, clicks, corrections, ellipse = noise.split(self.options.noise_columns, dim=-1)
-        if geometry:
+        if synthetic:
             masks = random_ellipses(ellipse, pixel_values.shape[-1], self.options.smallest_ellipse)
         if image_embeddings is None:
-            with torch.set_grad_enabled(not geometry and torch.is_grad_enabled()):
+            with torch.set_grad_enabled(not synthetic and torch.is_grad_enabled()):
                 image_embeddings = self.model.get_image_embeddings(pixel_values)
         # Of an object too small to fill half a cell, the cells that it fills most: none is lost.
         filled = F.avg_pool2d(masks.float(), self.options.loss_stride)
@@ -139,7 +144,7 @@ class InteractiveSegmentation(nn.Module):
         self, masks: torch.Tensor, kind: torch.Tensor, box: torch.Tensor, clicks: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """Boxes and clicks in pixels of the masks `[B, Q, S, S]`, with padding where a prompt has none. The others
-        are uniform random numbers `[B, Q, ...]`, see `PromptOptions.noise_columns`."""
+        are uniform random numbers `[B, Q, ...]`, see `PromptConfig.noise_columns`."""
         options, (kind, is_tight, more) = self.options, kind.unbind(-1)
         tight = boxes_from_masks(masks)
         jittered = jitter_boxes(tight, masks.shape[-1], box, options.box_noise, options.box_noise_pixels)
@@ -168,25 +173,27 @@ class InteractiveSegmentation(nn.Module):
         return corrected
 
 
-class EmbeddingMemory:
-    """Image embeddings of a frozen encoder by the images' names, in half precision: each image is encoded once.
+class EmbeddingCache:
+    """
+    Image embeddings of a frozen encoder by the images' names, in half precision: each image is encoded once.
 
     For images that are always shown alike. At 512 pixels an image takes half a MiB.
     """
 
-    def __init__(self):
+    def __init__(self, model: EfficientSamModel):
+        self.model = model
         self.embeddings: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
-    def recall(self, model: EfficientSamModel, pixel_values: torch.Tensor, keys: list[str]) -> torch.Tensor:
-        """`[B, C, S / 16, S / 16]` of the images `[B, 3, S, S]`, whose names are `keys`. They come from the memory
-        even where they have just been encoded, so that a resumed run sees the same numbers."""
-        training = model.training
-        model.eval()
+    def get(self, pixel_values: torch.Tensor, keys: list[str]) -> torch.Tensor:
+        """`[B, C, S / 16, S / 16]` of the images `[B, 3, S, S]`, whose names are `keys`. In half precision even where
+        they have just been encoded, so that a resumed run sees the same numbers."""
+        training = self.model.training
+        self.model.eval()
         for image, key in zip(pixel_values.split(1), keys, strict=True):
             if key not in self.embeddings:  # one at a time, so that its batch changes no digit
-                self.embeddings[key] = model.get_image_embeddings(image)[0].half().cpu()
-        model.train(training)
+                self.embeddings[key] = self.model.get_image_embeddings(image)[0].half().cpu()
+        self.model.train(training)
         return torch.stack([self.embeddings[key] for key in keys]).to(pixel_values)
 
 

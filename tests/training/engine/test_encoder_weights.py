@@ -13,7 +13,7 @@ from hf_efficientsam import (
     EfficientSamVisionConfig,
     EfficientSamVisionModel,
 )
-from hf_efficientsam.training.engine.warm_start import load_around_encoder, load_encoder, select_weights
+from hf_efficientsam.training.engine.encoder_weights import load_around_encoder, load_encoder, select_weights
 
 
 def make_teacher(**config):

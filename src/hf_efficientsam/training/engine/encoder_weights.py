@@ -12,18 +12,22 @@ from transformers import PreTrainedModel
 
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamVisionEncoder, EfficientSamVisionModel
 
+from .config import PositiveInt, RatioBelowOne
+
 
 @dataclass(frozen=True)
-class EncoderOptions:
+class EncoderConfig:
     """The fields by which a recipe chooses the encoder that it fine-tunes; the defaults are EfficientSAM-Ti."""
 
     encoder: str | None = field(
         default=None, metadata={"help": "start from this encoder (of sami.py, or any EfficientSAM); else from scratch"}
     )
-    hidden_size: int = field(default=192, metadata={"help": "width of a new encoder: 192 (Ti), 384 (S), 768 (B)"})
-    num_attention_heads: int = field(default=3, metadata={"help": "its heads: 3, 6, 12"})
-    num_hidden_layers: int = field(default=12, metadata={"help": "its layers"})
-    drop_path: float = field(
+    hidden_size: PositiveInt = field(
+        default=192, metadata={"help": "width of a new encoder: 192 (Ti), 384 (S), 768 (B)"}
+    )
+    num_attention_heads: PositiveInt = field(default=3, metadata={"help": "its heads: 3, 6, 12"})
+    num_hidden_layers: PositiveInt = field(default=12, metadata={"help": "its layers"})
+    drop_path: RatioBelowOne = field(
         default=0.0, metadata={"help": "share of the images that skip the last layer; less in earlier ones"}
     )
 

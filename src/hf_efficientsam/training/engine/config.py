@@ -1,0 +1,208 @@
+"""Configurations: dataclasses filled from a yaml file and the command line, and the fields that scripts share."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a field may hold, and the words that say so; checked by [`check_ranges`]."""
+
+    words: str
+    contains: Callable[[float], bool]
+
+
+POSITIVE = Range("more than 0", lambda value: value > 0)
+NOT_NEGATIVE = Range("0 or more", lambda value: value >= 0)
+UP_TO_ONE = Range("between 0 and 1", lambda value: 0 <= value <= 1)
+BELOW_ONE = Range("at least 0 and less than 1", lambda value: 0 <= value < 1)
+PositiveInt = Annotated[int, POSITIVE]
+PositiveFloat = Annotated[float, POSITIVE]
+NotNegativeInt = Annotated[int, NOT_NEGATIVE]
+NotNegativeFloat = Annotated[float, NOT_NEGATIVE]
+Ratio = Annotated[float, UP_TO_ONE]
+PositiveRatio = Annotated[float, POSITIVE, UP_TO_ONE]
+RatioBelowOne = Annotated[float, BELOW_ONE]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The fields of every training run. A script that wants another default declares the field again, without help."""
+
+    output_dir: str = field(default="runs/training", metadata={"help": "checkpoints, model, numbers and images"})
+    seed: NotNegativeInt = field(default=0, metadata={"help": "of everything random"})
+    # Optimisation.
+    global_batch_size: PositiveInt = field(default=8, metadata={"help": "images a step, over all processes"})
+    batch_size: PositiveInt | None = field(
+        default=None,
+        metadata={"help": "images at a time and process (all by default); gradients are accumulated"},
+    )
+    weight_decay: NotNegativeFloat = field(default=0.05, metadata={"help": "AdamW's"})
+    max_grad_norm: PositiveFloat = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
+    ema_decay: RatioBelowOne = field(
+        default=0.0, metadata={"help": "save an exponential moving average of the weights (0: off)"}
+    )
+    # Output.
+    trackers: list[str] = field(default_factory=list, metadata={"help": "tensorboard, trackio, or both"})
+    save_steps: PositiveInt = field(default=1000, metadata={"help": "a checkpoint every so many steps"})
+    log_steps: PositiveInt = field(default=20, metadata={"help": "a row of the log every so many steps"})
+    image_steps: PositiveInt = field(default=1000, metadata={"help": "an image of results every so many steps"})
+
+
+@dataclass(frozen=True)
+class StepsConfig:
+    """The length of a run in optimiser steps."""
+
+    steps: PositiveInt = field(default=2000, metadata={"help": "optimiser steps"})
+    warmup_steps: NotNegativeInt = field(default=100, metadata={"help": "linear warm-up; at most a third of all"})
+
+
+@dataclass(frozen=True)
+class EpochsConfig:
+    """The length of a run in epochs."""
+
+    epochs: PositiveFloat = field(default=100, metadata={"help": "times over the data"})
+    warmup_epochs: NotNegativeFloat = field(default=5, metadata={"help": "linear warm-up; then a cosine to zero"})
+
+    def in_steps(self, epoch_steps: int) -> tuple[int, int]:
+        """
+        Optimiser steps of the run and of its warm-up.
+
+        Raises:
+            ValueError: if there are none, or all are warm-up.
+        """
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"--warmup_epochs {self.warmup_epochs} must be less than --epochs {self.epochs}.")
+        if (steps := round(self.epochs * epoch_steps)) == 0:
+            raise ValueError(f"--epochs {self.epochs} is less than one step of {epoch_steps} an epoch; give more.")
+        return steps, round(self.warmup_epochs * epoch_steps)
+
+
+@dataclass(frozen=True)
+class LearningRateConfig:
+    """Learning rates of a model with our encoder."""
+
+    learning_rate: PositiveFloat = field(default=1e-3, metadata={"help": "peak of the learning rate"})
+    encoder_lr_scale: NotNegativeFloat = field(
+        default=1.0, metadata={"help": "the encoder's learning rate is this times the others'"}
+    )
+    layer_decay: PositiveFloat = field(
+        default=1.0, metadata={"help": "layer-wise learning-rate decay of the encoder: each layer's to the next one's"}
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """When a run is measured on images that it does not train on."""
+
+    eval_steps: PositiveInt = field(
+        default=5000, metadata={"help": "an evaluation every so many steps, and at the end"}
+    )
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How images are read."""
+
+    epoch_images: PositiveInt | None = field(
+        default=None, metadata={"help": "images that count as an epoch; needed for shards, else all of them"}
+    )
+    num_workers: NotNegativeInt = field(default=2, metadata={"help": "processes that read images"})
+
+
+@dataclass(frozen=True)
+class StreamConfig(LoaderConfig):
+    """How images are read, perhaps from a stream."""
+
+    shuffle_buffer: PositiveInt = field(default=2000, metadata={"help": "images that a worker mixes while streaming"})
+
+
+def parse_config(
+    config_class: type[Config], description: str, arguments: list[str] | None = None, default: Path | None = None
+) -> Config:
+    """
+    A configuration from `--config FILE.yaml` and the command line, which has the last word.
+
+    Args:
+        config_class: a dataclass whose fields all have defaults.
+        description: of the script, for `--help`.
+        arguments: by default those of the process.
+        default: the file that is read if there are no arguments at all.
+
+    Raises:
+        SystemExit: with code 2 and one sentence if the file or an argument does not fit.
+    """
+    arguments = [str(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    if not arguments and default is not None:
+        arguments = ["--config", str(default)]
+    parser = HfArgumentParser(
+        config_class, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for action in parser._actions:  # a field that is declared again for its default keeps its help
+        action.help = action.help or _inherited_help(config_class, action.dest)
+    config_parser = argparse.ArgumentParser(add_help=False)
+    config_parser.add_argument("--config", type=Path)
+    parser.add_argument("--config", metavar="FILE.yaml", help="values for the options above")
+    config, given = config_parser.parse_known_args(arguments)
+    names = {one.name for one in dataclasses.fields(config_class)}
+    from_file = [] if config.config is None else _read_yaml(parser, config.config, names)
+    values = vars(parser.parse_args(from_file + given))
+    return config_class(**{name: values[name] for name in names})
+
+
+def _inherited_help(config_class: type, name: str) -> str | None:
+    for base in config_class.__mro__:
+        declared = getattr(base, "__dataclass_fields__", {}).get(name)
+        if declared is not None and "help" in declared.metadata:
+            return declared.metadata["help"]
+    return None
+
+
+def _read_yaml(parser: argparse.ArgumentParser, path: Path, names: set[str]) -> list[str]:
+    """The file as command-line arguments, so that argparse converts and checks both alike; null is the default."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        parser.error(f"--config: {path} cannot be read ({error.strerror}).")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"--config: {path} is not YAML: {' '.join(str(error).split())}")
+    if not isinstance(values, dict) or not values.keys() <= names:
+        unknown = sorted(map(str, values.keys() - names)) if isinstance(values, dict) else "no `name: value` lines"
+        parser.error(f"--config: {path} has {unknown}; the names are {', '.join(sorted(names))}.")
+    arguments = []
+    for name, value in values.items():
+        if value is not None:
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return arguments
+
+
+def check_ranges(config: Any) -> None:
+    """
+    Checks the fields whose type says what they may hold, such as `PositiveInt`; None always fits.
+
+    Raises:
+        ValueError: for the first one out of range.
+    """
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        for allowed in _ranges(hint):
+            if value is not None and not allowed.contains(value):
+                raise ValueError(f"--{name} is {value}; it must be {allowed.words}.")
+
+
+def _ranges(hint: Any) -> Iterator[Range]:
+    for argument in (*get_args(hint), *getattr(hint, "__metadata__", ())):
+        if isinstance(argument, Range):
+            yield argument
+        else:
+            yield from _ranges(argument)

@@ -1,0 +1,189 @@
+"""A training run from its start to its end: accelerator, resuming, log, checkpoints, teardown."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
+
+from .checkpoints import Checkpoints, SaveError
+from .config import RunConfig
+from .metrics_log import MetricsLog, tracker_arguments
+from .reports import replace_text
+
+
+class TrainingStopped(RuntimeError):
+    """What ended a run after its start; the message is one sentence for the user."""
+
+
+def start_accelerator(config: RunConfig, fsdp: bool = False, **options) -> Accelerator:
+    """
+    With the configuration's trackers, and accumulating gradients to its `global_batch_size`.
+
+    Args:
+        config: the run's.
+        fsdp: whether the model is large enough for FSDP.
+        options: `Accelerator`'s.
+
+    Raises:
+        ValueError: for an unknown tracker, for FSDP where it is of no use, and if batches of `batch_size` (None: all
+            images of a process) do not make the global batch.
+    """
+    accelerator = Accelerator(
+        gradient_accumulation_plugin=GradientAccumulationPlugin(1, sync_with_dataloader=False),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
+        **tracker_arguments(config.trackers, Path(config.output_dir)),
+        **options,
+    )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not fsdp:
+            raise ValueError("A model this small gains nothing from FSDP; launch with training/accelerate/ddp.yaml.")
+        if config.ema_decay:
+            raise ValueError("An average of the weights cannot be kept with FSDP; leave --ema_decay out, or use DDP.")
+    images, processes = config.global_batch_size, accelerator.num_processes
+    batch_size = config.batch_size or max(1, images // processes)
+    accelerator.gradient_accumulation_steps, left = divmod(images, batch_size * processes)
+    if left:
+        raise ValueError(
+            f"--global_batch_size {images} must be a multiple of --batch_size {batch_size} times {processes} "
+            "process(es); change one of them, or start fewer processes with `accelerate launch --num_processes 1`."
+        )
+    return accelerator
+
+
+class TrainingRun:
+    """
+    What a training loop needs to stop and go on, as a context that ends after the loop's function has returned.
+
+        accelerator = start_accelerator(config)
+        with TrainingRun(accelerator, config, "sami") as run:
+            training_function(config, run)
+
+        def training_function(config, run):
+            ...
+            model, optimizer = run.accelerator.prepare(model, optimizer)
+            done = run.resume(steps, [scheduler, average])
+            for step, batches in step_batches(run.accelerator, loader, done, steps, epoch_steps):
+                ...
+                run.log.add(step, images=config.global_batch_size, loss=loss)
+                if run.is_due(step, config.save_steps):
+                    run.save(step)
+
+    An error of data, disk or numbers in the loop becomes `TrainingStopped`; one before `resume` stays as it is.
+
+    Args:
+        accelerator: of `start_accelerator`.
+        config: the run's.
+        project: the kind of run, under which trackers keep it.
+        streamed: whether images are streamed, so that who reads how many at a time decides about their order.
+    """
+
+    log: MetricsLog | None = None
+
+    def __init__(self, accelerator: Accelerator, config: RunConfig, project: str, streamed: bool = False):
+        self.accelerator, self.config, self.project, self.streamed = accelerator, config, project, streamed
+        self.output_dir = Path(config.output_dir)
+        self.checkpoints = Checkpoints(accelerator, self.output_dir / "checkpoints")
+
+    def __enter__(self) -> "TrainingRun":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        if error is None:
+            if self.log is not None:
+                self.log.close()
+            # The models that the accelerator holds first: freeing one together with the processes' group can hang
+            # (pytorch/pytorch issue 56297). Those of the loop's function are gone with it.
+            self.accelerator.free_memory()
+            self.accelerator.end_training()
+        elif self.log is not None and isinstance(error, FloatingPointError | OSError | SaveError | ValueError):
+            raise TrainingStopped(last_line(error)) from error
+
+    def resume(self, steps: int, state: list[Any]) -> int:
+        """
+        Loads the newest checkpoint and starts the log. Called on every process, after `accelerator.prepare`.
+
+        Args:
+            steps: how many the run has.
+            state: schedulers, averages and what else belongs to a checkpoint beside the prepared; None is left out.
+                They are not prepared: Accelerate would step a scheduler once for every process.
+
+        Returns:
+            the number of steps that are done; 0 without a checkpoint.
+
+        Raises:
+            ValueError: see `check_same_run` and `Checkpoints.resume`.
+        """
+        if self.accelerator.is_main_process:
+            check_same_run(self.config, self.accelerator.num_processes, self.streamed)
+        for one in state:
+            if one is not None:
+                self.accelerator.register_for_checkpointing(one)
+        log, self.steps = MetricsLog(self.accelerator, self.output_dir, steps, self.config.log_steps), steps
+        done = self.checkpoints.resume()
+        if done == steps:
+            self.accelerator.print(
+                f"{self.output_dir} holds a finished run; choose another --output_dir for a new one, or delete it."
+            )
+        log.start(done, self.project, dataclasses.asdict(self.config))
+        self.log = log
+        return done
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether what happens every so many steps happens now; it does after the last."""
+        return step % every == 0 or step == self.steps
+
+    def save(self, step: int) -> None:
+        """A checkpoint and the plots. After the model itself is saved, so that a finished run has its model."""
+        self.log.plot()
+        self.checkpoints.save(step)
+
+
+def check_same_run(config: RunConfig, num_processes: int, streamed: bool) -> None:
+    """
+    Notes the configuration in its `output_dir`, and once there is a checkpoint compares at each start what decides
+    about what is learnt.
+
+    Raises:
+        ValueError: if a run with another configuration is there, which resuming would mix with this one.
+    """
+    folder, now = Path(config.output_dir), dataclasses.asdict(config)
+    free = {"save_steps", "log_steps", "image_steps", "trackers", "output_dir"}
+    if streamed:
+        now["num_processes"] = num_processes
+    else:
+        free |= {"num_workers", "batch_size"}
+    path = folder / "config.json"
+    if not path.is_file() or not any((folder / "checkpoints").glob("step_*")):
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(now, indent=1) + "\n")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if changed := [name for name in now if name not in free and before.get(name) != now[name]]:
+        raise ValueError(
+            f"{folder} holds a run with another {', '.join(changed)}; choose a new --output_dir, or delete that one."
+        )
+
+
+def run_script(name: str, main: Callable[[], None]) -> None:
+    """Calls a script's `main`. What a user can mend ends it with one sentence: exit code 2 for what cannot be run, 1
+    for a run that stopped (a full disk, a broken image)."""
+    try:
+        main()
+    except (OSError, SaveError, ValueError) as error:
+        message, code = last_line(error), 2
+    except TrainingStopped as error:
+        message, code = str(error), 1
+    else:
+        return
+    print(f"\n{name}: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def last_line(error: BaseException) -> str:
+    """Of what a worker of a DataLoader raises, which comes with its traceback, the sentence at its end."""
+    return str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
