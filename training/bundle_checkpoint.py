@@ -88,7 +88,7 @@ def make(config: BundleConfig, making: Path, card: str) -> None:
     EfficientSamProcessor.from_pretrained(config.model).save_pretrained(making)
     remove_code(making)
     evaluate = ["evaluate_masks", "--model", making, "--annotations", config.annotations]
-    report = measure(making / "metrics.json", *evaluate, "--picture", making / "cases.png") | {"model": "bundled"}
+    report = measure(making / "metrics.json", *evaluate, "--cases", making / "cases.png") | {"model": "bundled"}
     (making / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
     (making / "README.md").write_text(fill_card(card, report))
 

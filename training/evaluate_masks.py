@@ -2,7 +2,7 @@
 
     python training/evaluate_masks.py --annotations ../shared/data/coco-val-dev/instances_val.json
     python training/evaluate_masks.py --model runs/masks/model facebook/sam-vit-base --annotations my/instances.json \
-        --prompts box click1 click3 click5 click10 --clicks error --output metrics.json --picture cases.png
+        --prompts box click1 click3 click5 click10 --clicks error --output metrics.json --cases cases.png
     accelerate launch training/evaluate_masks.py --shards sa_000000.tar sa_000001.tar --limit 500
     python training/evaluate_masks.py --annotations ../shared/data/saliency/val --prompts box
     python training/evaluate_masks.py --annotations instances_val2017.json --images val2017 --detections vitdet_h.json
@@ -85,7 +85,7 @@ class EvaluateMasksConfig:
     )
     # What is written.
     output: str | None = field(default=None, metadata={"help": "json file for the numbers"})
-    picture: str | None = field(
+    cases: str | None = field(
         default=None, metadata={"help": "image file for the first model's best, median and worst case by box"}
     )
     write_masks: str | None = field(default=None, metadata={"help": "json file for the detections' masks, as COCO's"})
@@ -112,8 +112,8 @@ def check(config: EvaluateMasksConfig) -> None:
         raise ValueError("--num_workers and --seed must not be negative.")
     if config.detections is not None and len(config.annotations) != 1:
         raise ValueError("--detections belong to one json file; give --annotations that one.")
-    if config.detections is not None and config.picture is not None:
-        raise ValueError("--picture shows masks of --prompts; leave it or --detections out.")
+    if config.detections is not None and config.cases is not None:
+        raise ValueError("--cases shows masks of --prompts; leave it or --detections out.")
     if config.write_masks is not None and (config.detections is None or len(config.model) > 1):
         raise ValueError("--write_masks writes the masks of one --model for --detections; give both.")
 
@@ -257,7 +257,7 @@ def draw_cases(
             for shown, color in ((on_object, "lime"), (~on_object, "red")):
                 axis.scatter(*points[shown].T, marker="*", s=120, color=color, edgecolors="white")
         axis.set(title=f"{name} of {len(ious)}, {prompt}: IoU {iou:.2f}", xticks=[], yticks=[])
-    figure.savefig(config.picture, dpi=100)
+    figure.savefig(config.cases, dpi=100)
 
 
 def save_results(
@@ -302,7 +302,7 @@ def report_masks(
     results, datasets = summarize_masks(config, records)
     for model in config.model:
         print_masks(model, results[model], datasets)
-    if config.picture is not None:
+    if config.cases is not None:
         draw_cases(config, predictors[0], batches, records)
     shared = {"images": len(records), "masks": sum(len(record.areas) for record in records), "seed": config.seed}
     by_model = {"results": results}
@@ -339,7 +339,7 @@ def evaluate(config: EvaluateMasksConfig, accelerator: Accelerator) -> None:
         accelerator.process_index,
         accelerator.num_processes,
     )
-    for path in filter(None, (config.output, config.picture, config.write_masks)):
+    for path in filter(None, (config.output, config.cases, config.write_masks)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     measured = measure(config, accelerator, batches, predictors)

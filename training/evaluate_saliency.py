@@ -2,7 +2,7 @@
 
     python training/evaluate_saliency.py --data ../shared/data/saliency/val --output saliency.json
     python training/evaluate_saliency.py --data ../shared/data/saliency/val --prior ../shared/data/saliency/train \
-        --saliency own network.onnx whole prior --picture cases.png
+        --saliency own network.onnx whole prior --cases cases.png
 
 Sources are: own, the head of the checkpoint; whatever `efficientsam salient --saliency` takes; and two that look at no
 image: whole, all of the picture, and prior, the mean of the masks of `--prior`, stretched over the picture. The masks
@@ -43,7 +43,7 @@ class EvaluateSaliencyConfig:
     prior: str | None = field(default=None, metadata={"help": "such a folder or json, for the source of that name"})
     threshold: float = field(default=0.5, metadata={"help": "objects are cut out of the map at this value"})
     output: str | None = field(default=None, metadata={"help": "json file for the numbers"})
-    picture: str | None = field(default=None, metadata={"help": "png of the best, median and worst masks"})
+    cases: str | None = field(default=None, metadata={"help": "png of the best, median and worst masks"})
     device: str | None = field(default=None, metadata={"help": "by default a GPU if there is one"})
 
 
@@ -151,9 +151,9 @@ def evaluate(config: EvaluateSaliencyConfig) -> None:
         report = {"images": count, "results": results, "config": asdict(config), "device": str(predictor.device)}
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_report(config.output, report, ("numpy", "pillow", "scipy"))
-    if config.picture is not None:
-        Path(config.picture).parent.mkdir(parents=True, exist_ok=True)
-        draw(source, prompters, scores[config.saliency[0]]).save(config.picture)
+    if config.cases is not None:
+        Path(config.cases).parent.mkdir(parents=True, exist_ok=True)
+        draw(source, prompters, scores[config.saliency[0]]).save(config.cases)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -88,7 +88,7 @@ def test_evaluate(coco, tiny_model, tmp_path):
     output, picture = tmp_path / "new" / "metrics.json", tmp_path / "cases.png"
     table = run(
         "evaluate_masks", "--model", tiny_model, "--annotations", coco / "masks.json", "--output", output,
-        "--picture", picture,
+        "--cases", picture,
     )  # fmt: skip
     report = json.loads(output.read_text())
     assert (report["images"], report["masks"], report["model"]) == (5, 15, str(tiny_model))
@@ -123,7 +123,7 @@ def test_several_models_and_datasets_in_one_run(coco, tiny_model, tiny_sam, tmp_
     (other / "images").symlink_to(coco / "images")
     given = ["--annotations", coco / "masks.json", other / "masks.json", "--prompts", "click1", "box", "click4"]
     given += ["--clicks", "error"]
-    both = numbers(tmp_path, *given, "--model", tiny_model, tiny_sam, "--picture", tmp_path / "cases.png")
+    both = numbers(tmp_path, *given, "--model", tiny_model, tiny_sam, "--cases", tmp_path / "cases.png")
     assert (both["images"], both["masks"]) == (10, 30)
     assert both["model"] == [str(tiny_model), str(tiny_sam)] and "one after the other" in both["protocol"]
     assert both["input_size"][str(tiny_sam)] == {"height": SIZE, "width": SIZE}
@@ -225,7 +225,7 @@ def test_ap_of_a_detectors_boxes(coco, boxes, tiny_model, tiny_sam, tmp_path):
         (["--annotations", "COCO", "COCO", "--detections", "BOXES"], "--detections belong to one json file"),
         (["--annotations", "COCO", "--detections", "absent.json"], "There is no file of detections absent.json"),
         (["--annotations", "COCO", "--detections", "BOXES", "--limit", "1"], "There is no mask to evaluate"),
-        (["--annotations", "COCO", "--detections", "BOXES", "--picture", "a.png"], "--picture shows masks of"),
+        (["--annotations", "COCO", "--detections", "BOXES", "--cases", "a.png"], "--cases shows masks of"),
         (["--annotations", "COCO", "--write_masks", "a.json"], "--write_masks writes the masks of one --model"),
     ],
 )

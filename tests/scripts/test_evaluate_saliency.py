@@ -98,7 +98,7 @@ def test_several_sources_side_by_side(folder, model, tmp_path):
     head = shutil.copytree(model / "saliency", tmp_path / "head")
     said = run(
         "evaluate_saliency", "--model", model, "--data", folder, "--saliency", "own", "whole", "prior", head,
-        "--prior", folder, "--output", tmp_path / "scores.json", "--picture", tmp_path / "cases.png",
+        "--prior", folder, "--output", tmp_path / "scores.json", "--cases", tmp_path / "cases.png",
     )  # fmt: skip
     report = json.loads((tmp_path / "scores.json").read_text())
     results = report["results"]

@@ -195,7 +195,7 @@ def test_a_killed_and_resumed_run_ends_as_one_that_was_not(skipping, tmp_path):
     assert steps_saved(output) == ["step_00000003"] and [row["step"] for row in curve(output)] == [1, 2, 3, 4, 5]
     run("finetune_classification", *arguments, "--output_dir", output, "--num_workers", 1)
     assert_equal(output, whole)
-    for name in ("evaluation.jsonl", "pictures/classes_00000007.png"):
+    for name in ("evaluation.jsonl", "images/classes_00000007.png"):
         assert (output / name).read_bytes() == (whole / name).read_bytes()
 
 
