@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamVisionEncoder, EfficientSamVisionModel
 
@@ -17,7 +17,7 @@ from .config import PositiveInt, RatioBelowOne
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The fields by which a recipe chooses the encoder that it fine-tunes; the defaults are EfficientSAM-Ti."""
+    """The encoder that is fine-tuned; the defaults are EfficientSAM-Ti."""
 
     encoder: str | None = field(
         default=None, metadata={"help": "start from this encoder (of sami.py, or any EfficientSAM); else from scratch"}
@@ -28,7 +28,7 @@ class EncoderConfig:
     num_attention_heads: PositiveInt = field(default=3, metadata={"help": "its heads: 3, 6, 12"})
     num_hidden_layers: PositiveInt = field(default=12, metadata={"help": "its layers"})
     drop_path: RatioBelowOne = field(
-        default=0.0, metadata={"help": "share of the images that skip the last layer; less in earlier ones"}
+        default=0.0, metadata={"help": "ratio of the images that skip the last layer; less in earlier ones"}
     )
 
 
@@ -38,7 +38,7 @@ def load_around_encoder(model_class: type[PreTrainedModel], name: str, **options
     be a pretraining (`sami.py`) or any EfficientSAM model. In float32.
 
     Args:
-        model_class: of the model room, with a `vision_encoder`.
+        model_class: a model with a `vision_encoder`.
         name: the directory or repository.
         options: for the config, as `from_pretrained` takes them.
 
@@ -89,6 +89,26 @@ def select_weights(teacher: nn.Module, student: EfficientSamVisionEncoder) -> No
         ValueError: if the two do not fit.
     """
     ours, theirs = student.config, teacher.config
+    step = _width_ratio(theirs, ours)
+    channels = torch.arange(0, theirs.hidden_size, step)
+    units = torch.arange(0, step * ours.intermediate_size, step)
+    head_dim = ours.hidden_size // ours.num_attention_heads
+    heads = torch.arange(theirs.hidden_size).unflatten(0, (-1, head_dim))[::step].flatten()
+    _select_embeddings(teacher, student, channels)
+    for target, source in zip(student.layers, teacher.encoder.layer, strict=True):
+        _select(target.layernorm_before, source.norm1, channels)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            _select(getattr(target.attention, name), getattr(source.attention, name), heads, channels)
+        _select(target.attention.o_proj, source.attention.o_proj, channels, heads)
+        _fold_scale(target.attention.o_proj, source.layer_scale1.lambda1[channels])
+        _select(target.layernorm_after, source.norm2, channels)
+        _select(target.mlp.fc1, source.mlp.fc1, units, channels)
+        _select(target.mlp.fc2, source.mlp.fc2, channels, units)
+        _fold_scale(target.mlp.fc2, source.layer_scale2.lambda1[channels])
+
+
+def _width_ratio(theirs: PreTrainedConfig, ours: PreTrainedConfig) -> int:
+    """How many times as wide the teacher is; ValueError if the two do not fit."""
     if theirs.model_type != "dinov2" or theirs.use_swiglu_ffn or not theirs.qkv_bias:
         raise ValueError(
             f"The teacher is not built like the student (model type {theirs.model_type}); choose a teacher that is a "
@@ -107,24 +127,14 @@ def select_weights(teacher: nn.Module, student: EfficientSamVisionEncoder) -> No
             f"{ours.num_attention_heads} heads and {ours.num_hidden_layers} layers; choose a teacher whose width and "
             "heads are the same multiple of the student's and whose depth is equal."
         )
-    channels = torch.arange(0, theirs.hidden_size, step)
-    units = torch.arange(0, step * ours.intermediate_size, step)
-    head_dim = ours.hidden_size // ours.num_attention_heads
-    heads = torch.arange(theirs.hidden_size).unflatten(0, (-1, head_dim))[::step].flatten()
+    return step
 
-    def copy(target: nn.Module, source: nn.Module, rows: torch.Tensor, columns: torch.Tensor | None = None) -> None:
-        weight = source.weight[rows]
-        target.weight.copy_(weight if columns is None else weight[:, columns])
-        target.bias.copy_(source.bias[rows])
 
-    def fold(target: nn.Module, layer_scale: nn.Module) -> None:
-        scale = layer_scale.lambda1[channels]
-        target.weight.mul_(scale[:, None])
-        target.bias.mul_(scale)
-
+def _select_embeddings(teacher: nn.Module, student: EfficientSamVisionEncoder, channels: torch.Tensor) -> None:
     patches = teacher.embeddings.patch_embeddings.projection
-    kernel = F.interpolate(patches.weight[channels], size=ours.patch_size, mode="bicubic", antialias=True)
-    student.embeddings.projection.weight.copy_(kernel * (theirs.patch_size / ours.patch_size) ** 2)
+    patch_size = student.config.patch_size
+    kernel = F.interpolate(patches.weight[channels], size=patch_size, mode="bicubic", antialias=True)
+    student.embeddings.projection.weight.copy_(kernel * (teacher.config.patch_size / patch_size) ** 2)
     student.embeddings.projection.bias.copy_(patches.bias[channels])
     positions = teacher.embeddings.position_embeddings[:, :, channels]
     grid = round((positions.shape[1] - 1) ** 0.5)
@@ -132,13 +142,14 @@ def select_weights(teacher: nn.Module, student: EfficientSamVisionEncoder) -> No
     table = F.interpolate(table, size=student.embeddings.pretrain_grid, mode="bicubic", antialias=True)
     table = torch.cat([positions[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
     student.embeddings.position_embeddings.copy_(table)
-    for target, source in zip(student.layers, teacher.encoder.layer, strict=True):
-        copy(target.layernorm_before, source.norm1, channels)
-        for name in ("q_proj", "k_proj", "v_proj"):
-            copy(getattr(target.attention, name), getattr(source.attention, name), heads, channels)
-        copy(target.attention.o_proj, source.attention.o_proj, channels, heads)
-        fold(target.attention.o_proj, source.layer_scale1)
-        copy(target.layernorm_after, source.norm2, channels)
-        copy(target.mlp.fc1, source.mlp.fc1, units, channels)
-        copy(target.mlp.fc2, source.mlp.fc2, channels, units)
-        fold(target.mlp.fc2, source.layer_scale2)
+
+
+def _select(target: nn.Module, source: nn.Module, rows: torch.Tensor, columns: torch.Tensor | None = None) -> None:
+    weight = source.weight[rows]
+    target.weight.copy_(weight if columns is None else weight[:, columns])
+    target.bias.copy_(source.bias[rows])
+
+
+def _fold_scale(target: nn.Module, scale: torch.Tensor) -> None:
+    target.weight.mul_(scale[:, None])
+    target.bias.mul_(scale)

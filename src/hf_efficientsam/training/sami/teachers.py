@@ -125,8 +125,23 @@ def load_teacher(
     Raises:
         ValueError: in one sentence, if there is no such model or it cannot be a teacher.
     """
-    path = bundled_checkpoint() if name == "bundled" else name
-    device = torch.device(device or "cpu")
+    device, path = torch.device(device or "cpu"), bundled_checkpoint() if name == "bundled" else name
+    model, encoder = _load_encoder(name, path)
+    processor_size, mean, std = _read_processor(name, path)
+    size = processor_size if size is None else size
+    patch_size = _patch_size(encoder)
+    if size < 1 or (patch_size and size % patch_size):
+        raise ValueError(f"{name} needs a size that is a multiple of its patch of {patch_size} pixels: got {size}.")
+    # SAM 2's mask decoder reads its image embedding with this vector added, where there is no memory of a video.
+    offset = getattr(model, "no_memory_embedding", None)
+    offset = None if offset is None else offset.detach().flatten().to(device)
+    weights_hash = _hash_weights(encoder)
+    encoder = encoder.to(device, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16))
+    return Teacher(encoder, name, size, mean, std, weights_hash, offset)
+
+
+def _load_encoder(name: str, path: str) -> tuple[nn.Module, nn.Module]:
+    """A whole model, and the part of it that reads images."""
     try:
         AutoConfig.from_pretrained(path)
     except OSError:
@@ -135,7 +150,6 @@ def load_teacher(
         ) from None
     except ValueError as error:
         raise ValueError(f"The teacher {name} cannot be loaded: {' '.join(str(error).split())}") from None
-    processor_size, mean, std = _read_processor(name, path)
     try:  # float32 first, whatever was stored: so the weights' hash is the same on every device
         model, loading = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -147,16 +161,7 @@ def load_teacher(
     # Poolers are not used here, and often were never trained.
     if missing := [key for key in loading["missing_keys"] if key.startswith(part) and "pooler" not in key]:
         raise ValueError(f"The teacher {name} lacks {len(missing)} of its weights, such as {min(missing)}.")
-    size = processor_size if size is None else size
-    patch_size = _patch_size(encoder)
-    if size < 1 or (patch_size and size % patch_size):
-        raise ValueError(f"{name} needs a size that is a multiple of its patch of {patch_size} pixels: got {size}.")
-    # SAM 2's mask decoder reads its image embedding with this vector added, where there is no memory of a video.
-    offset = getattr(model, "no_memory_embedding", None)
-    offset = None if offset is None else offset.detach().flatten().to(device)
-    weights_hash = _hash_weights(encoder)
-    encoder = encoder.to(device, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16))
-    return Teacher(encoder, name, size, mean, std, weights_hash, offset)
+    return model, encoder
 
 
 def _read_processor(name: str, path: str) -> tuple[int, list[float], list[float]]:
