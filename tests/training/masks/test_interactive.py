@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_efficientsam.training.masks.interactive import EmbeddingMemory, InteractiveSegmentation, PromptConfig
+from hf_efficientsam.training.masks.interactive import EmbeddingCache, InteractiveSegmentation, PromptConfig
 from hf_efficientsam.training.masks.losses import MaskLoss
 from hf_efficientsam.training.masks.prompts import boxes_from_masks
 
@@ -162,9 +162,9 @@ def test_the_mask_goes_along_and_carries_no_gradient(make_task):
 # ------------------------------------------------------------------------------------------------ forward
 
 
-def gradients(task, geometry=False):
+def gradients(task, synthetic=False):
     """Names of the parameters of the model that one step reaches."""
-    task(*batch(), generator(), geometry=geometry)["loss"].backward()
+    task(*batch(), generator(), synthetic=synthetic)["loss"].backward()
     return {name for name, p in task.model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
 
 
@@ -241,23 +241,24 @@ def test_rounds_without_a_click_need_mask_prompts(make_task):
         make_task({"background_points": True}, mask_only_rounds=1)
 
 
-def test_geometry_asks_for_ellipses_and_leaves_the_encoder_alone(make_task):
-    names = gradients(make_task(correction_probability=0.0), geometry=True)
+def test_a_synthetic_step_asks_for_ellipses_and_leaves_the_encoder_alone(make_task):
+    names = gradients(make_task(correction_probability=0.0), synthetic=True)
     assert names and not any(name.startswith("vision_encoder") for name in names)
     task = make_task(correction_probability=0.0)
     pixel_values, masks, valid, numbers = batch()
-    loss = task(pixel_values, masks, valid, numbers, generator(), geometry=True)["loss"]
-    assert torch.equal(loss, task(pixel_values, masks.flip(1), valid, numbers, generator(), geometry=True)["loss"])
+    loss = task(pixel_values, masks, valid, numbers, generator(), synthetic=True)["loss"]
+    assert torch.equal(loss, task(pixel_values, masks.flip(1), valid, numbers, generator(), synthetic=True)["loss"])
 
 
-def test_an_image_that_is_remembered_is_not_encoded_again(make_model):
-    model, memory = make_model(), EmbeddingMemory()
+def test_a_cached_image_is_not_encoded_again(make_model):
+    model = make_model()
+    cache = EmbeddingCache(model)
     pixel_values = torch.randn(3, 3, SIZE, SIZE, generator=generator(7))
-    first = memory.recall(model, pixel_values, ["a", "b", "c"])
+    first = cache.get(pixel_values, ["a", "b", "c"])
     expected = model.get_image_embeddings(pixel_values)
     assert first.dtype == torch.float32 and not first.requires_grad
     assert torch.equal(first, first.half().float()) and (first - expected).abs().max() < 0.01
-    again = memory.recall(model, torch.zeros(2, 3, SIZE, SIZE), ["c", "a"])  # not looked at
+    again = cache.get(torch.zeros(2, 3, SIZE, SIZE), ["c", "a"])  # not looked at
     assert torch.equal(again, first[[2, 0]])
 
 
