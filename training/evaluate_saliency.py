@@ -67,19 +67,20 @@ def mean_mask(source: SaliencyMasks | UnitedMasks) -> np.ndarray:
     return (total / len(source)).numpy()
 
 
-def open_source(name: str, config: EvaluateSaliencyConfig) -> Callable | np.ndarray | str | None:
+def open_source(name: str, config: EvaluateSaliencyConfig) -> Callable | str | None:
     """What `SalientPrompter` is to be given for a source."""
     if name == "whole":
         return lambda image: np.ones((image.height, image.width), np.float32)
     if name == "prior":
-        return mean_mask(open_saliency(config.prior))
+        prior = mean_mask(open_saliency(config.prior))
+        return lambda image: prior
     return None if name == "own" else name
 
 
 def measure(prompter: SalientPrompter, truth: np.ndarray) -> dict:
     """The scores of one source's map and masks on the image that the predictor has."""
     saliency = prompter.map()
-    found = SalientPrompter(prompter.predictor, saliency, prompter.threshold)()
+    found = prompter.segment_map(saliency)
     masks = score_map(found.masks.any(axis=0).astype(np.float32), truth)
     return {"map": score_map(saliency, truth), "masks": masks, "objects": len(found)}
 
@@ -104,7 +105,7 @@ def draw(source: SaliencyMasks | UnitedMasks, prompters: dict, scores: list[dict
         columns["truth"].append(draw_masks(sample.image, decode(sample.rles)))
         for name, prompter in prompters.items():
             saliency, short = prompter.map(sample.image), Path(name).name
-            found = SalientPrompter(prompter.predictor, saliency, prompter.threshold)()
+            found = prompter.segment_map(saliency)
             columns.setdefault(f"{short}: map", []).append(Image.fromarray(np.uint8(255 * saliency)))
             columns.setdefault(f"{short}: masks", []).append(draw_masks(sample.image, found.masks))
     return picture_table({name: [fit(picture) for picture in cells] for name, cells in columns.items()})

@@ -24,7 +24,8 @@ from hf_efficientsam import (
 )
 from hf_efficientsam.cli.app import app
 from hf_efficientsam.inference import loading as hub
-from hf_efficientsam.inference import prompters, segment_files
+from hf_efficientsam.inference import segment_files
+from hf_efficientsam.inference.prompters import Detector, saliency_sources
 
 WIDTH, HEIGHT = 60, 40  # of most pictures here
 BOX, POINT = "10,5,50,35", "20,20"
@@ -804,7 +805,7 @@ def objects(monkeypatch) -> np.ndarray:
     """Two objects that every saliency file shows, whatever is in the picture."""
     saliency = np.full((HEIGHT, WIDTH), 0.2, np.float32)
     saliency[5:25, 30:55], saliency[10:20, 5:15] = 0.9, 0.7
-    monkeypatch.setattr(prompters, "OnnxSaliency", lambda path: lambda image: saliency)
+    monkeypatch.setattr(saliency_sources, "OnnxSaliency", lambda path: lambda image: saliency)
     return saliency
 
 
@@ -840,7 +841,7 @@ def test_nothing_salient(photo, model, objects):
 
 
 def test_objects_by_name(photo, model, monkeypatch):
-    class Dogs(prompters.Detector):
+    class Dogs(Detector):
         def __init__(self, name, device):
             assert name == "some/detector"
 
@@ -848,7 +849,7 @@ def test_objects_by_name(photo, model, monkeypatch):
             assert np.array_equal(image, Image.open(photo)) and threshold == 0.25
             return torch.tensor([[10.0, 5, 50, 35]]), torch.tensor([0.5]), names
 
-    monkeypatch.setattr("hf_efficientsam.cli.app.Detector", Dogs)
+    monkeypatch.setattr("hf_efficientsam.cli.find.Detector", Dogs)
     options = ["--detector", "some/detector", "--threshold", "0.25", "--model", model, "--json"]
     (found,) = json.loads(run("text", photo, "a dog", *options).stdout)["objects"]
     expected = segment(photo, "--box", BOX, model=model)["objects"][0]["masks"][0]

@@ -120,12 +120,14 @@ def test_text(demo, photo, monkeypatch):
     assert [one["name"] for one in found["categories"]] == ["a cat"]
 
 
-def test_a_saliency_map_from_elsewhere(tiny_model, photo):
+def test_a_saliency_map_from_elsewhere(tiny_model, photo, monkeypatch):
     left = np.zeros((60, 90), dtype=np.uint8)
     left[:, :45] = 255
-    demo = Demo(str(tiny_model), saliency=left)
+    demo = Demo(str(tiny_model))
     session = demo.open(photo, "photo.png")
+    monkeypatch.setattr(demo, "no_saliency", "")
+    monkeypatch.setattr(demo, "saliency_source", lambda image: left)
     demo.find_salient(session, 0.5)
     assert [one.name for one in session.objects] == ["salient object"]
-    found, expected = session.result(), SalientPrompter(session.predictor, left)()
+    found, expected = session.result(), SalientPrompter(session.predictor, lambda image: left)()
     assert found.scores == pytest.approx(expected.scores) and found.iou_scores == pytest.approx(expected.iou_scores)

@@ -321,7 +321,7 @@ def test_wrong_files_are_refused(plain, bundled, tmp_path):
 
 def test_wrong_questions_are_refused(plain, bundled):
     predictor = EfficientSamOnnxPredictor(plain, num_threads=1)
-    with pytest.raises(RuntimeError, match="no picture"):
+    with pytest.raises(RuntimeError, match="no image"):
         predictor.predict(np.array([[1, 2]]))
     with pytest.raises(ValueError, match="over the limit"):
         predictor.options["max_image_pixels"] = 10

@@ -16,14 +16,14 @@ from test_cli import all_files, assert_refused, library_settings, noise, run  # 
 from test_mask_generation import tiny_model
 
 from hf_efficientsam import EfficientSamImageProcessor, EfficientSamProcessor
-from hf_efficientsam.cli.app import GENERATOR_DEFAULTS, everything
-from hf_efficientsam.inference import everything_files
+from hf_efficientsam.cli.everything import GENERATOR_DEFAULTS, everything_command
+from hf_efficientsam.inference import everything_files, folder_runs
 from hf_efficientsam.inference.drawing import lay_masks
 from hf_efficientsam.inference.everything_files import DecodedMasks
+from hf_efficientsam.inference.image_files import encode_image
 from hf_efficientsam.inference.loading import load_model
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.inference.results import draw_label_map
-from hf_efficientsam.inference.segment_files import encode_image
 
 # A box of random weights' masks is mostly the whole picture, so boxes tell no duplicates.
 OPTIONS = {"points_per_side": 3, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.4, "box_nms_thresh": 1.0}
@@ -85,7 +85,7 @@ def results(names=NAMES, folders=("labels/{}.png", "overlays/{}.jpg", "records/{
 
 def counting(monkeypatch, stop_at: int | None = None) -> list[str]:
     """The images that are annotated from now on; ends the process, as it were, when it is the turn of `stop_at`."""
-    images, original = [], everything_files.Annotator.__call__
+    images, original = [], everything_files.EverythingSegmenter.__call__
 
     def call(self, path):
         if len(images) == stop_at:
@@ -93,7 +93,7 @@ def counting(monkeypatch, stop_at: int | None = None) -> list[str]:
         images.append(path.name)
         return original(self, path)
 
-    monkeypatch.setattr(everything_files.Annotator, "__call__", call)
+    monkeypatch.setattr(everything_files.EverythingSegmenter, "__call__", call)
     return images
 
 
@@ -199,7 +199,7 @@ def test_options_reach_the_generator(photos, out, model, monkeypatch):
 
 def test_defaults_are_those_of_the_generator():
     names = {*OPTIONS, "points_per_batch", "crop_n_layers", "min_mask_region_area"}
-    parameters = inspect.signature(everything).parameters
+    parameters = inspect.signature(everything_command).parameters
     assert {name: parameters[name].default for name in names} == {name: GENERATOR_DEFAULTS[name] for name in names}
     assert GENERATOR_DEFAULTS["points_per_side"] == 32
 
@@ -289,7 +289,7 @@ def test_killed_between_two_files(photos, out, model, monkeypatch):
 def test_killed_in_the_first_image(photos, out, model, monkeypatch):
     """Its folder of results is known again as our own."""
     with monkeypatch.context() as patch:
-        patch.setattr(everything_files, "write_files", lambda files: (out / "labels").mkdir() or sys.exit(1))
+        patch.setattr(folder_runs, "write_files", lambda files: (out / "labels").mkdir() or sys.exit(1))
         assert annotate(photos, out, model=model).exit_code == 1
     annotate_well(photos, out, model=model)
 

@@ -14,14 +14,10 @@ from PIL import Image
 from transformers import pipeline
 
 from hf_efficientsam import EfficientSamConfig, EfficientSamImageProcessor, EfficientSamModel, bundled_checkpoint
-from hf_efficientsam.inference.mask_generation import (
-    EfficientSamMaskGenerator,
-    _bound_masks,
-    mask_axes,
-    measure_masks,
-    official_point_grid,
-    remove_small_regions,
-)
+from hf_efficientsam.inference import mask_bounds
+from hf_efficientsam.inference.amg import remove_small_regions
+from hf_efficientsam.inference.mask_bounds import bound_masks, mask_axes, measure_masks
+from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.model.image_processing_efficientsam import (
     mask_to_box,
     non_maximum_suppression,
@@ -112,7 +108,7 @@ def test_bounds(logits_size, size, input_size):
     logits = 10 * smooth_logits(60, *logits_size, detail=40)
     resized = resize_masks(logits[:, None], size, input_size)[:, 0]
     thresholds = [1.0, -1.0, 0.0]
-    counts, boxes, dense = _bound_masks(logits, mask_axes(logits_size, size, input_size, "cpu"), thresholds)
+    counts, boxes, dense = bound_masks(logits, mask_axes(logits_size, size, input_size, "cpu"), thresholds)
     expected = torch.stack([(resized > threshold).flatten(1).sum(dim=1) for threshold in thresholds])
     assert (counts[0] <= expected)[:, ~dense].all() and (expected <= counts[1])[:, ~dense].all()
     assert (counts[1] - counts[0])[:, ~dense].float().mean() < 0.5
@@ -123,10 +119,8 @@ def test_bounds(logits_size, size, input_size):
 
 def test_few_masks_are_resized(monkeypatch):
     """On masks as smooth as a model's. What has to be resized is what the bounds leave open."""
-    import hf_efficientsam.inference.mask_generation as module
-
     sizes = []
-    monkeypatch.setattr(module, "resize_masks", lambda *args: sizes.append(args) or resize_masks(*args))
+    monkeypatch.setattr(mask_bounds, "resize_masks", lambda *args: sizes.append(args) or resize_masks(*args))
     measure_masks(4 * smooth_logits(100, 128, 128, detail=60), (200, 301), (512, 512), 0.0, 1.0, 0.7)
     assert sum(len(args[0]) for args in sizes) < 10
 
@@ -344,27 +338,18 @@ def test_single_masks_and_own_points(model):
     assert all(record["point_coords"][0] in ([20, 20], [80, 0]) for record in records)
 
 
-def test_official_grid(model):
-    assert official_point_grid(2).tolist() == [[0, 0], [0, 0.5], [0.5, 0], [0.5, 0.5]]
-    options = {"pred_iou_thresh": 0, "stability_score_thresh": 0, "points_per_side": 2, "point_layout": "official"}
-    records = EfficientSamMaskGenerator(model, EfficientSamImageProcessor(size=64), **options).generate(
-        picture(40, 80)
-    )
-    assert {tuple(record["point_coords"][0]) for record in records} <= {(0, 0), (40, 0), (0, 20), (40, 20)}
-
-
 def test_small_regions():
     mask = np.zeros((20, 30), dtype=bool)
     mask[2:15, 2:15] = True
     mask[5:7, 5:7] = False  # a hole of 4
     mask[18, 28] = mask[19, 29] = True  # an island of 2, by a corner
-    filled, changed = remove_small_regions(mask, 5, holes=True)
+    filled, changed = remove_small_regions(mask, 5, "holes")
     assert changed and filled[5:7, 5:7].all() and filled.sum() == mask.sum() + 4
-    assert not remove_small_regions(mask, 4, holes=True)[1]
-    cleaned, changed = remove_small_regions(mask, 3, holes=False)
+    assert not remove_small_regions(mask, 4, "holes")[1]
+    cleaned, changed = remove_small_regions(mask, 3, "islands")
     assert changed and not cleaned[18:].any() and cleaned.sum() == mask.sum() - 2
-    assert not remove_small_regions(mask, 2, holes=False)[1]
-    largest, changed = remove_small_regions(mask, 10_000, holes=False)
+    assert not remove_small_regions(mask, 2, "islands")[1]
+    largest, changed = remove_small_regions(mask, 10_000, "islands")
     assert changed and np.array_equal(largest, cleaned)
 
 
@@ -376,9 +361,8 @@ def test_small_regions_of_records(model):
     assert 0 < len(after) <= len(before)
     for record in after:
         assert record["area"] == record["segmentation"].sum()
-        for holes in (True, False):
-            assert not remove_small_regions(record["segmentation"], 60, holes)[1] or not holes
-    assert sum(remove_small_regions(record["segmentation"], 60, True)[1] for record in before) > 0
+        assert not remove_small_regions(record["segmentation"], 60, "holes")[1]
+    assert sum(remove_small_regions(record["segmentation"], 60, "holes")[1] for record in before) > 0
 
 
 def test_out_of_memory(model):
@@ -421,7 +405,6 @@ def test_out_of_memory(model):
         ({"stability_score_thresh": float("nan")}, "stability_score_thresh"),
         ({"box_nms_thresh": 1.1}, "box_nms_thresh"),
         ({"output_mode": "png"}, "binary_mask, uncompressed_rle, coco_rle"),
-        ({"point_layout": "hexagons"}, "cell_centers, official"),
         ({"point_grids": [np.zeros((3, 2))], "crop_n_layers": 1}, "must hold 2 grids"),
         ({"point_grids": [np.full((3, 2), 17.0)]}, "from 0 to 1"),
         ({"point_grids": [np.zeros(2)]}, "points \\[n, 2\\]"),

@@ -9,7 +9,7 @@ from PIL import Image
 
 from hf_efficientsam import EfficientSamModel, EfficientSamPredictor, EfficientSamProcessor
 from hf_efficientsam import EfficientSamPredictor as SamPredictor
-from hf_efficientsam.inference.results import tight_boxes
+from hf_efficientsam.inference.results import boxes_from_masks_np
 
 WIDTH, HEIGHT = 60, 40
 POINTS, LABELS, BOX = [[20, 20], [1, 1]], [1, 0], [10, 5, 50, 35]
@@ -93,7 +93,7 @@ def test_several_ragged_objects_equal_one_at_a_time(predictor):
         best = scores.argmax()
         assert found.iou_scores[i] == pytest.approx(np.clip(scores[best], 0, 1), abs=1e-4)
         assert np.mean(found.masks[i] != masks[best]) < 1e-3
-        assert found.boxes[i].tolist() == (boxes[i] or tight_boxes(found.masks[i : i + 1])[0].tolist())
+        assert found.boxes[i].tolist() == (boxes[i] or boxes_from_masks_np(found.masks[i : i + 1])[0].tolist())
     single = predictor.segment(boxes=[BOX], multimask_output=False)
     assert np.array_equal(single.masks[0], predictor.predict(box=np.array(BOX), multimask_output=False)[0][0])
     assert single.labels == ["object"] and len(predictor.segment(boxes=[])) == 0

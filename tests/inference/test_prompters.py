@@ -21,19 +21,11 @@ from transformers import (
 )
 
 from hf_efficientsam import EfficientSamPredictor, EfficientSamSaliencyConfig, EfficientSamSaliencyHead
-from hf_efficientsam.inference.prompters import (
-    Detector,
-    RoughPrompter,
-    SalientPrompter,
-    TextPrompter,
-    fit_map,
-    mask_prompt,
-    match_name,
-    pick_map,
-    separate_objects,
-    split_names,
-    spread_points,
-)
+from hf_efficientsam.inference.prompters import Detector, RoughPrompter, SalientPrompter, TextPrompter
+from hf_efficientsam.inference.prompters.rough import mask_prompt, spread_points
+from hf_efficientsam.inference.prompters.saliency import fit_map, separate_objects
+from hf_efficientsam.inference.prompters.saliency_sources import pick_map
+from hf_efficientsam.inference.prompters.text import match_name, split_names
 
 WIDTH, HEIGHT = 60, 40
 
@@ -62,15 +54,23 @@ def two_objects() -> np.ndarray:
 
 def test_objects_of_a_map_become_masks(predictor):
     saliency = two_objects()
-    found = SalientPrompter(predictor, saliency)()
+    found = SalientPrompter(predictor, lambda image: saliency)()
     assert found.boxes.tolist() == [[30, 5, 55, 25], [5, 10, 15, 20]] and found.labels == ["salient object"] * 2
     expected = predictor.segment(boxes=found.boxes.tolist())
     assert np.array_equal(found.masks, expected.masks) and np.array_equal(found.iou_scores, expected.iou_scores)
     means = [saliency[mask].mean() if mask.any() else 0 for mask in expected.masks]
     assert found.masks.any() and found.scores == pytest.approx(means) and found.scores.dtype == np.float32
-    assert len(SalientPrompter(predictor, saliency, threshold=0.8)()) == 1
-    assert len(SalientPrompter(predictor, saliency, min_area=0)()) == 3
-    assert len(SalientPrompter(predictor, np.zeros((4, 4)))()) == 0
+    assert len(SalientPrompter(predictor, lambda image: saliency, threshold=0.8)()) == 1
+    assert len(SalientPrompter(predictor, lambda image: saliency, min_area=0)()) == 3
+    assert len(SalientPrompter(predictor, lambda image: np.zeros((4, 4)))()) == 0
+
+
+def test_a_map_that_is_there_already_is_segmented_too(predictor):
+    prompter = SalientPrompter(predictor, lambda image: two_objects())
+    expected, found = prompter(), prompter.segment_map(two_objects())
+    assert np.array_equal(found.masks, expected.masks) and np.array_equal(found.scores, expected.scores)
+    with pytest.raises(TypeError, match="call segment_map"):
+        SalientPrompter(predictor, two_objects())
 
 
 def test_objects_are_apart_unless_corners_touch():
@@ -114,7 +114,7 @@ def test_kinds_of_maps(kind):
 )
 def test_what_is_no_map(predictor, values, words):
     with pytest.raises(ValueError, match=words):
-        SalientPrompter(predictor, values)()
+        SalientPrompter(predictor, lambda image: values)()
 
 
 def test_a_function_sees_the_upright_picture_and_may_be_asked_about_a_new_one(predictor):
@@ -138,7 +138,7 @@ def test_a_function_sees_the_upright_picture_and_may_be_asked_about_a_new_one(pr
 @pytest.mark.parametrize("value", [-0.1, 1, float("nan")])
 def test_numbers_out_of_range(predictor, option, value):
     with pytest.raises(ValueError, match=option):
-        SalientPrompter(predictor, two_objects(), **{option: value})
+        SalientPrompter(predictor, lambda image: two_objects(), **{option: value})
 
 
 def test_own_head_answers_from_the_embedding(predictor, tiny_model, tmp_path):

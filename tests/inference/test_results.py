@@ -7,7 +7,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from hf_efficientsam import SegmentationResult
-from hf_efficientsam.inference.results import draw_label_map, mask_rles, tight_boxes
+from hf_efficientsam.inference.results import boxes_from_masks_np, draw_label_map, mask_rles
 
 MASKS = np.zeros((3, 20, 30), bool)
 MASKS[0, 2:12, 3:23] = True
@@ -16,7 +16,7 @@ MASKS[1, 5:9, 20:28] = True  # smaller, and partly over the first; the last one 
 
 def result(labels=("dog", "cat", "dog")) -> SegmentationResult:
     scores = np.float32([0.9, 0.8, 0.1])
-    return SegmentationResult(MASKS, scores, scores / 2, tight_boxes(MASKS), list(labels))
+    return SegmentationResult(MASKS, scores, scores / 2, boxes_from_masks_np(MASKS), list(labels))
 
 
 def test_one_of_each():
@@ -26,9 +26,9 @@ def test_one_of_each():
 
 
 def test_boxes_are_tight_and_reach_behind_the_last_pixel():
-    boxes = tight_boxes(MASKS)
+    boxes = boxes_from_masks_np(MASKS)
     assert boxes.tolist() == [[3, 2, 23, 12], [20, 5, 28, 9], [0, 0, 0, 0]] and boxes.dtype == np.float32
-    assert tight_boxes(MASKS[:0]).shape == (0, 4)
+    assert boxes_from_masks_np(MASKS[:0]).shape == (0, 4)
 
 
 def test_rles_come_back():
@@ -62,7 +62,7 @@ def test_coco_is_read_by_pycocotools():
     for i, name in enumerate(["dog", "cat"]):
         (annotation,) = dataset.loadAnns(dataset.getAnnIds(catIds=dataset.getCatIds(catNms=[name])))
         assert np.array_equal(dataset.annToMask(annotation), MASKS[i]) and annotation["area"] == MASKS[i].sum()
-        x1, y1, x2, y2 = tight_boxes(MASKS)[i].tolist()
+        x1, y1, x2, y2 = boxes_from_masks_np(MASKS)[i].tolist()
         assert annotation["bbox"] == [x1, y1, x2 - x1, y2 - y1]
         assert annotation["score"] == pytest.approx([0.9, 0.8][i])
         assert annotation["predicted_iou"] == pytest.approx([0.45, 0.4][i])

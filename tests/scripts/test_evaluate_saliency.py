@@ -84,7 +84,7 @@ def test_a_perfect_map_through_the_prompter(folder, model):
     truth = np.zeros((20, 40), bool)
     truth[:, :10] = True
     predictor.set_image(sample.image)
-    scores = script.measure(SalientPrompter(predictor, truth), truth)
+    scores = script.measure(SalientPrompter(predictor, lambda image: truth), truth)
     assert (scores["map"]["iou"], scores["map"]["mae"], scores["objects"]) == (1, 0, 1)
     mask = predictor.segment(boxes=[[0, 0, 10, 20]]).masks[0]
     assert scores["masks"]["iou"] == (mask & truth).sum() / (mask | truth).sum()

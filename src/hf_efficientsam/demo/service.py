@@ -1,7 +1,6 @@
 """What the page and the API of the web demo ask for: one model, and a session for each visitor."""
 
 import inspect
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -16,11 +15,13 @@ from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder, is_in_or_equal
 from PIL import Image
 
-from hf_efficientsam.inference.loading import find_checkpoint, load_model
+from hf_efficientsam.inference.image_files import as_model_sees, read_image, upright_size
+from hf_efficientsam.inference.loading import find_checkpoint, is_bundled, load_model
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.inference.predictor import EfficientSamPredictor
-from hf_efficientsam.inference.prompters import Detector, HeadSaliency, SalientPrompter, TextPrompter
-from hf_efficientsam.inference.segment_files import as_model_sees, group_prompts, parse_line, read_image, upright_size
+from hf_efficientsam.inference.prompt_files import group_prompts, read_prompts
+from hf_efficientsam.inference.prompters import Detector, SalientPrompter, TextPrompter, load_saliency
+from hf_efficientsam.inference.prompters.saliency_sources import HeadSaliency, SaliencySource
 
 from .pieces import candidates_html, objects_html, stage_html, status_html
 from .session import MAX_PIXELS, Finding, NothingFound, Session
@@ -33,6 +34,7 @@ GENERATOR_THRESHOLDS = tuple(
     inspect.signature(EfficientSamMaskGenerator).parameters[name].default
     for name in ("pred_iou_thresh", "stability_score_thresh")
 )
+BUNDLED_THRESHOLDS = (0.2, 0.5)  # the bundled model predicts low IoUs
 
 
 def as_sentence(error: Exception) -> str:
@@ -77,18 +79,19 @@ class Demo:
         saliency: str | None = None,
         max_pixels: int = MAX_PIXELS,
     ):
-        self.checkpoint, self.detector, self.saliency, self.max_pixels = model, detector, saliency, max_pixels
+        self.checkpoint = None if is_bundled(model) else model
+        self.detector, self.saliency, self.max_pixels = detector, saliency, max_pixels
         self.model, self.processor = load_model(find_checkpoint(model))
-        self.everything_thresholds = (0.2, 0.5) if model is None else GENERATOR_THRESHOLDS
+        self.everything_thresholds = GENERATOR_THRESHOLDS if self.checkpoint else BUNDLED_THRESHOLDS
         self.detector_model = Detector(detector, self.model.device) if detector else None
         self.no_detector = "" if detector else "This needs a detector; start the page with --detector NAME."
         self.saliency_source, self.no_saliency = self._load_saliency()
         self.versions = count(1)
 
-    def _load_saliency(self) -> tuple[Callable | None, str]:
-        """Where saliency maps come from, or the reason why there are none."""
+    def _load_saliency(self) -> tuple[SaliencySource | None, str]:
+        """The source of saliency maps, or the reason why there is none."""
         try:
-            return SalientPrompter(EfficientSamPredictor(self.model, self.processor), self.saliency).source, ""
+            return load_saliency(self.saliency, EfficientSamPredictor(self.model, self.processor)), ""
         except ValueError:
             if self.saliency is not None:
                 raise
@@ -210,8 +213,8 @@ class Demo:
     def segment(self, upload: dict | None, points: list | None, labels: list | None, boxes: list | None) -> dict:
         """The objects that points and boxes show, grouped as by `efficientsam segment`, as a COCO dataset."""
         asked = {"points": points, "labels": labels, "boxes": boxes}
-        line = json.dumps({"image": "", **{key: value for key, value in asked.items() if value is not None}})
-        objects = group_prompts(*parse_line(line.encode())[1:], separate_points=False)
+        prompts = read_prompts({key: value for key, value in asked.items() if value is not None})
+        objects = group_prompts(*prompts, separate_points=False)
         if len(objects) > MAX_OBJECTS:
             raise ValueError(f"this page segments up to {MAX_OBJECTS} objects at a time, not {len(objects)}.")
         session = self.open_upload(upload)

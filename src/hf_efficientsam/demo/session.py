@@ -20,8 +20,8 @@ from pycocotools import mask as coco_mask
 from hf_efficientsam.inference.drawing import draw_masks
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.inference.predictor import EfficientSamPredictor
-from hf_efficientsam.inference.results import SegmentationResult, mask_rles, tight_boxes
-from hf_efficientsam.inference.segment_files import check_objects
+from hf_efficientsam.inference.prompt_files import check_objects
+from hf_efficientsam.inference.results import SegmentationResult, boxes_from_masks_np, mask_rles
 
 MAX_PIXELS = 24_000_000  # larger pictures are refused, if nobody says otherwise
 SHOWN_SIDE = 1024  # pixels: the longer side of the picture on the page
@@ -293,7 +293,7 @@ class Session:
         masks = np.array([one.mask() for one in done], dtype=bool).reshape(-1, self.height, self.width)
         scores = np.array([one.score for one in done], dtype=np.float32)
         ious = np.array([one.score if one.iou is None else one.iou for one in done], dtype=np.float32)
-        boxes = tight_boxes(masks)
+        boxes = boxes_from_masks_np(masks)
         for box, one in zip(boxes, done, strict=True):
             box[:] = box if one.box is None else one.box
         return SegmentationResult(masks, scores, ious, boxes, [one.name for one in done])

@@ -27,9 +27,9 @@ from torch import nn
 from torch.export import Dim
 
 from hf_efficientsam import __version__
+from hf_efficientsam.inference.image_files import find_images, read_image, write_files
 from hf_efficientsam.inference.loading import load_model
 from hf_efficientsam.inference.onnx_predictor import METADATA_KEY, EfficientSamOnnxPredictor, file_name, open_session
-from hf_efficientsam.inference.segment_files import find_images, read_image, write_files
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor

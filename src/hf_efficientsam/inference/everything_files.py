@@ -1,8 +1,8 @@
 """Image files -> a COCO dataset of all masks in them: what `efficientsam everything` does, for one image or a folder.
 
-An image's record, a json file with its masks and how they were found, is written last. So it says that the image is
-done, and the dataset is put together from the records. Masks and coordinates are those of the upright image. Wrong
-input is a ValueError of one sentence.
+An image's record, a JSON file with its masks and how they were found, is written last (see folder_runs.py); the
+dataset is put together from the records. Masks and coordinates are those of the upright image. Wrong input is a
+ValueError of one sentence.
 """
 
 import json
@@ -15,28 +15,28 @@ from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
 from .drawing import lay_masks
-from .loading import load_model
-from .mask_generation import EfficientSamMaskGenerator
-from .results import draw_label_map, largest_first
-from .segment_files import (
+from .folder_runs import FolderJob, check_results_folder, find_shared_file
+from .image_files import (
     ImageError,
     as_model_sees,
-    check_results_folder,
     encode_image,
     find_images,
-    is_newer,
     pil_limit_lifted,
     read_image,
     write_files,
 )
+from .loading import find_checkpoint, load_model
+from .mask_generation import EfficientSamMaskGenerator
+from .records import image_record
+from .results import draw_label_map, largest_first
 
 CATEGORY = {"id": 1, "name": "object", "supercategory": "object"}
 
 
 @dataclass(frozen=True)
-class Annotator:
+class EverythingSegmenter:
     """
-    A model and the options that hold for every image of a call.
+    A mask generator and the options that hold for every image of a call.
 
     Attributes:
         name: of the checkpoint.
@@ -54,8 +54,10 @@ class Annotator:
 
     @classmethod
     def load(
-        cls, name: str, options: dict, points_per_batch: int, max_pixels: int, crop_progress: bool
-    ) -> "Annotator":
+        cls, name: str | None, options: dict, points_per_batch: int, max_pixels: int, crop_progress: bool
+    ) -> "EverythingSegmenter":
+        """From a checkpoint's name as `find_checkpoint` takes it."""
+        name = find_checkpoint(name)
         model, processor = load_model(name)
         processor.image_processor.max_image_pixels = max_pixels
         generator = EfficientSamMaskGenerator(
@@ -70,19 +72,21 @@ class Annotator:
             found = self.generator.generate(image, progress=self.crop_progress)
         except ValueError as error:  # the options are checked, so these are pixels without sense
             raise ImageError(f"{path}: {error}") from None
-        return image, [
-            {
-                "category_id": CATEGORY["id"],
-                "segmentation": mask["segmentation"],
-                "area": mask["area"],
-                "bbox": coco_mask.toBbox(mask["segmentation"]).tolist(),  # the generator's is a pixel smaller
-                "iscrowd": 0,
-                "predicted_iou": mask["predicted_iou"],
-                "stability_score": mask["stability_score"],
-                "point_coords": mask["point_coords"],
-            }
-            for mask in found
-        ]
+        return image, [annotation_of(mask) for mask in found]
+
+
+def annotation_of(mask: dict) -> dict:
+    """A mask of the generator as a COCO annotation without ids."""
+    return {
+        "category_id": CATEGORY["id"],
+        "segmentation": mask["segmentation"],
+        "area": mask["area"],
+        "bbox": coco_mask.toBbox(mask["segmentation"]).tolist(),  # the generator's is a pixel smaller
+        "iscrowd": 0,
+        "predicted_iou": mask["predicted_iou"],
+        "stability_score": mask["stability_score"],
+        "point_coords": mask["point_coords"],
+    }
 
 
 class DecodedMasks(Sequence):
@@ -99,10 +103,16 @@ class DecodedMasks(Sequence):
 
 
 @dataclass(frozen=True)
-class EverythingJob:
-    """One image, its name in the dataset (relative to the folder of images), and where its results go."""
+class EverythingJob(FolderJob):
+    """
+    One image and where its results go.
 
-    image: Path
+    Attributes:
+        name: of the image in the dataset, relative to the folder of images.
+        output: folder for the results of all images.
+        with_overlay: also draw the masks over the image.
+    """
+
     name: Path
     output: Path
     with_overlay: bool
@@ -119,42 +129,28 @@ class EverythingJob:
     def overlay(self) -> Path:
         return self.output / "overlays" / self.name.with_suffix(".jpg")
 
-    @property
-    def drawings(self) -> list[Path]:
+    def result_files(self, segmenter: EverythingSegmenter | None = None) -> list[Path]:
         return [self.label_map, self.overlay] if self.with_overlay else [self.label_map]
 
-    def finished(self, annotator: Annotator) -> dict | None:
-        """The record of an earlier run if it answers the same question and all of its files are there."""
-        try:
-            record = json.loads(self.record_file.read_bytes())
-            asked = {"image": self.name.as_posix(), "model": annotator.name, "options": annotator.options}
-            same = all(record[key] == value for key, value in asked.items())
-            same = same and is_newer(self.record_file, self.image, annotator.name)
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return record if same and all(file.is_file() for file in self.drawings) else None
+    def is_answered_by(self, record: dict, segmenter: EverythingSegmenter) -> bool:
+        return record["image"] == self.name.as_posix() and record["options"] == segmenter.options
 
-    def run(self, annotator: Annotator) -> dict:
-        image, annotations = annotator(self.image)
-        record = {"image": self.name.as_posix(), "width": image.width, "height": image.height}
-        record |= {"model": annotator.name, "options": annotator.options, "annotations": annotations}
+    def compute(self, segmenter: EverythingSegmenter) -> tuple[dict, dict[Path, bytes]]:
+        image, annotations = segmenter(self.image)
+        size = image.size[::-1]
+        content = {"options": segmenter.options, "annotations": annotations}
+        record = image_record(self.name.as_posix(), size, segmenter.name, **content)
         masks, areas = DecodedMasks(annotations), [one["area"] for one in annotations]
-        files = {self.label_map: encode_image(draw_label_map(masks, areas, image.size[::-1]), self.label_map)}
+        files = {self.label_map: encode_image(draw_label_map(masks, areas, size), self.label_map)}
         if self.with_overlay:
             with pil_limit_lifted():
-                picture = as_model_sees(image, annotator.generator.image_processor)
-                picture = lay_masks(picture, (masks[i] for i in largest_first(areas)))
-            files[self.overlay] = encode_image(picture, self.overlay)
-        # An image is done once its record is there, so that goes first if it is outdated and comes last. Its folder,
-        # by which `plan_everything` knows that all results are our own, comes first.
-        self.record_file.parent.mkdir(parents=True, exist_ok=True)
-        self.record_file.unlink(missing_ok=True)
-        files[self.record_file] = json.dumps(record).encode()
-        write_files(files)
-        return record
+                seen = as_model_sees(image, segmenter.generator.image_processor)
+                overlay = lay_masks(seen, (masks[i] for i in largest_first(areas)))
+            files[self.overlay] = encode_image(overlay, self.overlay)
+        return record, files
 
 
-def plan_everything(images: Path, output: Path, with_overlay: bool) -> list[EverythingJob]:
+def plan_everything_jobs(images: Path, output: Path, with_overlay: bool) -> list[EverythingJob]:
     """
     The job of each image, after all checks that can be made before the first one starts.
 
@@ -179,13 +175,12 @@ def plan_everything(images: Path, output: Path, with_overlay: bool) -> list[Ever
                 raise ValueError(
                     f"{output / name} is there already, but not from this command; choose another --output."
                 )
-    owners: dict[Path, Path] = {}
     jobs = [EverythingJob(folder / name, name, output, with_overlay) for name in names]
+    if shared := find_shared_file(jobs, None):
+        owner, job, file = shared
+        raise ValueError(f"{owner.image} and {job.image} would both be written to {file}; rename one.")
     for job in jobs:
-        owner = owners.setdefault(job.label_map, job.image)
-        if owner is not job.image:
-            raise ValueError(f"{owner} and {job.image} would both be written to {job.label_map}; rename one.")
-        if job.image.resolve() in [file.resolve() for file in [*job.drawings, job.record_file]]:
+        if job.image.resolve() in [file.resolve() for file in [*job.result_files(), job.record_file]]:
             raise ValueError(f"{job.image} would be overwritten by a result; choose another --output.")
     return jobs
 
@@ -203,3 +198,6 @@ def write_dataset(records: list[dict], output: Path) -> None:
     info |= {"options": records[0]["options"]}
     dataset = {"info": info, "images": images, "annotations": annotations, "categories": [CATEGORY]}
     write_files({output / "instances.json": json.dumps(dataset).encode()})
+
+
+__all__ = ["DecodedMasks", "EverythingJob", "EverythingSegmenter", "plan_everything_jobs", "write_dataset"]

@@ -1,4 +1,4 @@
-"""What the predictors with and without torch have in common: the picture, questions as segment-anything's, results.
+"""What the predictors with and without torch have in common: the image, prompts as segment-anything's, results.
 
 Needs numpy, PIL and pycocotools only.
 """
@@ -11,7 +11,7 @@ from PIL import Image
 
 from hf_efficientsam.model.inputs_efficientsam import nesting, read_mask
 
-from .results import SegmentationResult, tight_boxes
+from .results import SegmentationResult, boxes_from_masks_np
 
 
 def has(prompts: Any, i: int) -> bool:
@@ -31,19 +31,19 @@ def count_objects(points: Any, boxes: Any, masks: Any) -> int:
     return num_objects
 
 
-def to_picture(pixels: np.ndarray) -> Image.Image:
-    """`[3, height, width]`, bytes or floats in [0, 1], as the image processor reads a picture -> that in RGB."""
+def to_pil_image(pixels: np.ndarray) -> Image.Image:
+    """`[3, height, width]`, bytes or floats in [0, 1], as the image processor reads an image -> that in RGB."""
     pixels = pixels if pixels.dtype == np.uint8 else (255 * pixels + 0.5).astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
 class PredictorBase(ABC):
-    """A picture is encoded once and then asked as often as one likes. How that is done the last four methods say."""
+    """An image is encoded once, then prompted any number of times. Subclasses say how, in the last four methods."""
 
-    # ---------------------------------------------------------------------------------------------- the picture
+    # ---------------------------------------------------------------------------------------------- the image
 
     def reset_image(self) -> None:
-        """Forgets the picture."""
+        """Forgets the image."""
         self.image: Image.Image | None = None  # as the model sees it: upright, RGB
         self.original_size: tuple[int, int] | None = None  # height and width
         self.input_size: tuple[int, int] | None = None  # in the model's input, before padding
@@ -55,40 +55,40 @@ class PredictorBase(ABC):
 
     def set_image(self, image: Any, image_format: str = "RGB") -> None:
         """
-        Encodes a picture; all later questions are about it.
+        Encodes an image; all later prompts are about it.
 
         Args:
             image: whatever the image processor takes: a PIL image of any mode, an array or tensor, a path.
             image_format: "RGB", or "BGR" for an array as OpenCV reads it.
 
         Raises:
-            ValueError: no picture, or one that is too large (see [`EfficientSamImageProcessor`]).
+            ValueError: something that is no image, or one that is too large (see [`EfficientSamImageProcessor`]).
         """
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f'image_format must be "RGB" or "BGR", not {image_format!r}.')
         if image_format == "BGR":
             image = np.asarray(image)
             if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[-1] not in (1, 3, 4)):
-                raise ValueError(f"A BGR picture is an array [height, width, 1, 3 or 4], not {list(image.shape)}.")
+                raise ValueError(f"A BGR image is an array [height, width, 1, 3 or 4], not {list(image.shape)}.")
             if image.ndim == 3 and image.shape[-1] > 1:  # alpha stays behind
                 image = image[..., [2, 1, 0, *range(3, image.shape[-1])]]
         self.reset_image()
         pixels = self._read_image(image)
         features, input_size = self._encode(pixels)
-        self.image = to_picture(pixels)
+        self.image = to_pil_image(pixels)
         self.original_size, self.input_size = pixels.shape[-2:], input_size
         self.features = features
 
     def get_image_embedding(self) -> Any:
-        """`[1, C, h, w]`: the picture, encoded; a tensor, or an array without torch."""
+        """The encoded image, `[1, C, h, w]`: a tensor, or an array without torch."""
         self._check_image()
         return self.features
 
     def _check_image(self) -> None:
         if not self.is_image_set:
-            raise RuntimeError("There is no picture yet; call set_image first.")
+            raise RuntimeError("There is no image yet; call set_image first.")
 
-    # ---------------------------------------------------------------------------------------------- questions
+    # ---------------------------------------------------------------------------------------------- prompts
 
     def predict(
         self,
@@ -100,23 +100,23 @@ class PredictorBase(ABC):
         return_logits: bool = False,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """
-        The masks of one object, asked for as of `SamPredictor.predict`.
+        The masks of one object, with the arguments of `SamPredictor.predict`.
 
         Args:
-            point_coords: `[P, 2]`, (x, y) in pixels of the picture.
+            point_coords: `[P, 2]`, (x, y) in pixels of the image.
             point_labels: `[P]`, 1 on the object, 0 on the background; by default 1.
-            box: `[4]`, (x1, y1, x2, y2) in pixels of the picture.
-            mask_input: `[1, h, w]`, low-resolution logits of an earlier answer.
+            box: `[4]`, (x1, y1, x2, y2) in pixels of the image.
+            mask_input: `[1, h, w]`, low-resolution logits of an earlier call.
             multimask_output: three candidates, or one mask.
             return_logits: masks as logits instead of bool.
 
         Returns:
             masks `[M, height, width]`; their `iou_scores` `[M]`; low-resolution logits `[M, h, w]`. M is 3 or 1, in
-            the model's order: the best is that of the highest score.
+            the model's order: the best mask is that of the highest score.
 
         Raises:
-            RuntimeError: if no picture is set.
-            ValueError: nothing was asked, prompts lie outside the picture, or the model lacks their kind.
+            RuntimeError: if no image is set.
+            ValueError: no prompt, prompts outside the image, or prompts of a kind that the model does not take.
         """
         self._check_image()
         points = None if point_coords is None else [np.asarray(point_coords).tolist()]
@@ -151,42 +151,65 @@ class PredictorBase(ABC):
             multimask_output: choose among three candidates, or take the single mask.
 
         Returns:
-            [`SegmentationResult`] of the picture.
+            [`SegmentationResult`] of the image.
+
+        Raises:
+            RuntimeError, ValueError: as `predict`.
+        """
+        masks, scores = self.segment_candidates(points, labels, boxes, masks, multimask_output, best_only=True)
+        found, iou_scores = masks[:, 0], scores[:, 0].clip(0, 1)
+        tight = boxes_from_masks_np(found)
+        given = [np.float32(boxes[i]) if has(boxes, i) else tight[i] for i in range(len(found))]
+        result_boxes = np.stack(given) if given else tight
+        return SegmentationResult(found, iou_scores, iou_scores, result_boxes, list(names or ["object"] * len(found)))
+
+    def segment_candidates(
+        self,
+        points: Any = None,
+        labels: Any = None,
+        boxes: Any = None,
+        masks: Any = None,
+        multimask_output: bool = True,
+        best_only: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """
+        All candidate masks of each of N objects, the most confident first.
+
+        Args:
+            points, labels, boxes, masks, multimask_output: as of `segment`.
+            best_only: only the first one of each; the others are not enlarged, which takes the time and memory.
+
+        Returns:
+            masks `[N, M, height, width]`, bool; their `iou_scores` `[N, M]`, float32. M is 3, or 1.
 
         Raises:
             RuntimeError, ValueError: as `predict`.
         """
         self._check_image()
-        num_objects = count_objects(points, boxes, masks)
-        if not num_objects:
-            empty = np.zeros(0, dtype=np.float32)
-            return SegmentationResult(np.zeros((0, *self.original_size), bool), empty, empty, empty.reshape(0, 4), [])
+        if not count_objects(points, boxes, masks):
+            return np.zeros((0, 1, *self.original_size), bool), np.zeros((0, 1), np.float32)
         logits, scores = self._decode(points, labels, boxes, masks, multimask_output)
-        best = scores.argmax(axis=1)[:, None]
-        found = np.take_along_axis(logits, best[..., None, None], axis=1)
-        found = self._enlarge(found, binarize=True)[:, 0]
-        tight = tight_boxes(found)
-        result_boxes = np.stack([np.float32(boxes[i]) if has(boxes, i) else tight[i] for i in range(num_objects)])
-        iou_scores = scores.max(axis=1).clip(0, 1)
-        return SegmentationResult(found, iou_scores, iou_scores, result_boxes, list(names or ["object"] * num_objects))
+        order = np.argsort(-scores, axis=1, kind="stable")[:, : 1 if best_only else None]
+        logits = np.take_along_axis(logits, order[..., None, None], axis=1)
+        return self._enlarge(logits, binarize=True), np.take_along_axis(scores, order, axis=1)
 
-    # ---------------------------------------------------------------------------------------------- how it is done
+    # ---------------------------------------------------------------------------------------------- for subclasses
 
     @abstractmethod
     def _read_image(self, image: Any) -> np.ndarray:
-        """The picture as the model sees it: upright, `[3, height, width]`, bytes or floats in [0, 1]."""
+        """The image as the model sees it: upright, `[3, height, width]`, bytes or floats in [0, 1]."""
 
     @abstractmethod
     def _encode(self, pixels: np.ndarray) -> tuple[Any, tuple[int, int]]:
-        """The features of such a picture, and its height and width in the model's input before padding."""
+        """The features of such an image, and its height and width in the model's input before padding."""
 
     @abstractmethod
     def _decode(self, points, labels, boxes, masks, multimask_output: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Logits `[Q, M, h, w]` and scores `[Q, M]`, float32, of the picture's Q objects."""
+        """Logits `[Q, M, h, w]` and scores `[Q, M]`, float32, of the image's Q objects."""
 
     @abstractmethod
     def _enlarge(self, logits: np.ndarray, binarize: bool) -> np.ndarray:
         """Low-resolution logits `[Q, M, h, w]` -> `[Q, M, height, width]`, float32 or bool."""
 
 
-__all__ = ["PredictorBase", "to_picture"]
+__all__ = ["PredictorBase", "to_pil_image"]

@@ -1,4 +1,4 @@
-"""What was found in a picture: masks with scores, boxes and labels, and the forms in which people take them away.
+"""What was found in an image: masks with scores, boxes and labels; as COCO, RLE, label map and cut-out.
 
 Needs numpy, PIL and pycocotools only.
 """
@@ -14,16 +14,16 @@ from pycocotools import mask as coco_mask
 @dataclass(frozen=True)
 class SegmentationResult:
     """
-    N objects of one picture. Coordinates are pixels of the upright picture, x to the right and y down; the right and
-    bottom edges of a box lie behind its last pixel.
+    N objects of one image. Coordinates are pixels of the upright image, x to the right and y down; the right and
+    bottom edges of a box are exclusive.
 
     Attributes:
         masks: `[N, height, width]`, bool.
-        scores: `[N]`, float32, 0 to 1: how sure it is that the object is one: a detector's score, the mean saliency
+        scores: `[N]`, float32, 0 to 1, the confidence that there is an object: a detector's score, the mean saliency
             of its pixels, or, where points and boxes were given, `iou_scores`.
-        iou_scores: `[N]`, float32: the model's own estimate of each mask's IoU with the truth.
-        boxes: `[N, 4]`, float32, (x1, y1, x2, y2): the box that asked for the object, or else the tight one around
-            its mask (zeros if that is empty).
+        iou_scores: `[N]`, float32: the model's own estimate of each mask's IoU with the ground truth.
+        boxes: `[N, 4]`, float32, (x1, y1, x2, y2): the box that was the prompt, or else the tight box around the mask
+            (zeros if that is empty).
         labels: N names.
 
     Raises:
@@ -49,18 +49,18 @@ class SegmentationResult:
         return mask_rles(self.masks)
 
     def label_map(self) -> Image.Image:
-        """At each pixel the number of its object, from 1: where masks overlap, of the smallest; 0 where none is."""
+        """At each pixel the number of its object, from 1: of the smallest where masks overlap, 0 where none is."""
         return draw_label_map(self.masks, [int(mask.sum()) for mask in self.masks], self.masks.shape[1:])
 
     def cut_out(self, image: Image.Image) -> Image.Image:
-        """The objects on a transparent ground: RGBA of the size of `image`, the upright picture."""
-        picture = image.convert("RGB")
-        picture.putalpha(Image.fromarray(self.masks.any(axis=0).astype(np.uint8) * 255))
-        return picture
+        """The objects on a transparent background: RGBA of the size of `image`, the upright image."""
+        cut = image.convert("RGB")
+        cut.putalpha(Image.fromarray(self.masks.any(axis=0).astype(np.uint8) * 255))
+        return cut
 
     def coco(self, file_name: str) -> dict:
         """
-        A COCO dataset of the one picture: `images`, `annotations` (compressed RLE; `bbox` is tight, `[x, y, width,
+        A COCO dataset of the one image: `images`, `annotations` (compressed RLE; `bbox` is tight, `[x, y, width,
         height]`; `score` and `predicted_iou`) and a category for each different label. Empty masks are left out.
         """
         names = sorted(set(self.labels))
@@ -98,8 +98,8 @@ def mask_rles(masks: np.ndarray) -> list[dict]:
 
 def draw_label_map(masks: Sequence[np.ndarray], areas: Sequence[int], size: tuple[int, int]) -> Image.Image:
     """
-    A picture of `size` (height, width) with the number, from 1, of the smallest mask at each pixel, and 0 where there
-    is none; 8 bits a pixel for up to 255 masks, else 16.
+    A gray image of `size` (height, width) with the number, from 1, of the smallest mask at each pixel, and 0 where
+    there is none; 8 bits a pixel for up to 255 masks, else 16.
 
     Args:
         masks: bool `[height, width]` each; decoded one at a time if `masks[i]` does so.
@@ -112,12 +112,15 @@ def draw_label_map(masks: Sequence[np.ndarray], areas: Sequence[int], size: tupl
 
 
 def largest_first(areas: Sequence[int]) -> list[int]:
-    """Indices in an order in which small masks are painted last."""
+    """Indices sorted by area, largest first: painted in this order, small masks stay visible."""
     return sorted(range(len(areas)), key=lambda i: -areas[i])
 
 
-def tight_boxes(masks: np.ndarray) -> np.ndarray:
-    """`[N, height, width]`, bool -> `[N, 4]`, float32, (x1, y1, x2, y2) in pixels; zeros for an empty mask."""
+def boxes_from_masks_np(masks: np.ndarray) -> np.ndarray:
+    """
+    Tight boxes of masks `[N, height, width]`, bool -> `[N, 4]`, float32, (x1, y1, x2, y2) in pixels, right and bottom
+    exclusive; zeros for an empty mask. The same for tensors: `boxes_from_masks` of training/masks/prompts.py.
+    """
     boxes = np.zeros((len(masks), 4), dtype=np.float32)
     for box, mask in zip(boxes, masks, strict=True):
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -126,4 +129,4 @@ def tight_boxes(masks: np.ndarray) -> np.ndarray:
     return boxes
 
 
-__all__ = ["SegmentationResult", "draw_label_map", "largest_first", "mask_rles", "tight_boxes"]
+__all__ = ["SegmentationResult", "boxes_from_masks_np", "draw_label_map", "largest_first", "mask_rles"]

@@ -1,0 +1,144 @@
+"""`efficientsam info`, `convert` and `export-onnx`: describe a checkpoint, make one of official weights, export it."""
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from torch import nn
+
+from hf_efficientsam.export.convert import convert
+from hf_efficientsam.inference.loading import find_checkpoint, load_model
+from hf_efficientsam.model.model_card_efficientsam import read_metrics
+from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
+from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
+
+from .options import check_output_directory, new_commands
+
+commands = new_commands()
+
+
+@commands.command("info")
+def info_command(
+    model: Annotated[str | None, typer.Argument(help="Directory or Hub name; the bundled one if not given.")] = None,
+) -> None:
+    """Describe a checkpoint: its size, the prompts it takes, and its measured numbers if they come with it."""
+    name = find_checkpoint(model)
+    for key, value in describe_checkpoint(name, *load_model(name)).items():
+        typer.echo(f"{key:11} {value}")
+    if metrics := read_metrics(name):
+        typer.echo(describe_metrics(json.loads(metrics)))
+
+
+def describe_checkpoint(name: str, model: EfficientSamModel, processor: EfficientSamProcessor) -> dict[str, str]:
+    """What `info` says of a model, by name."""
+
+    def millions(module: nn.Module) -> str:
+        return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f} M"
+
+    config, size = model.config, processor.image_processor.size
+    vision, prompt_encoder = config.vision_config, config.prompt_encoder_config
+    kinds = ["points", "boxes"]
+    kinds += ["background points"] if prompt_encoder.background_points else []
+    kinds += ["masks"] if prompt_encoder.mask_prompts else []
+    aspect = "kept" if processor.image_processor.keep_aspect_ratio else "ignored"
+    return {
+        "checkpoint": name,
+        "parameters": millions(model),
+        "  encoder": f"{millions(model.vision_encoder)}, {vision.num_hidden_layers} layers of {vision.hidden_size}",
+        "  prompts": millions(model.prompt_encoder),
+        "  decoder": millions(model.mask_decoder),
+        "input": f"{size.width} x {size.height} pixels, aspect ratio {aspect}",
+        "prompts": ", ".join(kinds),
+        "candidates": f"{config.mask_decoder_config.num_multimask_outputs} masks for each object",
+    }
+
+
+def describe_metrics(metrics: dict) -> str:
+    """The mIoU table of the json that training/evaluate_masks.py writes."""
+    try:
+        lines = [f"measured    mIoU of {metrics['masks']} masks in {metrics['images']} images"]
+        for prompt, answers in metrics["results"].items():
+            for answer, groups in answers.items():
+                lines.append(f"  {prompt + ', ' + answer:24} {groups['all']['miou']:.4f}")
+    except (KeyError, TypeError, AttributeError):
+        return "measured    see metrics.json, whose form is not known here"
+    return "\n".join(lines)
+
+
+@commands.command("convert", no_args_is_help=True)
+def convert_command(
+    checkpoint: Annotated[Path, typer.Argument(help="Official file, such as efficient_sam_vitt.pt.")],
+    output: Annotated[Path, typer.Argument(help="Directory to write model and processor to.")],
+    image_size: Annotated[int, typer.Option(min=16, help="Input side in pixels.")] = 1024,
+    num_attention_heads: Annotated[
+        int | None, typer.Option(min=1, help="Heads of the encoder; by default its width / 64.")
+    ] = None,
+    decoder_num_attention_heads: Annotated[int, typer.Option(min=1, help="Heads of the mask decoder.")] = 8,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a directory that is not empty.")] = False,
+) -> None:
+    """Convert an official EfficientSAM checkpoint for from_pretrained and --model."""
+    check_output_directory(output)
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise ValueError(f"{output} is not empty; choose another directory, or pass --overwrite.")
+    model = convert(
+        checkpoint,
+        output,
+        image_size=image_size,
+        num_attention_heads=num_attention_heads,
+        decoder_num_attention_heads=decoder_num_attention_heads,
+    )
+    typer.echo(f"{output}: {model.num_parameters() / 1e6:.2f} M parameters, input {image_size} x {image_size} pixels")
+
+
+class Variant(str, Enum):
+    """Of an exported model."""
+
+    float16 = "float16"
+    int8 = "int8"
+
+
+@commands.command("export-onnx", no_args_is_help=True)
+def export_command(
+    model: Annotated[str, typer.Argument(metavar="DIR_OR_HUB_ID", help="Checkpoint to export.")],
+    output: Annotated[Path, typer.Argument(help="Directory to write encoder.onnx and decoder.onnx to.")],
+    variants: Annotated[
+        list[Variant], typer.Option("--variant", help="Write a smaller variant, too. May be given several times.")
+    ] = [],  # noqa: B006
+    images: Annotated[Path | None, typer.Option(help="Folder of images on which variants are measured.")] = None,
+    allow_loss: Annotated[
+        bool, typer.Option("--allow-loss", help="Write variants that lose more than 0.5 % of mask IoU, too.")
+    ] = False,
+) -> None:
+    """
+    Export a checkpoint to ONNX, for EfficientSamOnnxPredictor and other runtimes.
+
+    The numbers of images, prompts and points are free, and for the encoder height and width. The files are compared
+    with torch on inputs of random shapes; if they differ by more than 0.0001 of the largest value, none is written.
+
+    A variant (encoder_float16.onnx, decoder_float16.onnx, ...) has weights in 16-bit floats or 8-bit integers. Its
+    masks are compared with those of the whole files, for boxes laid over the images.
+    """
+    check_output_directory(output)
+    if not variants and (images is not None or allow_loss):
+        raise ValueError("--images and --allow-loss are for variants; add --variant float16 or --variant int8.")
+    if variants and images is None:
+        raise ValueError("variants are measured on images; pass a folder of them with --images.")
+    name = find_checkpoint(model)
+    try:
+        from hf_efficientsam.export.onnx_export import export_onnx
+    except ImportError as error:
+        raise ValueError(f"the export needs {error.name}; install hf-efficientsam[onnx].") from None
+    written = export_onnx(name, output, [one.value for one in variants], images, allow_loss)
+    for file, report in written.items():
+        typer.echo(f"{output / file}: {describe_export(report)}")
+
+
+def describe_export(report: dict) -> str:
+    """Size and exactness of an exported file."""
+    if "mask_iou" in report:
+        quality = f"mask IoU {report['mask_iou']:.4f} with float32"
+    else:
+        quality = f"within {report['difference']:.1e} of torch"
+    return f"{report['bytes'] / 1e6:.1f} MB, {quality}"

@@ -1,0 +1,106 @@
+"""`efficientsam everything`: an image or a folder of images becomes a COCO dataset of all masks in them."""
+
+import inspect
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from hf_efficientsam.inference.everything_files import EverythingSegmenter, plan_everything_jobs, write_dataset
+from hf_efficientsam.inference.folder_runs import run_jobs
+from hf_efficientsam.inference.image_files import read_image, upright_size
+from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
+
+from .options import MAX_PIXELS, JsonOption, MaxPixelsOption, ModelOption, new_commands
+from .reports import report_folder
+
+commands = new_commands()
+
+GENERATOR_DEFAULTS = {
+    name: parameter.default for name, parameter in inspect.signature(EfficientSamMaskGenerator).parameters.items()
+}
+
+
+@commands.command("everything", no_args_is_help=True)
+def everything_command(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE_OR_DIR", help="An image, or a folder of images.")],
+    output: Annotated[Path, typer.Option(help="Folder for the results.")],
+    points_per_side: Annotated[
+        int, typer.Option(help="Points along each side of the grid that is laid over the image.")
+    ] = GENERATOR_DEFAULTS["points_per_side"],
+    points_per_batch: Annotated[
+        int, typer.Option(help="Points that go through the model at a time; fewer need less memory.")
+    ] = GENERATOR_DEFAULTS["points_per_batch"],
+    pred_iou_thresh: Annotated[
+        float, typer.Option(help="Keep masks whose quality the model puts above this; 0 keeps all.")
+    ] = GENERATOR_DEFAULTS["pred_iou_thresh"],
+    stability_score_thresh: Annotated[
+        float, typer.Option(help="Keep masks whose edge is clear, from 0 (all) to 1.")
+    ] = GENERATOR_DEFAULTS["stability_score_thresh"],
+    box_nms_thresh: Annotated[
+        float, typer.Option(help="Of masks whose boxes overlap by a larger IoU keep the best only.")
+    ] = GENERATOR_DEFAULTS["box_nms_thresh"],
+    crop_n_layers: Annotated[
+        int, typer.Option(help="For small objects: layer i also looks at 4**i crops of the image.")
+    ] = GENERATOR_DEFAULTS["crop_n_layers"],
+    min_mask_region_area: Annotated[
+        int, typer.Option(help="Fill holes and remove islands of fewer pixels in masks.")
+    ] = GENERATOR_DEFAULTS["min_mask_region_area"],
+    overlay: Annotated[bool, typer.Option("--overlay/--no-overlay", help="Draw the masks over each image.")] = True,
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
+) -> None:
+    """
+    Find all objects, without prompts: an image or a folder of images becomes a COCO dataset.
+
+    OUTPUT/instances.json has the images (file_name relative to the folder) and their masks as compressed RLE, all of
+    one category, with the scores and the point that led to each. OUTPUT/labels/NAME.png has at each pixel the number
+    of its mask, counted from 1 in the order of the image's annotations: where masks overlap, of the smallest, and 0
+    where there is none. OUTPUT/overlays/NAME.jpg shows the masks. Pixels are those of the upright image.
+
+    Run again, it does only what is missing, as OUTPUT/records tells: images that are new or changed, or all if the
+    model or an option is another. instances.json has the images of the last call. Images that cannot be read are
+    listed at the end, with exit code 2, when all others are done.
+    """
+    jobs = plan_everything_jobs(image, output, overlay)
+    if not image.is_dir():
+        read_image(image, max_pixels, upright_size)  # before the model is loaded
+    options = {
+        "points_per_side": points_per_side,
+        "pred_iou_thresh": pred_iou_thresh,
+        "stability_score_thresh": stability_score_thresh,
+        "box_nms_thresh": box_nms_thresh,
+        "crop_n_layers": crop_n_layers,
+        "min_mask_region_area": min_mask_region_area,
+    }
+    crop_progress = len(jobs) == 1 and crop_n_layers > 0
+    segmenter = EverythingSegmenter.load(model, options, points_per_batch, max_pixels, crop_progress)
+    records, failures = run_jobs(
+        jobs, segmenter, lambda record: None if as_json else tqdm.write(describe_annotations(record))
+    )
+    if records:
+        write_dataset(records, output)
+    warn_of_empty(records, pred_iou_thresh, stability_score_thresh)
+    for record in records:  # the masks are in the files; here they would drown everything else
+        for annotation in record["annotations"]:
+            del annotation["segmentation"]
+    report_folder(records, failures, as_json)
+
+
+def warn_of_empty(records: list[dict], pred_iou_thresh: float, stability_score_thresh: float) -> None:
+    """Says on stderr in which images no mask was found."""
+    if empty := [record["image"] for record in records if not record["annotations"]]:
+        where = empty[0] if len(empty) == 1 else f"{len(empty)} of {len(records)} images, such as {empty[0]}"
+        typer.echo(
+            f"efficientsam: no mask was found in {where}; try a lower --pred-iou-thresh (now {pred_iou_thresh:g}) or "
+            f"--stability-score-thresh (now {stability_score_thresh:g}).",
+            err=True,
+        )
+
+
+def describe_annotations(record: dict) -> str:
+    """The record of an image as a line of text."""
+    count = len(record["annotations"])
+    return f"{record['image']}: {record['width']} x {record['height']} pixels, {count} mask{'s' * (count != 1)}"

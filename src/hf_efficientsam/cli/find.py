@@ -1,0 +1,118 @@
+"""`efficientsam salient` and `efficientsam text`: masks of objects that are found by saliency, or by their names."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_efficientsam.inference.image_files import read_image, upright_size
+from hf_efficientsam.inference.predictor import EfficientSamPredictor
+from hf_efficientsam.inference.prompters.saliency import SalientPrompter
+from hf_efficientsam.inference.prompters.text import Detector, TextPrompter, split_names
+from hf_efficientsam.inference.segment_files import find_in_file, load_predictor
+
+from .options import (
+    MAX_PIXELS,
+    ImageArgument,
+    JsonOption,
+    MaskOption,
+    MaxPixelsOption,
+    ModelOption,
+    OverlayOption,
+    check_image_outputs,
+    new_commands,
+)
+from .reports import describe_objects
+
+commands = new_commands()
+
+
+@commands.command("salient", no_args_is_help=True)
+def salient_command(
+    image: ImageArgument,
+    output: MaskOption = None,
+    overlay: OverlayOption = None,
+    saliency: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR_OR_HUB_ID_OR_FILE",
+            help="Saliency model to use instead of the checkpoint's own head: a transformers model for background "
+            "removal, an .onnx file, or the directory of another head.",
+        ),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that the saliency model brings along.")
+    ] = False,
+    threshold: Annotated[float, typer.Option(help="What is salient: at least 0 (all), below 1.")] = 0.5,
+    min_area: Annotated[
+        float, typer.Option(help="Leave out objects of less than this share of the largest one's area, 0 to 1.")
+    ] = 0.05,
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
+) -> None:
+    """
+    Cut out what stands out in an image, object by object, without a prompt.
+
+    A saliency map says how much each pixel stands out; what hangs together in it is an object, and the box around it
+    asks for the mask. For each object, largest first, it prints the mean saliency in the mask (0 to 1), the mask's
+    area, and the tight box around it, as `segment` does. Masks are written as `segment` writes them: mask.png for one
+    object, and mask_1.png, mask_2.png, ... for several.
+    """
+    predictor = open_predictor(image, output, overlay, model, max_pixels)
+    prompter = SalientPrompter(predictor, saliency, threshold, min_area, trust_remote_code)
+    record = find_in_file(predictor, image, prompter, output, overlay, max_pixels)
+    report_found(record, as_json, f"try a lower --threshold (now {threshold:g})")
+
+
+@commands.command("text", no_args_is_help=True)
+def text_command(
+    image: ImageArgument,
+    words: Annotated[str, typer.Argument(metavar="NAMES", help='What to look for, such as "a dog, a cat".')],
+    detector: Annotated[
+        str, typer.Option(metavar="DIR_OR_HUB_ID", help="Model for zero-shot object detection: OWLv2, Grounding DINO.")
+    ],
+    output: MaskOption = None,
+    overlay: OverlayOption = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Leave out boxes of lower scores, 0 to 1; by default the detector's own.")
+    ] = None,
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
+) -> None:
+    """
+    Cut out objects by their names, with a detector of your choice; none comes with the package.
+
+    The detector finds boxes, and those are what is segmented. For each object, best first, it prints its name, the
+    detector's score (0 to 1), the mask's area, and the tight box around it, as `segment` does. Masks are written as
+    `segment` writes them: mask.png for one object, and mask_1.png, mask_2.png, ... for several.
+    """
+    split_names(words)
+    predictor = open_predictor(image, output, overlay, model, max_pixels)
+    prompter = TextPrompter(predictor, Detector(detector, predictor.device), threshold)
+    record = find_in_file(predictor, image, lambda: prompter(words), output, overlay, max_pixels)
+    report_found(record, as_json, "try other names or a lower --threshold")
+
+
+def open_predictor(
+    image: Path, output: Path | None, overlay: Path | None, model: str | None, max_pixels: int
+) -> EfficientSamPredictor:
+    """The model, after all checks that can be made before it is loaded."""
+    if image.is_dir():
+        raise ValueError(f"{image} is a folder; give one image.")
+    check_image_outputs(output, overlay)
+    read_image(image, max_pixels, upright_size)
+    return load_predictor(model, max_pixels)
+
+
+def report_found(record: dict, as_json: bool, advice: str) -> None:
+    """Prints a record of `find_in_file`; if there is nothing in it, the advice goes to stderr."""
+    if not record["objects"]:
+        typer.echo(f"efficientsam: nothing was found in {record['image']}; {advice}.", err=True)
+    if as_json:
+        typer.echo(json.dumps(record))
+    else:
+        shown = [{"label": one["label"], "masks": [one]} for one in record["objects"]]
+        typer.echo(describe_objects({**record, "objects": shown}))

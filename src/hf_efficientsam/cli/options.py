@@ -1,0 +1,44 @@
+"""Options that several commands have, declared once, and what is checked for them."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
+
+MAX_PIXELS = EfficientSamImageProcessor.max_image_pixels
+OVERLAY_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+
+ImageArgument = Annotated[Path, typer.Argument(help="An image.")]
+MaskOption = Annotated[Path | None, typer.Option(help="PNG file for the mask.")]
+OverlayOption = Annotated[Path | None, typer.Option(help="Image file for a picture with the masks drawn in.")]
+ModelOption = Annotated[
+    str | None, typer.Option(metavar="DIR_OR_HUB_ID", help="Checkpoint to use instead of the bundled one.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
+MaxPixelsOption = Annotated[int, typer.Option(min=1, help="Refuse images of more pixels than this.")]
+
+
+def new_commands() -> typer.Typer:
+    """What the commands of a module are registered with; `app` finds them there."""
+    return typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+def check_ending(path: Path | None, name: str, endings: Iterable[str]) -> None:
+    """Raises a ValueError if an option `name` is given that is no file name with one of the endings."""
+    if path is not None and (path.suffix.lower() not in endings or path.is_dir()):
+        raise ValueError(f"{name} {path} must be the name of a file that ends in {', '.join(endings)}.")
+
+
+def check_image_outputs(output: Path | None, overlay: Path | None) -> None:
+    """Raises a ValueError unless --output and --overlay of one image are names of image files."""
+    check_ending(output, "--output", [".png"])
+    check_ending(overlay, "--overlay", OVERLAY_ENDINGS)
+
+
+def check_output_directory(output: Path) -> None:
+    """Raises a ValueError if a directory to be written is a file."""
+    if output.is_file():
+        raise ValueError(f"{output} is a file; give the name of a directory.")

@@ -1,0 +1,147 @@
+"""`efficientsam segment`: masks of the objects that points and boxes show, for an image or a folder of images."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from hf_efficientsam.inference.folder_runs import check_results_folder, run_jobs
+from hf_efficientsam.inference.image_files import read_image, upright_size
+from hf_efficientsam.inference.prompt_files import (
+    are_numbers,
+    check_images_listed,
+    group_prompts,
+    read_prompts_file,
+)
+from hf_efficientsam.inference.segment_files import Segmenter, plan_segment_jobs, segment_file
+
+from .options import MAX_PIXELS, JsonOption, MaxPixelsOption, ModelOption, check_image_outputs, new_commands
+from .reports import describe_objects, report_folder
+
+commands = new_commands()
+
+
+@commands.command("segment", no_args_is_help=True)
+def segment_command(
+    image: Annotated[Path, typer.Argument(help="An image, or a folder of images (with --prompts).")],
+    point: Annotated[
+        list[str], typer.Option(metavar="X,Y", help="A point on the object. May be given several times.")
+    ] = [],  # noqa: B006
+    background: Annotated[
+        list[str], typer.Option(metavar="X,Y", help="A point that is not on the object. May be given several times.")
+    ] = [],  # noqa: B006
+    box: Annotated[
+        list[str],
+        typer.Option(metavar="X1,Y1,X2,Y2", help="A box around an object: left, top, right, bottom. May be repeated."),
+    ] = [],  # noqa: B006
+    separate_points: Annotated[
+        bool, typer.Option("--separate-points", help="Each point is an object of its own.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="PNG file for the mask; for a folder of images, a folder for the results.")
+    ] = None,
+    overlay: Annotated[
+        Path | None,
+        typer.Option(help="Image file for a picture with the masks drawn in; for a folder of images, another folder."),
+    ] = None,
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+    all_masks: Annotated[
+        bool, typer.Option("--all-masks", help="Give every candidate of each object, best first, not only the best.")
+    ] = False,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help='For a folder: a file of lines {"image": NAME, "points": ..., "labels": ..., "boxes": ...}.'
+        ),
+    ] = None,
+    only_listed: Annotated[
+        bool, typer.Option("--only-listed", help="Leave out images of the folder that the prompts file does not name.")
+    ] = False,
+) -> None:
+    """
+    Cut out objects that points and boxes show.
+
+    Coordinates are pixels of the upright image, x to the right and y down from the top left corner. All points of a
+    call belong to one object, and a box, if there is one, is around it. Several boxes are several objects: a point
+    then belongs to the one box that contains it, and background points count for every object. With
+    --separate-points each point is an object of its own, too.
+
+    For each object it prints the model's own estimate of the mask's quality (0 to 1), the mask's area, and the
+    tight box around it (left, top, right, bottom; the right and bottom edges lie behind the last pixel).
+
+    The mask is a PNG of the size of the upright image, 255 on the object and 0 elsewhere. With --output mask.png
+    there is mask.png for one object, and mask_1.png, mask_2.png, ... for several, in the order of the boxes, then
+    of separate points. With --all-masks it is mask_OBJECT_CANDIDATE.png, such as mask_1_3.png.
+
+    A folder is segmented as its prompts file says, a JSON object a line: {"image": "a.jpg", "points": [[580, 350],
+    [10, 10]], "labels": [1, 0], "boxes": []}, where label 0 means background. OUTPUT/a.png is the mask and
+    OUTPUT/a.json says what was found. Run again, it does only what is missing. Images that cannot be read are
+    listed at the end, with exit code 2, when all others are done.
+    """
+    if not image.exists():
+        raise ValueError(f"{image}: no such file.")
+    if image.is_dir():
+        if point or background or box:
+            raise ValueError(f"{image} is a folder; write its prompts into a file and pass it with --prompts.")
+        if prompts is None or output is None:
+            raise ValueError(
+                f"{image} is a folder; it needs a prompts file (--prompts) and a folder for results (--output)."
+            )
+        entries = read_entries(image, prompts, separate_points, only_listed, output, overlay)
+        segmenter = Segmenter.load(model, all_masks, max_pixels)
+        segment_folder(segmenter, image, entries, output, overlay, as_json)
+        return
+    if prompts is not None or only_listed:
+        raise ValueError(f"{image} is no folder; give its prompts with --point, --background and --box.")
+    check_image_outputs(output, overlay)
+    objects = parse_objects(point, background, box, separate_points)
+    read_image(image, max_pixels, upright_size)  # before the model is loaded
+    record = segment_file(Segmenter.load(model, all_masks, max_pixels), image, objects, output, overlay)
+    typer.echo(json.dumps(record) if as_json else describe_objects(record))
+
+
+def parse_objects(point: list[str], background: list[str], box: list[str], separate_points: bool) -> list[dict]:
+    """The objects that the options --point, --background and --box mean, see `group_prompts`."""
+    points = [parse_numbers(text, "--point", "X,Y") for text in point]
+    background_points = [parse_numbers(text, "--background", "X,Y") for text in background]
+    boxes = [parse_numbers(text, "--box", "X1,Y1,X2,Y2") for text in box]
+    labels = [1] * len(points) + [0] * len(background_points)
+    return group_prompts(points + background_points, labels, boxes, separate_points)
+
+
+def parse_numbers(text: str, name: str, form: str) -> list[float]:
+    """The numbers of an option such as `--point 580,350`, whose form is "X,Y"."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = None
+    if not are_numbers(values, form.count(",") + 1):
+        raise ValueError(f"{name} needs finite numbers {form} with commas between them, not {text!r}.")
+    return values
+
+
+def read_entries(
+    folder: Path, prompts: Path, separate_points: bool, only_listed: bool, output: Path, overlay: Path | None
+) -> dict:
+    """The entries of a prompts file, after all checks that can be made before the model is loaded."""
+    results = [one for one in (output, overlay) if one is not None]
+    for one in results:
+        check_results_folder(one, folder)
+    entries = read_prompts_file(prompts, separate_points)
+    check_images_listed(folder, entries, prompts, only_listed, results)
+    return entries
+
+
+def segment_folder(
+    segmenter: Segmenter, folder: Path, entries: dict, output: Path, overlay: Path | None, as_json: bool
+) -> None:
+    """Segments the images of a folder that are not done yet, and reports on all of them."""
+    jobs = plan_segment_jobs(segmenter, folder, entries, output, overlay)
+    records, failures = run_jobs(
+        jobs, segmenter, lambda record: None if as_json else tqdm.write(describe_objects(record))
+    )
+    report_folder(records, failures, as_json)

@@ -1,0 +1,120 @@
+"""Image files: finding and reading them, and writing several files so that all appear, each whole, or none.
+
+One reader for commands, folder runs, export and demo. What cannot be read is an [`ImageError`] of one sentence.
+"""
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from .predictor_base import to_pil_image
+
+
+class ImageError(ValueError):
+    """An image file that cannot be read, has too many pixels, or holds pixel values that make no sense."""
+
+
+@contextmanager
+def pil_limit_lifted() -> Iterator[None]:
+    """PIL refuses large images when it opens them (12.3: also when it crops them); our own limit counts instead."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def read_image(path: Path, max_pixels: int, read: Callable[[Image.Image], Any]) -> Any:
+    """
+    What `read` makes of the opened image; PIL decodes the pixels only if `read` needs them.
+
+    Args:
+        path: the file.
+        max_pixels: larger images are refused before they are decoded.
+        read: for example `upright_size`, or `PIL.ImageOps.exif_transpose` for the upright image.
+
+    Raises:
+        ImageError: if there is no such file, if it is no whole image, or if it has more than `max_pixels`.
+    """
+    if not path.is_file():
+        raise ImageError(f"{path}: no such file.")
+    if path.stat().st_size == 0:
+        raise ImageError(f"{path}: the file is empty (0 bytes).")
+    try:
+        with pil_limit_lifted(), Image.open(path) as image:
+            width, height = image.size
+            if width * height <= max_pixels:
+                return read(image)
+    except Exception as error:  # PIL's readers raise errors of many kinds for broken files
+        raise ImageError(f"{path}: not an image, or a damaged one ({error}).") from None
+    raise ImageError(
+        f"{path}: {width} x {height} pixels are over the limit of {max_pixels}; to take it all the same, lift the "
+        f"limit with --max-pixels {width * height}."
+    )
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an opened image once it is turned as its EXIF tag says; only the header is read."""
+    sideways = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return image.size[::-1] if sideways else image.size
+
+
+def as_model_sees(image: Image.Image, image_processor) -> Image.Image:
+    """
+    An image in RGB, upright, with the pixels that the model is given: PIL's own conversion turns 16-bit images white.
+    `image_processor` is an [`EfficientSamImageProcessor`].
+    """
+    return to_pil_image(image_processor.process_image(image))
+
+
+def find_images(folder: Path, results: list[Path]) -> list[Path]:
+    """Images in a folder and its subfolders, relative to it and sorted, without those in the folders of `results`."""
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    folder, results = folder.resolve(), [result.resolve() for result in results]
+    found = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in endings and path.is_file())
+    return [path.relative_to(folder) for path in found if not any(path.is_relative_to(result) for result in results)]
+
+
+def encode_image(image: Image.Image, path: Path) -> bytes:
+    """The bytes of an image file in the format that the ending of `path` asks for."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=Image.registered_extensions()[path.suffix.lower()])
+    return buffer.getvalue()
+
+
+def encode_mask(mask: np.ndarray, path: Path) -> bytes:
+    """The bytes of an image file with a mask `[height, width]`, bool: 255 on the object, 0 elsewhere."""
+    return encode_image(Image.fromarray(mask.astype(np.uint8) * 255), path)
+
+
+def write_files(files: dict[Path, bytes]) -> None:
+    """Writes all files, or none if one cannot be written. Each appears whole, in the order given."""
+    parts = {path: path.with_name(f".{path.name}.part") for path in files}
+    try:
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            parts[path].write_bytes(content)
+        for path, part in parts.items():
+            os.replace(part, path)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+__all__ = [
+    "ImageError",
+    "as_model_sees",
+    "encode_image",
+    "encode_mask",
+    "find_images",
+    "pil_limit_lifted",
+    "read_image",
+    "upright_size",
+    "write_files",
+]

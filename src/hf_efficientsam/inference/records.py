@@ -1,0 +1,26 @@
+"""The record of an image: what commands print as JSON and folder runs keep beside the masks."""
+
+import numpy as np
+
+from .results import boxes_from_masks_np
+
+
+def image_record(image: str, size: tuple[int, int], model: str, **content) -> dict:
+    """
+    Args:
+        image: path or name of the image.
+        size: height and width of the upright image.
+        model: directory or Hub name of the checkpoint.
+        content: what was found, for example `objects=[...]`.
+    """
+    height, width = (int(n) for n in size)
+    return {"image": image, "width": width, "height": height, "model": model, **content}
+
+
+def mask_record(mask: np.ndarray, score: float) -> dict:
+    """Score, area in pixels and tight box (`None` if it is empty) of a mask `[height, width]`, bool."""
+    box = boxes_from_masks_np(mask[None])[0].astype(int).tolist() if mask.any() else None
+    return {"score": round(float(score), 4), "area": int(mask.sum()), "box": box}
+
+
+__all__ = ["image_record", "mask_record"]
