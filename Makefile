@@ -21,19 +21,19 @@ docs:
 COCO = $(DATA)/coco-train/instances_train.json
 MASKS = --train $(DATA)/train-seg/instances_train.json $(COCO) $(COCO)
 checkpoint:
-	accelerate launch training/sami.py --config training/recipes/bundled_0_encoder.yaml --teacher $(TEACHER) --output_dir runs/encoder \
+	accelerate launch training/sami.py --config training/recipes/bundled/0_encoder.yaml --teacher $(TEACHER) --output_dir runs/encoder \
 	  --images $(DATA)/train-seg/images $(DATA)/coco-train/images $(DATA)/unlabelled/images $(DATA)/saliency/train/images
-	accelerate launch training/finetune_masks.py --config training/recipes/bundled_1_geometry.yaml $(MASKS) \
+	accelerate launch training/finetune_masks.py --config training/recipes/bundled/1_ellipses.yaml $(MASKS) \
 	  --encoder runs/encoder/model --output_dir runs/geometry
-	accelerate launch training/finetune_masks.py --config training/recipes/bundled_2_at_256.yaml $(MASKS) \
+	accelerate launch training/finetune_masks.py --config training/recipes/bundled/2_at_256.yaml $(MASKS) \
 	  --model runs/geometry/model --output_dir runs/at_256
-	accelerate launch training/finetune_masks.py --config training/recipes/bundled_3_masks.yaml $(MASKS) \
+	accelerate launch training/finetune_masks.py --config training/recipes/bundled/3_masks.yaml $(MASKS) \
 	  --model runs/at_256/model --output_dir runs/masks
-	accelerate launch training/finetune_masks.py --config training/recipes/bundled_4_decoder_at_512.yaml $(MASKS) $(COCO) \
+	accelerate launch training/finetune_masks.py --config training/recipes/bundled/4_decoder_at_512.yaml $(MASKS) $(COCO) \
 	  --model runs/masks/model --output_dir runs/decoder_at_512
-	accelerate launch training/finetune_masks.py --config training/recipes/bundled_5_small_objects.yaml $(MASKS) $(COCO) \
+	accelerate launch training/finetune_masks.py --config training/recipes/bundled/5_small_objects.yaml $(MASKS) $(COCO) \
 	  --model runs/decoder_at_512/model --output_dir runs/small_objects
-	accelerate launch training/train_saliency.py --config training/recipes/saliency.yaml --model runs/small_objects/model \
+	accelerate launch training/train_saliency.py --config training/recipes/bundled/6_saliency.yaml --model runs/small_objects/model \
 	  $(SALIENCY) --output_dir runs/saliency
 	python training/bundle_checkpoint.py --model runs/small_objects/model --saliency runs/saliency/model \
 	  --annotations $(DATA)/coco-val-dev/instances_val.json --salient $(DATA)/saliency \
@@ -42,7 +42,7 @@ checkpoint:
 # Only a new saliency head for the checkpoint that is there.
 SALIENCY = --train $(DATA)/saliency/train --val $(DATA)/saliency/val
 saliency:
-	accelerate launch training/train_saliency.py --config training/recipes/saliency.yaml $(SALIENCY) \
+	accelerate launch training/train_saliency.py --config training/recipes/bundled/6_saliency.yaml $(SALIENCY) \
 	  --output_dir runs/new_head/saliency
 	python training/bundle_checkpoint.py --saliency runs/new_head/saliency/model --salient $(DATA)/saliency \
 	  --curves runs/new_head/saliency

@@ -1,7 +1,7 @@
 """What masking and caching save in a step of SAMI pretraining: forward, backward and optimiser, interleaved medians.
 
     python benchmarks/sami_step.py                                   # EfficientSAM-Ti at 224, the paper's decoder
-    python benchmarks/sami_step.py --small                           # the decoder of recipes/sami_study.yaml
+    python benchmarks/sami_step.py --small                           # the decoder of recipes/studies/sami.yaml
     python benchmarks/sami_step.py --teacher facebook/sam-vit-base   # a teacher of 1024 pixels
 
 Prints ratios: the step against the same step whose encoder sees all patches (its peer in the first row), and reading

@@ -17,7 +17,7 @@ from hf_efficientsam.training.engine.run import run_script
 from hf_efficientsam.training.engine.study import Study, StudyOptions
 
 HERE = Path(__file__).parent
-RECIPES = HERE / "recipes"
+RECIPES = HERE / "recipes" / "studies"
 EVERY = {"an eighth": 8, "a quarter": 4, "half": 2, "all": 1}  # so many-th image is taken
 
 
@@ -34,11 +34,11 @@ class DataStudy(Study):
         return self.folder / "start" / "model"
 
     def prepare(self) -> None:
-        recipe = ["--config", RECIPES / "data_study_start.yaml", "--encoder", bundled_checkpoint()]
+        recipe = ["--config", RECIPES / "data_start.yaml", "--encoder", bundled_checkpoint()]
         self.stage(self.start, "finetune_masks", *recipe, *self.train, "--output_dir", self.start.parent)
 
     def measure(self, arm: str, seed: int, folder: Path) -> dict[str, float]:
-        recipe = ["--config", RECIPES / "data_study.yaml", "--every", EVERY[arm], "--seed", seed]
+        recipe = ["--config", RECIPES / "data.yaml", "--every", EVERY[arm], "--seed", seed]
         arguments = [*recipe, *self.train, "--model", self.start, "--output_dir", folder / "masks"]
         model = self.stage(folder / "masks/model", "finetune_masks", *arguments)
         last = json.loads((folder / "masks/curve.jsonl").read_text().splitlines()[-1])

@@ -1,7 +1,7 @@
 """Fine-tunes EfficientSAM's vision encoder for image classification: image folders, a `datasets` dataset, shards.
 
     accelerate launch --num_processes 1 training/finetune_classification.py   # a miniature: made-up images, no network
-    accelerate launch training/finetune_classification.py --config training/recipes/classification_ti_imagenet.yaml \
+    accelerate launch training/finetune_classification.py --config training/recipes/paper/classification_ti_imagenet.yaml \
         --encoder runs/sami/model --train imagenet/train --test imagenet/val --output_dir runs/imagenet
     accelerate launch training/finetune_classification.py --encoder runs/sami/model --linear_probe true \
         --dataset my/dataset --test_split validation --output_dir runs/probe
@@ -68,7 +68,7 @@ from hf_efficientsam.training.engine.optimization import (
 from hf_efficientsam.training.engine.reports import write_report
 from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
 
-MINIATURE = Path(__file__).parent / "recipes" / "classification_miniature.yaml"
+MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "classification.yaml"
 SHOWN = 6  # images in a picture
 
 

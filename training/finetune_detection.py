@@ -2,7 +2,7 @@
 
     pip install -e ".[train,detection]"                                         # torchvision is an extra
     accelerate launch --num_processes 1 training/finetune_detection.py   # a miniature: example images, no network
-    accelerate launch training/finetune_detection.py --config training/recipes/detection_ti_coco.yaml \
+    accelerate launch training/finetune_detection.py --config training/recipes/paper/detection_ti_coco.yaml \
         --train coco/instances_train2017.json --train_images coco/train2017 --val coco/instances_val2017.json \
         --val_images coco/val2017 --encoder runs/sami/model --output_dir runs/coco
     accelerate launch training/finetune_detection.py --evaluate runs/coco/model --val my/instances.json \
@@ -92,7 +92,7 @@ from hf_efficientsam.training.engine.reports import replace_text, write_report
 from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
 from hf_efficientsam.training.masks.coco_ap import Truth
 
-MINIATURE = Path(__file__).parent / "recipes" / "detection_miniature.yaml"
+MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "detection.yaml"
 SHOWN = 4  # images in a picture
 
 

@@ -2,8 +2,8 @@
 
     accelerate launch --num_processes 1 training/finetune_masks.py   # a miniature: example images, no network
     accelerate launch training/finetune_masks.py --train my/instances.json --model bundled --output_dir runs/mine
-    accelerate launch training/finetune_masks.py --config training/recipes/masks_one_gpu.yaml --train my/instances.json
-    accelerate launch training/finetune_masks.py --config training/recipes/masks_ti_sa1b.yaml \
+    accelerate launch training/finetune_masks.py --config training/recipes/own_data/masks_one_gpu.yaml --train my/instances.json
+    accelerate launch training/finetune_masks.py --config training/recipes/paper/masks_ti_sa1b.yaml \
         --shards "sa1b/sa_{000000..000999}.tar" --encoder runs/sami/model --output_dir runs/sa1b
 
 A run that is started again in the same `--output_dir` goes on where it stopped. The result is `OUTPUT_DIR/model`,
@@ -77,7 +77,7 @@ from hf_efficientsam.training.masks.interactive import (
 from hf_efficientsam.training.masks.losses import MaskLoss
 from hf_efficientsam.training.masks.prompts import boxes_from_masks
 
-MINIATURE = Path(__file__).parent / "recipes" / "masks_miniature.yaml"
+MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "masks.yaml"
 PARTS = ("vision_encoder", "prompt_encoder", "mask_decoder")
 
 

@@ -1,11 +1,11 @@
 """Fine-tunes EfficientSAM's vision encoder for semantic segmentation: ADE20K, or folders of images and label pictures.
 
     accelerate launch --num_processes 1 training/finetune_semantic.py   # a miniature: made-up images, no network
-    accelerate launch training/finetune_semantic.py --config training/recipes/semantic_ti_ade20k.yaml \
+    accelerate launch training/finetune_semantic.py --config training/recipes/paper/semantic_ti_ade20k.yaml \
         --encoder runs/sami/model --train ADEChallengeData2016 --test ADEChallengeData2016 --output_dir runs/ade20k
     accelerate launch training/finetune_semantic.py --encoder runs/sami/model --head upernet --ignore_label 0 \
         --train my/train --test my/val --output_dir runs/mine
-    accelerate launch training/finetune_semantic.py --config training/recipes/semantic_ti_ade20k.yaml \
+    accelerate launch training/finetune_semantic.py --config training/recipes/paper/semantic_ti_ade20k.yaml \
         --evaluate runs/ade20k/model --test ADEChallengeData2016 --evaluation slide
 
 A run that is started again in the same `--output_dir` goes on where it stopped. The result is `OUTPUT_DIR/model`,
@@ -82,7 +82,7 @@ from hf_efficientsam.training.semantic.evaluation import (
 )
 from hf_efficientsam.training.semantic.losses import PixelLoss, QueryLoss
 
-MINIATURE = Path(__file__).parent / "recipes" / "semantic_miniature.yaml"
+MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "semantic.yaml"
 HEADS = {"mask2former": Mask2FormerForUniversalSegmentation, "upernet": UperNetForSemanticSegmentation}
 SHOWN = 4  # images in a picture
 

@@ -1,7 +1,7 @@
 """SAMI: pretrains EfficientSAM's vision encoder by reconstructing a foundation model's features from a few patches.
 
     accelerate launch --num_processes 1 training/sami.py   # a miniature: example images, no network, a minute
-    accelerate launch training/sami.py --config training/recipes/sami_ti_imagenet.yaml --images imagenet/train
+    accelerate launch training/sami.py --config training/recipes/paper/sami_ti_imagenet.yaml --images imagenet/train
     accelerate launch training/sami.py --teacher facebook/sam-vit-huge --images photos --output_dir runs/sami
 
 A run that is started again in the same `--output_dir` goes on where it stopped. The result is `OUTPUT_DIR/model`, an
@@ -41,7 +41,7 @@ from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_a
 from hf_efficientsam.training.sami.feature_cache import FeatureCache
 from hf_efficientsam.training.sami.teachers import Teacher, load_teacher
 
-MINIATURE = Path(__file__).parent / "recipes" / "sami_miniature.yaml"
+MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "sami.yaml"
 
 
 @dataclass(frozen=True)

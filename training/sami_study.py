@@ -23,7 +23,7 @@ from hf_efficientsam.training.engine.run import run_script
 from hf_efficientsam.training.engine.study import Study, StudyOptions
 
 HERE = Path(__file__).parent
-PRETRAINING, FINETUNING = HERE / "recipes" / "sami_study.yaml", HERE / "recipes" / "sami_study_masks.yaml"
+PRETRAINING, FINETUNING = HERE / "recipes" / "studies" / "sami.yaml", HERE / "recipes" / "studies" / "sami_masks.yaml"
 # What each arm changes in the recipe of pretraining; all but the pixels' have the cached teacher.
 ARMS = {
     "scratch": {"base_learning_rate": 0, "epochs": 1, "epoch_images": 64},  # the start that all arms share

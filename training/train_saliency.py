@@ -1,7 +1,7 @@
 """Trains the head that finds salient objects in the image embeddings of a frozen EfficientSAM.
 
     accelerate launch --num_processes 1 training/train_saliency.py   # a miniature: example images, no network
-    accelerate launch training/train_saliency.py --config training/recipes/saliency.yaml \
+    accelerate launch training/train_saliency.py --config training/recipes/bundled/6_saliency.yaml \
         --train ../shared/data/saliency/train --val ../shared/data/saliency/val --output_dir runs/saliency
 
 Data are folders with `images/` and, of the same names, `masks/`; or COCO-style json files, whose objects are then what
@@ -50,7 +50,7 @@ from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_a
 from hf_efficientsam.training.saliency.embeddings import EncodedImages, MirroredEmbeddings, whiten
 from hf_efficientsam.training.saliency.evaluation import mean_scores, predict_map, score_map
 
-MINIATURE = Path(__file__).parent / "recipes" / "saliency_miniature.yaml"
+MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "saliency.yaml"
 SHOWN = 4  # images in a picture
 WHITENED = 100  # images whose embeddings a new head starts from
 

@@ -4,8 +4,8 @@
     python training/transfer_study.py --arms sami --seeds 0
 
 One encoder is pretrained as the arm `sami` of sami_study.py, and then fine-tuned with each seed by the same recipes as
-one from scratch: on the CIFAR-10 subset (recipes/classification_study.yaml) and on the CamVid subset
-(recipes/semantic_study.yaml). Stopping, going on and where the numbers go: see
+one from scratch: on the CIFAR-10 subset (recipes/studies/transfer_classification.yaml) and on the CamVid subset
+(recipes/studies/transfer_semantic.yaml). Stopping, going on and where the numbers go: see
 `hf_efficientsam.training.engine.study`.
 """
 
@@ -31,13 +31,13 @@ class TransferStudy(SamiStudy):
     def measure(self, arm: str, seed: int, folder: Path) -> dict[str, float]:
         start = ["--seed", seed] + (["--encoder", self.encoder] if arm == "sami" else [])
         images, output = self.data / "classification", folder / "classification"
-        arguments = ["--config", HERE / "recipes/classification_study.yaml", *start, "--output_dir", output]
+        arguments = ["--config", HERE / "recipes/studies/transfer_classification.yaml", *start, "--output_dir", output]
         arguments += ["--train", images / "train", "--test", images / "test"]
         self.stage(output / "model", "finetune_classification", *arguments)
         top1 = json.loads((output / "metrics.json").read_text())["top1"]
 
         images, output = self.data / "semantic", folder / "semantic"
-        arguments = ["--config", HERE / "recipes/semantic_study.yaml", *start, "--output_dir", output]
+        arguments = ["--config", HERE / "recipes/studies/transfer_semantic.yaml", *start, "--output_dir", output]
         arguments += ["--train", images / "train", "--test", images / "val", "--ignore_label", 11]
         self.stage(output / "model", "finetune_semantic", *arguments)
         return {"top1": top1, "miou": json.loads((output / "metrics.json").read_text())["mean_iou"]}

@@ -169,7 +169,7 @@ def test_the_saved_model_says_what_was_measured(whole, data):
 
 
 def test_the_miniature_learns(tmp_path):
-    recipe = TRAINING / "recipes" / "classification_miniature.yaml"
+    recipe = TRAINING / "recipes" / "miniature" / "classification.yaml"
     run("finetune_classification", "--config", recipe, "--output_dir", tmp_path)
     assert metrics(tmp_path)["top1"] > 0.6  # one of four by chance
 
@@ -312,7 +312,9 @@ def test_every_option_is_read(script):
 
 
 @pytest.mark.parametrize(
-    "path", sorted((TRAINING / "recipes").glob("classification_*.yaml")), ids=lambda path: path.stem
+    "path",
+    [*(TRAINING / "recipes/paper").glob("classification_*.yaml"), TRAINING / "recipes/miniature/classification.yaml"],
+    ids=lambda path: path.stem,
 )
 def test_every_recipe_builds_its_model(script, path):
     recipe = parse_config(script.ClassificationConfig, "", ["--config", str(path)])

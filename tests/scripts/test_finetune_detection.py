@@ -11,8 +11,6 @@ from script_runs import ROOT, TRAINING, load_script, refuse, start
 
 from hf_efficientsam.training.engine.config import parse_config
 
-RECIPES = sorted((TRAINING / "recipes").glob("detection_*.yaml"))
-
 
 def test_without_torchvision_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
@@ -54,21 +52,12 @@ def test_what_does_not_fit_is_refused(arguments, sentence):
     assert refuse("finetune_detection", *arguments) == f"finetune_detection: {sentence}"
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_is_one(path, monkeypatch):
-    script = load_script("finetune_detection")
-    recipe = parse_config(script.DetectionConfig, "", ["--config", str(path), "--train", "some.json"])
-    with pytest.raises(ValueError, match="needs a torchvision"):  # what is checked last
-        monkeypatch.setitem(sys.modules, "torchvision", None)
-        script.check(recipe)
-
-
 @pytest.mark.parametrize(("size", "width"), [("ti", 192), ("s", 384), ("b", 768)])
 def test_the_papers_recipes_are_the_papers(size, width):
     """arXiv 2312.00863 for the schedule, arXiv 2203.16527 for the rest."""
     script = load_script("finetune_detection")
     recipe = parse_config(
-        script.DetectionConfig, "", ["--config", str(TRAINING / f"recipes/detection_{size}_coco.yaml")]
+        script.DetectionConfig, "", ["--config", str(TRAINING / f"recipes/paper/detection_{size}_coco.yaml")]
     )
     assert (recipe.hidden_size, 64 * recipe.num_attention_heads, recipe.num_hidden_layers) == (width, width, 12)
     assert (recipe.image_size, recipe.epochs, recipe.warmup_epochs, recipe.global_batch_size) == (1024, 100, 10, 64)

@@ -420,17 +420,11 @@ def test_an_unreadable_image_ends_the_run_with_its_name(arguments, coco, tiny_mo
     assert said.splitlines()[-1].startswith("finetune_masks: ") and "3.jpg cannot be read as an image" in said
 
 
-@pytest.mark.parametrize("path", sorted((TRAINING / "recipes").glob("*masks*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_is_one(path):
-    script = load_script("finetune_masks")
-    script.check(parse_config(script.MasksConfig, "", ["--config", str(path)]))
-
-
 @pytest.mark.parametrize(("size", "width"), [("ti", 192), ("s", 384)])
 def test_the_papers_recipes_are_the_papers(size, width):
     """arXiv 2312.00863 for the schedule, arXiv 2304.02643 for prompts, rounds and loss."""
     script = load_script("finetune_masks")
-    path = TRAINING / "recipes" / f"masks_{size}_sa1b.yaml"
+    path = TRAINING / "recipes" / "paper" / f"masks_{size}_sa1b.yaml"
     recipe = parse_config(script.MasksConfig, "", ["--config", str(path)])
     assert (recipe.hidden_size, recipe.image_size, recipe.epochs, recipe.global_batch_size) == (width, 1024, 5, 128)
     assert (recipe.learning_rate, recipe.schedule, recipe.weight_decay) == (4e-4, "linear", 0.1)

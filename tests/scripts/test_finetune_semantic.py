@@ -264,17 +264,11 @@ def test_other_classes_to_test_and_another_run_are_refused(arguments, whole, tmp
     assert "another weight_decay; choose a new --output_dir" in said
 
 
-@pytest.mark.parametrize("path", sorted((TRAINING / "recipes").glob("semantic_*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_is_one(path):
-    script = load_script("finetune_semantic")
-    script.check(parse_config(script.SemanticConfig, "", ["--config", str(path)]))
-
-
 @pytest.mark.parametrize(("size", "width", "heads"), [("ti", 192, 3), ("s", 384, 6), ("b", 768, 12)])
 def test_the_papers_recipes_are_the_papers(size, width, heads):
     """arXiv 2312.00863 for the schedule, arXiv 2112.01527 for Mask2Former's own."""
     script = load_script("finetune_semantic")
-    path = TRAINING / "recipes" / f"semantic_{size}_ade20k.yaml"
+    path = TRAINING / "recipes" / "paper" / f"semantic_{size}_ade20k.yaml"
     recipe = parse_config(script.SemanticConfig, "", ["--config", str(path)])
     assert (recipe.hidden_size, recipe.num_attention_heads, recipe.num_hidden_layers) == (width, heads, 12)
     assert (recipe.steps, recipe.global_batch_size, recipe.size, recipe.warmup_steps) == (160000, 16, 512, 0)

@@ -470,10 +470,14 @@ def test_every_option_is_read(sami):
     assert unread == []
 
 
-RECIPES = [path for path in sorted((TRAINING / "recipes").glob("sami_*.yaml")) if path.stem != "sami_study_masks"]
+RECIPES = [
+    TRAINING / "recipes" / name for name in ("miniature/sami.yaml", "studies/sami.yaml", "bundled/0_encoder.yaml")
+]
 
 
-@pytest.mark.parametrize("path", [*RECIPES, TRAINING / "recipes/bundled_0_encoder.yaml"], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [*RECIPES, *sorted((TRAINING / "recipes/paper").glob("sami_*.yaml"))], ids=lambda path: path.stem
+)
 def test_every_recipe_builds_its_model(sami, path):
     recipe = parse_config(sami.SamiConfig, "", ["--config", str(path)])
     assert recipe.global_batch_size % recipe.batch_size == 0

@@ -11,12 +11,10 @@ from PIL import Image
 from script_runs import (
     KILLED,
     ROOT,
-    TRAINING,
     TWO_PROCESSES,
     assert_close,
     assert_equal,
     curve,
-    load_script,
     refuse,
     run,
     start,
@@ -27,7 +25,6 @@ from hf_efficientsam import EfficientSamSaliencyConfig, EfficientSamSaliencyHead
 from hf_efficientsam.inference.loading import load_model
 from hf_efficientsam.training.data.coco import decode
 from hf_efficientsam.training.data.saliency import SaliencyMasks, UnitedMasks
-from hf_efficientsam.training.engine.config import parse_config
 from hf_efficientsam.training.saliency.embeddings import EncodedImages, MirroredEmbeddings, whiten
 from hf_efficientsam.training.saliency.evaluation import predict_map
 
@@ -217,13 +214,6 @@ def test_another_run_and_a_broken_mask_are_refused(arguments, folder, whole, tmp
     Image.new("L", (64, 48)).save(tmp_path / "broken" / "masks" / "0.png")
     given = [*arguments, "--train", tmp_path / "broken", "--output_dir", tmp_path / "run"]
     assert "0.png is empty or of another size" in run("train_saliency", *given, code=1).splitlines()[-1]
-
-
-@pytest.mark.parametrize("path", sorted((TRAINING / "recipes").glob("saliency*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_is_one(path):
-    script = load_script("train_saliency")
-    recipe = parse_config(script.SaliencyConfig, "", ["--config", str(path), "--train", "somewhere"])
-    script.check(recipe)
 
 
 def test_the_miniature_runs_without_arguments_and_learns(tmp_path, monkeypatch):
