@@ -1,15 +1,16 @@
 """Fine-tunes EfficientSAM's vision encoder for image classification: image folders, a `datasets` dataset, shards.
 
     accelerate launch --num_processes 1 training/finetune_classification.py   # a miniature: made-up images, no network
-    accelerate launch training/finetune_classification.py --config training/recipes/paper/classification_ti_imagenet.yaml \
-        --encoder runs/sami/model --train imagenet/train --test imagenet/val --output_dir runs/imagenet
+    accelerate launch training/finetune_classification.py \
+        --config training/recipes/paper/classification_ti_imagenet.yaml --encoder runs/sami/model \
+        --train imagenet/train --test imagenet/val --output_dir runs/imagenet
     accelerate launch training/finetune_classification.py --encoder runs/sami/model --linear_probe true \
         --dataset my/dataset --test_split validation --output_dir runs/probe
     accelerate launch training/finetune_classification.py --evaluate runs/imagenet/model --test imagenet/val
 
 A run that is started again in the same `--output_dir` goes on where it stopped. The result is `OUTPUT_DIR/model`, an
 `EfficientSamForImageClassification` with its image processor, for `pipeline("image-classification")`; top-1 and top-5
-are in `OUTPUT_DIR/metrics.json`, the curves and pictures beside it. Several GPUs and machines:
+are in `OUTPUT_DIR/metrics.json`, the training curve and drawings beside it. Several GPUs and machines:
 training/accelerate/ddp.yaml and multi_node.yaml.
 """
 
@@ -69,7 +70,7 @@ from hf_efficientsam.training.engine.reports import write_report
 from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
 
 MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "classification.yaml"
-SHOWN = 6  # images in a picture
+SHOWN = 6  # images in a drawing
 
 
 @dataclass(frozen=True)

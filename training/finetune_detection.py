@@ -13,7 +13,7 @@
 A run that is started again in the same `--output_dir` goes on where it stopped. The result is `OUTPUT_DIR/model`: a
 directory of `EfficientSamBackbone`, and with what lies beside its weights what `load_detector` of
 hf_efficientsam.training.detection.mask_rcnn takes. AP of boxes and masks is in `OUTPUT_DIR/metrics.json`, the boxes
-themselves in `detections.json`, the curves and pictures beside them. Several GPUs and machines:
+themselves in `detections.json`, the training curve and drawings beside them. Several GPUs and machines:
 training/accelerate/ddp.yaml and multi_node.yaml.
 """
 
@@ -93,7 +93,7 @@ from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_a
 from hf_efficientsam.training.masks.coco_ap import Truth
 
 MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "detection.yaml"
-SHOWN = 4  # images in a picture
+SHOWN = 4  # images in a drawing
 
 
 @dataclass(frozen=True)

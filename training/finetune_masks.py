@@ -2,13 +2,14 @@
 
     accelerate launch --num_processes 1 training/finetune_masks.py   # a miniature: example images, no network
     accelerate launch training/finetune_masks.py --train my/instances.json --model bundled --output_dir runs/mine
-    accelerate launch training/finetune_masks.py --config training/recipes/own_data/masks_one_gpu.yaml --train my/instances.json
+    accelerate launch training/finetune_masks.py --config training/recipes/own_data/masks_one_gpu.yaml \
+        --train my/instances.json
     accelerate launch training/finetune_masks.py --config training/recipes/paper/masks_ti_sa1b.yaml \
         --shards "sa1b/sa_{000000..000999}.tar" --encoder runs/sami/model --output_dir runs/sa1b
 
 A run that is started again in the same `--output_dir` goes on where it stopped. The result is `OUTPUT_DIR/model`,
-which `from_pretrained`, `efficientsam segment --model` and `training/evaluate_masks.py` take; the curve and pictures
-are beside it. Several GPUs and machines: training/accelerate/ddp.yaml and multi_node.yaml.
+which `from_pretrained`, `efficientsam segment --model` and `training/evaluate_masks.py` take; the training curve and
+drawings are beside it. Several GPUs and machines: training/accelerate/ddp.yaml and multi_node.yaml.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Fine-tunes EfficientSAM's vision encoder for semantic segmentation: ADE20K, or folders of images and label pictures.
+"""Fine-tunes EfficientSAM's vision encoder for semantic segmentation: ADE20K, or folders of images and label images.
 
     accelerate launch --num_processes 1 training/finetune_semantic.py   # a miniature: made-up images, no network
     accelerate launch training/finetune_semantic.py --config training/recipes/paper/semantic_ti_ade20k.yaml \
@@ -11,7 +11,7 @@
 A run that is started again in the same `--output_dir` goes on where it stopped. The result is `OUTPUT_DIR/model`,
 which `from_pretrained` of transformers' `Mask2FormerForUniversalSegmentation` (or `UperNetForSemanticSegmentation`)
 takes once `hf_efficientsam` is imported; mIoU, pixel accuracy and the IoU of each class are in
-`OUTPUT_DIR/metrics.json`, the curves and pictures beside it. Several GPUs and machines: training/accelerate/ddp.yaml
+`OUTPUT_DIR/metrics.json`, the training curve and drawings beside it. Several GPUs and machines: training/accelerate/ddp.yaml
 and multi_node.yaml.
 """
 
@@ -84,7 +84,7 @@ from hf_efficientsam.training.semantic.losses import PixelLoss, QueryLoss
 
 MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "semantic.yaml"
 HEADS = {"mask2former": Mask2FormerForUniversalSegmentation, "upernet": UperNetForSemanticSegmentation}
-SHOWN = 4  # images in a picture
+SHOWN = 4  # images in a drawing
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 
 A run that is started again in the same `--output_dir` goes on where it stopped. The result is `OUTPUT_DIR/model`, an
 `EfficientSamForPreTraining` whose encoder `EfficientSamModel.from_pretrained` and `finetune_masks.py --encoder` take;
-the training curve and images of what is reconstructed are beside it. Several GPUs and machines:
+the training curve and drawings of what is reconstructed are beside it. Several GPUs and machines:
 training/accelerate/*.yaml.
 """
 

@@ -8,7 +8,7 @@ Data are folders with `images/` and, of the same names, `masks/`; or COCO-style 
 is salient. Each image is encoded once, and its embedding kept in memory. A run that is started again in the same
 `--output_dir` goes on where it stopped. The result is `OUTPUT_DIR/model`, which `from_pretrained` takes and which
 belongs into the folder `saliency` of the model's checkpoint; the numbers on `--val` are in `OUTPUT_DIR/metrics.json`,
-the curves and pictures beside it. Several GPUs and machines: training/accelerate/ddp.yaml and multi_node.yaml.
+the training curve and drawings beside it. Several GPUs and machines: training/accelerate/ddp.yaml and multi_node.yaml.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ from hf_efficientsam.training.saliency.embeddings import EncodedImages, Mirrored
 from hf_efficientsam.training.saliency.evaluation import mean_scores, predict_map, score_map
 
 MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "saliency.yaml"
-SHOWN = 4  # images in a picture
+SHOWN = 4  # images in a drawing
 WHITENED = 100  # images whose embeddings a new head starts from
 
 
