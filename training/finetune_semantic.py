@@ -11,8 +11,8 @@
 A run that is started again in the same `--output_dir` goes on where it stopped. The result is `OUTPUT_DIR/model`,
 which `from_pretrained` of transformers' `Mask2FormerForUniversalSegmentation` (or `UperNetForSemanticSegmentation`)
 takes once `hf_efficientsam` is imported; mIoU, pixel accuracy and the IoU of each class are in
-`OUTPUT_DIR/metrics.json`, the training curve and drawings beside it. Several GPUs and machines: training/accelerate/ddp.yaml
-and multi_node.yaml.
+`OUTPUT_DIR/metrics.json`, the training curve and drawings beside it. Several GPUs and machines:
+training/accelerate/ddp.yaml and multi_node.yaml.
 """
 
 import dataclasses
