@@ -8,8 +8,10 @@ from hf_efficientsam import EfficientSamImageProcessor, EfficientSamProcessor
 from hf_efficientsam.training.data.coco import Sample
 from hf_efficientsam.training.masks import evaluation
 from hf_efficientsam.training.masks.evaluation import (
+    PREDICTED_IOU,
     ImageBatches,
     Record,
+    calibration_errors,
     candidate_ious,
     error_rounds,
     evaluate_image,
@@ -93,15 +95,17 @@ def test_perfect_and_empty_answers():
     ious, areas = evaluate(Answers(lambda mask: mask[None].repeat(3, 1, 1)), sample(0, 1, 2), PROMPTS, seed=0)
     assert areas.tolist() == AREAS
     assert set(ious) == {
-        *(("box", answer) for answer in ("confident", "best", "single")),
-        *((prompt, answer) for prompt in ("click1", "click3") for answer in ("confident", "best")),
+        *(("box", answer) for answer in ("confident", "best", "single", PREDICTED_IOU)),
+        *((prompt, answer) for prompt in ("click1", "click3") for answer in ("confident", "best", PREDICTED_IOU)),
         ("baseline", "filled_box"),
         ("baseline", "ellipse"),
     }
-    assert all(values.tolist() == [1, 1, 1] for row, values in ious.items() if row[1] != "ellipse")
+    trivial = ("ellipse", PREDICTED_IOU)
+    assert all(values.tolist() == [1, 1, 1] for row, values in ious.items() if row[1] not in trivial)
     nothing = Answers(lambda mask: torch.zeros(3, HEIGHT, WIDTH, dtype=torch.bool))
     ious, _ = evaluate(nothing, sample(0, 1, 2), PROMPTS, seed=0)
-    assert all(values.tolist() == [0, 0, 0] for row, values in ious.items() if row[0] != "baseline")
+    shown = ("confident", "best", "single")
+    assert all(values.tolist() == [0, 0, 0] for row, values in ious.items() if row[1] in shown)
 
 
 def test_answers_by_hand():
@@ -221,7 +225,8 @@ def test_answers_to_clicks_on_errors():
     perfect = Answers(lambda mask: mask[None].repeat(3, 1, 1))
     ious, _ = evaluate(perfect, sample(0, 1, 2), PROMPTS, clicks="error")
     assert set(ious) >= {("click1", "confident"), ("click3", "best"), ("box", "single")}
-    assert all(values.tolist() == [1, 1, 1] for row, values in ious.items() if row[1] != "ellipse")
+    trivial = ("ellipse", PREDICTED_IOU)
+    assert all(values.tolist() == [1, 1, 1] for row, values in ious.items() if row[1] not in trivial)
 
 
 # ------------------------------------------------------------------------------------------ reading and averaging
@@ -276,6 +281,15 @@ def test_batches_are_dealt_whole():
 def test_limit_is_of_each_source():
     batches = ImageBatches([Dataset(), Shards()], [], 2, limit=1)
     assert image_ids(batches) == [[0], [10], [20]]
+
+
+def test_calibration_errors_are_those_of_the_most_confident_candidate():
+    rows = {("a", "box", "confident"): [0.5, 1.0], ("a", "box", PREDICTED_IOU): [0.75, 1.0]}
+    other = {("a", "box", "confident"): [0.0], ("a", "box", PREDICTED_IOU): [0.5]}
+    records = [Record((0, 0), "s", [10, 2000], rows), Record((0, 1), "s", [20], other)]
+    assert calibration_errors(records, "a", ["box"]) == {"box": 0.25}
+    rows[None, "baseline", "ellipse"] = other[None, "baseline", "ellipse"] = [0.5]
+    assert list(mean_ious(records[:1], "a", ["box"])["box"]) == ["confident"]  # a score is no mask's IoU
 
 
 def test_mean_ious():

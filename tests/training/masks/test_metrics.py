@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_efficientsam.training.data.coco import CocoMasks, decode
-from hf_efficientsam.training.masks.metrics import MeanIoU, filled_box, inscribed_ellipse, mask_iou
+from hf_efficientsam.training.masks.metrics import MeanIoU, calibration_error, filled_box, inscribed_ellipse, mask_iou
 from hf_efficientsam.training.masks.prompts import boxes_from_masks
 
 
@@ -73,3 +73,15 @@ def test_trivial_answers_on_real_masks(shared):
         ellipse.update(mask_iou(inscribed_ellipse(boxes, *size), masks), areas)
     assert box.compute()["all"] == {"miou": pytest.approx(0.604, abs=1e-3), "count": 899}
     assert ellipse.compute()["all"] == {"miou": pytest.approx(0.637, abs=1e-3), "count": 899}
+
+
+def test_calibration_error_perfect_degenerate_and_by_hand():
+    true = torch.tensor([0.0, 0.5, 1.0])
+    assert calibration_error(true, true) == 0
+    assert calibration_error(1 - true, true) == pytest.approx(2 / 3)  # certain, and wrong
+    assert calibration_error(torch.full((3,), 0.5), true) == pytest.approx(1 / 3)  # the mean alone
+    assert calibration_error(torch.tensor([0.9, 0.2]), torch.tensor([0.6, 0.3])) == pytest.approx(0.2)
+    assert calibration_error(torch.tensor([1.25]), torch.tensor([1.0])) == 0.25  # scores have no bounds
+    for predicted in (torch.empty(0), torch.zeros(2)):
+        with pytest.raises(ValueError, match="one true IoU for each predicted one, and at least one"):
+            calibration_error(predicted, torch.empty(0))

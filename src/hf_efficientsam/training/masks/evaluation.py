@@ -14,14 +14,15 @@ from torch.utils.data import IterableDataset, get_worker_info
 from hf_efficientsam.training.data.coco import Sample, decode
 from hf_efficientsam.training.data.images import hash_key
 
-from .metrics import MeanIoU, filled_box, inscribed_ellipse, mask_iou
+from .metrics import MeanIoU, calibration_error, filled_box, inscribed_ellipse, mask_iou
 from .predictors import ImagePredictor, PreparedImage, prepare_image
 from .prompts import boxes_from_masks, sample_points
 
 ANSWERS = (
     "Masks are compared at the image's own size and the mean is over masks. 'confident': of the candidates the one "
     "with the highest predicted IoU; 'best': the one with the highest true IoU; 'single': the one mask that the model "
-    "gives without candidates."
+    "gives without candidates. 'calibration_error': mean absolute difference of predicted and true IoU of the "
+    "'confident' ones."
 )
 PROTOCOLS = {
     "random": (
@@ -38,6 +39,7 @@ PROTOCOLS = {
     ),
 }
 BASELINES = {"filled_box": filled_box, "ellipse": inscribed_ellipse}
+PREDICTED_IOU = "predicted_iou"  # beside the answers' IoUs: what the model says of its most confident candidate
 PIXELS_AT_ONCE = 2**23  # of masks at image size; bounds the memory of large images with many masks
 
 
@@ -252,8 +254,8 @@ def evaluate_image(
         prompts_at_once: masks that are asked for together, at most.
 
     Returns:
-        {(model, prompt, answer): float [N]}, and (None, "baseline", ...) for each of `BASELINES`, which are answers
-        to the box that know nothing of the image. And the masks' areas [N] in pixels.
+        {(model, prompt, answer): float [N]}, (model, prompt, `PREDICTED_IOU`), and (None, "baseline", ...) for each of
+        `BASELINES`, which are answers to the box that know nothing of the image. And the masks' areas [N] in pixels.
     """
     step = masks_at_once(*sample.rles[0]["size"], prompts_at_once)
     parts = []
@@ -278,6 +280,7 @@ def _evaluate_masks(predict: ImagePredictor, masks: torch.Tensor, fixed: dict, p
     for prompt, given, (candidates, scores, _) in answers(predict, masks, fixed, prompts):
         target = masks.to(candidates.device)
         ious[prompt, "confident"], ious[prompt, "best"] = candidate_ious(candidates, scores, target)
+        ious[prompt, PREDICTED_IOU] = scores.amax(1).float()
         if prompt == "box":
             single, _, _ = predict(multimask_output=False, **given)
             ious[prompt, "single"] = mask_iou(single[:, 0], target)
@@ -299,8 +302,19 @@ def mean_ious(records: list[Record], model: str, prompts: Sequence[str]) -> dict
     results = {prompt: {} for prompt in (*prompts, "baseline")}
     areas = torch.tensor([area for record in records for area in record.areas])
     for row in records[0].ious:
-        if row[0] in (model, None):
+        if row[0] in (model, None) and row[2] != PREDICTED_IOU:
             mean = MeanIoU()
             mean.update(torch.tensor([iou for record in records for iou in record.ious[row]]), areas)
             results[row[1]][row[2]] = mean.compute()
     return results
+
+
+def calibration_errors(records: list[Record], model: str, prompts: Sequence[str]) -> dict[str, float]:
+    """{prompt: `calibration_error`} of a model's most confident candidates."""
+
+    def values(prompt: str, answer: str) -> torch.Tensor:
+        return torch.tensor([value for record in records for value in record.ious[model, prompt, answer]])
+
+    return {
+        prompt: calibration_error(values(prompt, PREDICTED_IOU), values(prompt, "confident")) for prompt in prompts
+    }

@@ -1,4 +1,4 @@
-"""Overlap of masks, and what trivial answers to a box would score."""
+"""Overlap of masks, what trivial answers to a box would score, and how far predicted scores can be trusted."""
 
 import torch
 
@@ -56,6 +56,16 @@ class MeanIoU:
     def _add(self, group: str, ious: torch.Tensor) -> None:
         self.sums[group] += ious.sum().item()
         self.counts[group] += ious.numel()
+
+
+def calibration_error(predicted: torch.Tensor, true: torch.Tensor) -> float:
+    """Mean absolute error of predicted IoUs [N] as estimates of the true ones [N]: 0 where each score is the IoU."""
+    if predicted.shape != true.shape or not len(true):
+        raise ValueError(
+            f"Give one true IoU for each predicted one, and at least one: got {tuple(true.shape)} for "
+            f"{tuple(predicted.shape)}."
+        )
+    return (predicted.double() - true.double()).abs().mean().item()
 
 
 def _pixel_centres(height: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
