@@ -45,6 +45,7 @@ from hf_efficientsam.training.masks.evaluation import (
     Item,
     Record,
     answers,
+    calibration_errors,
     evaluate_image,
     fixed_prompts,
     mean_ious,
@@ -198,8 +199,9 @@ def summarize_masks(config: EvaluateMasksConfig, records: list[Record]) -> tuple
 # ------------------------------------------------------------------------------------------ showing
 
 
-def print_masks(model: str, results: dict, datasets: dict[str, dict]) -> None:
-    """A row of mIoU for each prompt and answer, and below it one for each dataset."""
+def print_masks(model: str, results: dict, datasets: dict[str, dict], errors: dict[str, float]) -> None:
+    """A row of mIoU for each prompt and answer, and below it one for each dataset; then the calibration error of each
+    prompt, over all masks."""
     tables = {"": results, **{source: by_model[model] for source, by_model in datasets.items()}}
     counts = results["baseline"]["ellipse"]
     print(f"\n{model}\n{'mIoU':32}" + "".join(f"{group:>10}" for group in counts))
@@ -213,6 +215,8 @@ def print_masks(model: str, results: dict, datasets: dict[str, dict]) -> None:
                 row(f"  {source}" if source else f"{prompt}, {answer}", table[prompt][answer], "{:10.4f}", "miou")
     for source, table in tables.items():
         row(f"  {source}" if source else "masks", table["baseline"]["ellipse"], "{:10}", "count")
+    for prompt, error in errors.items():
+        print(f"{f'calibration error, {prompt}':32}{error:10.4f}")
 
 
 def print_aps(results: dict[str, dict[str, float | None]]) -> None:
@@ -300,12 +304,13 @@ def report_masks(
     if not records:
         raise ValueError(f"There is no mask to evaluate in {', '.join(config.shards)}; check the files.")
     results, datasets = summarize_masks(config, records)
+    errors = {model: calibration_errors(records, model, config.prompts) for model in config.model}
     for model in config.model:
-        print_masks(model, results[model], datasets)
+        print_masks(model, results[model], datasets, errors[model])
     if config.cases is not None:
         draw_cases(config, predictors[0], batches, records)
     shared = {"images": len(records), "masks": sum(len(record.areas) for record in records), "seed": config.seed}
-    by_model = {"results": results}
+    by_model = {"results": results, "calibration_error": errors}
     if datasets:
         by_model["datasets"] = {
             model: {source: by_model[model] for source, by_model in datasets.items()} for model in config.model

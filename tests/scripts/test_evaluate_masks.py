@@ -103,6 +103,9 @@ def test_evaluate(coco, tiny_model, tmp_path):
     for prompt in ("box", "click1", "click3", "click5"):
         assert 0 <= results[prompt]["confident"]["all"]["miou"] <= results[prompt]["best"]["all"]["miou"] <= 1
     assert f"{results['box']['confident']['all']['miou']:.4f}" in table
+    errors = report["calibration_error"]
+    assert list(errors) == ["box", "click1", "click3", "click5"] and all(0 <= error <= 2 for error in errors.values())
+    assert f"{errors['box']:.4f}" in table.split("calibration error, box")[1].splitlines()[0]
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -288,7 +288,7 @@ def test_calibration_errors_are_those_of_the_most_confident_candidate():
     other = {("a", "box", "confident"): [0.0], ("a", "box", PREDICTED_IOU): [0.5]}
     records = [Record((0, 0), "s", [10, 2000], rows), Record((0, 1), "s", [20], other)]
     assert calibration_errors(records, "a", ["box"]) == {"box": 0.25}
-    rows[None, "baseline", "ellipse"] = other[None, "baseline", "ellipse"] = [0.5]
+    rows[None, "baseline", "ellipse"] = [0.5, 0.5]
     assert list(mean_ious(records[:1], "a", ["box"])["box"]) == ["confident"]  # a score is no mask's IoU
 
 
