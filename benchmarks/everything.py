@@ -24,7 +24,6 @@ computed as what it holds at least.
 
 import argparse
 import copy
-import functools
 import json
 import os
 import statistics
@@ -58,6 +57,7 @@ from hf_efficientsam.model.image_processing_efficientsam import (
     resize_masks,
     stability_score,
 )
+from hf_efficientsam.model.mask_decoder_fast_efficientsam import FastMaskDecoder
 
 IMAGE = Path(__file__).parents[1] / "examples" / "bus.jpg"
 
@@ -104,8 +104,9 @@ def decode_plainly(model: EfficientSamModel, embedding: torch.Tensor, points: to
         logits `[P, M, 4h, 4w]` and predicted IoU `[P, M]`.
     """
     decoder, grid_size = model.mask_decoder, embedding.shape[-2:]
-    image, image_positions, prompts, counts = model.prompt(embedding, points[None, :, None], None, None, None)
-    slots = prompts.repeat_interleave(counts[0, 0], dim=2)  # equal tokens are merged in `prompts`
+    image_positions, prompts, token_multiplicity, dense = model.encode_prompts(embedding, points[None, :, None])
+    image = decoder.embed_image(embedding, dense)
+    slots = prompts.repeat_interleave(token_multiplicity[0, 0], dim=2)  # equal tokens are merged in `prompts`
     outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     tokens = torch.cat([outputs.expand(1, len(points), -1, -1), slots], dim=2)
     image = image.repeat(1, len(points), 1, 1)
@@ -261,7 +262,11 @@ class Stopwatch:
 
     def watch(self, name: str, owner, attribute: str):
         """Until the end of the context."""
-        watched = functools.partial(self.run, name, getattr(owner, attribute))
+        original = getattr(owner, attribute)
+
+        def watched(*args, **kwargs):
+            return self.run(name, original, *args, **kwargs)
+
         return mock.patch.object(owner, attribute, watched)
 
 
@@ -273,7 +278,7 @@ def stages(scene: Scene, processor, clock) -> dict[str, float]:
         for name, owner, attribute in (
             ("encode", generator.model, "get_image_embeddings"),
             ("decode: tokens and IoU", generator.model, "predict_confident"),
-            ("decode: masks", generator.model.mask_decoder, "predict_masks"),
+            ("decode: masks", FastMaskDecoder, "predict_kept_masks"),
             ("measure", mask_generation, "measure_masks"),
             ("NMS", mask_generation, "non_maximum_suppression"),
             ("NMS", mask_generation, "suppress_duplicates"),

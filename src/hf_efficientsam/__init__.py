@@ -73,13 +73,9 @@ else:
         EfficientSamVisionConfig,
     )
     from .model.image_processing_efficientsam import EfficientSamImageProcessor
-    from .model.modeling_efficientsam import (
-        EfficientSamBackbone,
-        EfficientSamForImageClassification,
-        EfficientSamModel,
-        EfficientSamPreTrainedModel,
-        EfficientSamVisionModel,
-    )
+    from .model.modeling_backbone_efficientsam import EfficientSamBackbone
+    from .model.modeling_efficientsam import EfficientSamModel, EfficientSamPreTrainedModel, EfficientSamVisionModel
+    from .model.modeling_image_classification_efficientsam import EfficientSamForImageClassification
     from .model.modeling_saliency import EfficientSamSaliencyHead
     from .model.modeling_sami import EfficientSamForPreTraining
     from .model.processing_efficientsam import EfficientSamProcessor

@@ -31,6 +31,7 @@ from hf_efficientsam.inference.image_files import find_images, read_image, write
 from hf_efficientsam.inference.loading import load_model
 from hf_efficientsam.inference.onnx_predictor import METADATA_KEY, EfficientSamOnnxPredictor, file_name, open_session
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
+from hf_efficientsam.model.mask_decoder_fast_efficientsam import FastMaskDecoder, project_shared_image
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
 
@@ -90,16 +91,17 @@ class ExportedDecoder(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         decoder = self.model.mask_decoder
         prompts = (input_points, input_labels, input_boxes, input_masks)
-        image, positions, prompt_tokens, counts = self.model.prompt(image_embeddings, *prompts)
+        positions, tokens, token_multiplicity, dense_prompts = self.model.encode_prompts(image_embeddings, *prompts)
+        image = decoder.embed_image(image_embeddings, dense_prompts)
         if input_masks is not None:
-            unasked = self.model.prompt(image_embeddings, None, None, None, None)[0]
-            image = torch.where(has_input_masks[..., None, None], image, unasked)
-        shared = decoder.layers[0].share(image, positions) if input_masks is None else None
-        tokens, log_counts = decoder.add_output_tokens(prompt_tokens, counts)
-        wanted = [0, *decoder.mask_indices(None, first=1)]
-        tokens, image = decoder.attend_folded(image, positions, tokens, log_counts, wanted, shared)
+            without_mask = decoder.embed_image(image_embeddings, self.model.encode_prompts(image_embeddings)[-1])
+            image = torch.where(has_input_masks[..., None, None], image, without_mask)
+        tokens, log_multiplicity = decoder.embed_tokens(tokens, token_multiplicity)
+        shared = project_shared_image(decoder.layers[0], image, positions) if input_masks is None else None
+        fast = FastMaskDecoder(decoder)
+        tokens, image = fast.attend(image, positions, tokens, log_multiplicity, None, shared)
         grid_size = tuple(image_embeddings.shape[-2:])
-        return decoder.predict_masks(tokens, image, grid_size, None), decoder.predict_iou(tokens, None)
+        return fast.predict_masks(tokens, image, grid_size, None), decoder.predict_iou(tokens, None)
 
 
 def encoder_inputs(model: EfficientSamModel, batch: int, grid: tuple[int, int]) -> dict[str, torch.Tensor]:

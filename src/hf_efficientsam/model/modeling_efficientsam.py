@@ -3,44 +3,38 @@
 pixels -> patches -> vision layers -> neck -> image embedding
 points, boxes, masks -> prompt encoder -> prompt tokens
 image embedding + prompt tokens -> two-way transformer -> upscaling, hypernetworks, IoU head -> masks and scores
-pixels -> patches -> vision layers -> feature maps (backbone) or class scores (classifier), at the end of the file
 
 Shape letters: B images, Q prompts an image, P points a prompt, T tokens, M candidate masks, N = h * w grid cells,
-C channels. Grids are kept channel-last and flat, `[..., N, C]`, but for the public image embedding `[B, C, h, w]`.
+C channels. Grids are kept channel-last and flat, `[..., N, C]`, but for the public image embedding `[B, C, h, w]` and
+the upscaling, `[P, C, h, w]` with P = B * Q.
 Paper: EfficientSAM, arXiv 2312.00863; the decoder is that of Segment Anything, arXiv 2304.02643.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import HfApi, ModelCard
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
-from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BackboneOutput, BaseModelOutput, ImageClassifierOutput
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput
-from transformers.utils.generic import TransformersKwargs, can_return_tuple, maybe_autocast
+from transformers.utils.generic import TransformersKwargs, maybe_autocast
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_efficientsam import (
-    EfficientSamBackboneConfig,
     EfficientSamConfig,
     EfficientSamMaskDecoderConfig,
     EfficientSamPromptEncoderConfig,
     EfficientSamVisionConfig,
 )
-from .model_card_efficientsam import model_card
+from .mask_decoder_fast_efficientsam import FastMaskDecoder, can_decode_fast
 
 # What an input token is; a row number of the prompt encoder's table once 1 is added. Every negative label means
 # "no point here": -1 in the official model, -10 in transformers' processors.
@@ -327,8 +321,6 @@ class EfficientSamPreTrainedModel(PreTrainedModel):
         # code would otherwise keep pointing at the repository it came from.
         module = type(self).__module__.split(".")[-1]
         self.config.auto_map = {name: f"{module}.{type(self).__name__}" for name in self._auto_classes}
-        readme = Path(save_directory, "README.md")
-        self._saved_readme = readme.read_bytes() if readme.is_file() else None  # transformers overwrites it on a push
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
@@ -467,14 +459,6 @@ class EfficientSamPositionEmbedding(nn.Module):
 def read_rows(embedding: nn.Embedding, device: torch.device) -> torch.Tensor:
     """The table of an embedding, read through its forward: only there are weights present that accelerate offloads."""
     return embedding(torch.arange(embedding.num_embeddings, device=device))
-
-
-def is_plain(module: nn.Module) -> bool:
-    """
-    Whether the weights of a layer are all there is to it: not replaced by an adapter or a quantised layer, and not
-    offloaded by accelerate ("meta"), which puts them in place only while the forward of their module runs.
-    """
-    return type(module) in (nn.Linear, nn.ConvTranspose2d, nn.GroupNorm) and not module.weight.is_meta
 
 
 def axis_frequencies(count: int) -> torch.Tensor:
@@ -686,74 +670,6 @@ class EfficientSamAttention(nn.Module):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         return attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
 
-    # The same with less work, in float32. P prompts with an image each of N cells, and few tokens T.
-    # The image's cells x are not projected, the tokens are, by the transposed matrices: (K x) . q = x . (K' q), and
-    # the sum of a V x is V times the sum of a x.
-
-    def by_head(self, linear: nn.Linear) -> torch.Tensor:
-        """Weights of a projection to the heads, `[heads, head_dim, C]`."""
-        return linear.weight.unflatten(0, (-1, self.head_dim))
-
-    def fold_into(self, tokens: torch.Tensor, linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
-        """Projected tokens `[P, T, heads * D]` -> what a cell x meets in place of K x + b, `[P, heads, T, C]`,
-        and what the b adds, `[P, heads, T]`."""
-        tokens = tokens.unflatten(-1, (-1, self.head_dim))
-        bias = torch.einsum("pthd,hd->pht", tokens, linear.bias.unflatten(0, (-1, self.head_dim)))
-        return torch.einsum("pthd,hdc->phtc", tokens, self.by_head(linear)), bias
-
-    def read_image(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Tokens `[P, T, C]` attend to their image's keys and values `[P, N, C]` -> `[P, T, C]`."""
-        query, bias = self.fold_into(self.scaling * self.q_proj(query), self.k_proj)
-        weights = torch.baddbmm(bias.flatten(1, 2).unsqueeze(-1), query.flatten(1, 2), key.transpose(1, 2)).softmax(-1)
-        read = torch.bmm(weights, value).unflatten(1, query.shape[1:3])
-        read = torch.einsum("phtc,hdc->pthd", read, self.by_head(self.v_proj)).flatten(2)
-        return self.o_proj(read + self.v_proj.bias)
-
-    def read_shared_image(self, query: torch.Tensor, shared: "SharedImage") -> torch.Tensor:
-        """Tokens `[P, T, C]` attend to the one image of all prompts, whose projections are there -> `[P, T, C]`."""
-        num_images = shared.key.shape[0]
-        read, _ = self.attend(
-            self.split_heads(self.q_proj(query).unflatten(0, (num_images, -1)).flatten(1, 2).unsqueeze(1)),
-            shared.key,
-            shared.value,
-            None,
-        )
-        return self.o_proj(read.reshape(*query.shape[:2], -1))
-
-    def write_image(
-        self,
-        image: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        log_counts: torch.Tensor,
-    ) -> torch.Tensor:
-        """
-        The image `[P, N, C]` plus what its queries gather from the tokens `[P, T, C]`, of which each counts
-        exp(log_counts `[P, T]`) times. The queries are `[P, N, C]`, or projected and by head, `[P, heads, D, N]`.
-        """
-        key = self.scaling * self.k_proj(key)
-        if query.ndim == 4:
-            key = key.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            logits = key @ query + log_counts[:, None, :, None]  # [P, heads, T, N]
-        else:
-            key, bias = self.fold_into(key, self.q_proj)
-            bias = (bias + log_counts[:, None]).flatten(1, 2).unsqueeze(-1)
-            logits = torch.baddbmm(bias, key.flatten(1, 2), query.transpose(1, 2)).unflatten(1, key.shape[1:3])
-        weights = logits.softmax(dim=2).flatten(1, 2)
-        value = self.v_proj(value).unflatten(-1, (-1, self.head_dim))
-        value = torch.einsum("pthd,chd->phtc", value, self.o_proj.weight.unflatten(1, (-1, self.head_dim)))
-        value = value + self.o_proj.bias / value.shape[1]  # the weights of each head add up to one
-        return torch.baddbmm(image, weights.transpose(1, 2), value.flatten(1, 2))
-
-
-class SharedImage(NamedTuple):
-    """Projections of the image that all prompts share, for the first layer: `[B, heads, N, D]` each."""
-
-    key: torch.Tensor
-    value: torch.Tensor
-    query: torch.Tensor
-
 
 class EfficientSamTwoWayLayer(GradientCheckpointingLayer):
     """Tokens attend to each other and to the image, then the image to the tokens."""
@@ -772,72 +688,38 @@ class EfficientSamTwoWayLayer(GradientCheckpointingLayer):
 
     def forward(
         self,
-        tokens: torch.Tensor,
-        image: torch.Tensor,
-        token_positions: torch.Tensor,
-        image_positions: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        query_point_embedding: torch.Tensor,
+        key_point_embedding: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            queries, query_point_embedding: the tokens and what is added as their positions, `[B, Q, T, C]`.
+            keys: the image, `[B, 1 or Q, N, C]`; `key_point_embedding` its positions, `[N, C]`.
+            attention_mask (`[B, Q, 1, T]`, *optional*): added to the logits of attention to the tokens.
+
+        Returns:
+            tokens `[B, Q, T, C]`, image `[B, Q, N, C]`, and the weights of the attention to the image, if eager.
+        """
         # In the first layer the tokens are still nothing but their positions, which are therefore not added again.
         # Unlike in SAM, positions are in the values and the residual too, and the first layer keeps its residual.
-        tokens = tokens if self.first else tokens + token_positions
-        update, _ = self.self_attention(tokens, tokens, tokens, attention_mask, **kwargs)
-        tokens = self.layernorm1(tokens + update)
+        queries = queries if self.first else queries + query_point_embedding
+        update, _ = self.self_attention(queries, queries, queries, attention_mask, **kwargs)
+        queries = self.layernorm1(queries + update)
 
-        query, key = tokens + token_positions, image + image_positions
-        update, weights = self.token_to_image_attention(query, key, image, **kwargs)
-        tokens = self.layernorm2(tokens + update)
+        query, key = queries + query_point_embedding, keys + key_point_embedding
+        update, weights = self.token_to_image_attention(query, key, keys, **kwargs)
+        queries = self.layernorm2(queries + update)
 
-        tokens = self.layernorm3(tokens + self.mlp(tokens))
+        queries = self.layernorm3(queries + self.mlp(queries))
 
-        query, key = image + image_positions, tokens + token_positions
-        update, _ = self.image_to_token_attention(query, key, tokens, attention_mask, **kwargs)
-        image = self.layernorm4(image + update)  # from the first layer on each prompt has an image of its own
-        return tokens, image, weights
-
-    def share(self, image: torch.Tensor, image_positions: torch.Tensor) -> SharedImage:
-        """The image side of this layer, once for all prompts of each `image` `[B, 1, N, C]`."""
-        read, write, placed = self.token_to_image_attention, self.image_to_token_attention, image + image_positions
-        key, value, query = read.k_proj(placed), read.v_proj(image), write.q_proj(placed)
-        return SharedImage(*map(read.split_heads, (key, value, query)))
-
-    def forward_folded(
-        self,
-        tokens: torch.Tensor,
-        image: torch.Tensor,
-        token_positions: torch.Tensor,
-        image_positions: torch.Tensor,
-        log_counts: torch.Tensor,
-        shared: SharedImage | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        The numbers of `forward` with less work, see [`EfficientSamAttention`].
-
-        Args:
-            tokens, token_positions: `[P, T, C]`, P = B * Q.
-            image: `[P, N, C]`.
-            image_positions: `[N, C]`.
-            log_counts: `[P, T]`.
-            shared: the projections, where the prompts of an image still share it.
-        """
-        tokens = tokens if self.first else tokens + token_positions
-        update, _ = self.self_attention(*3 * [tokens.unsqueeze(1)], log_counts[:, None, None])
-        tokens = self.layernorm1(tokens + update.squeeze(1))
-        placed = None if shared else image + image_positions
-        if shared:
-            update = self.token_to_image_attention.read_shared_image(tokens + token_positions, shared)
-        else:
-            update = self.token_to_image_attention.read_image(tokens + token_positions, placed, image)
-        tokens = self.layernorm2(tokens + update)
-        tokens = self.layernorm3(tokens + self.mlp(tokens))
-
-        query = placed
-        if shared:
-            query = shared.query.transpose(2, 3).unsqueeze(1)
-            query = query.expand(-1, tokens.shape[0] // query.shape[0], -1, -1, -1).flatten(0, 1)
-        image = self.image_to_token_attention.write_image(image, query, tokens + token_positions, tokens, log_counts)
-        return tokens, self.layernorm4(image)
+        query, key = keys + key_point_embedding, queries + query_point_embedding
+        update, _ = self.image_to_token_attention(query, key, queries, attention_mask, **kwargs)
+        keys = self.layernorm4(keys + update)  # from the first layer on each prompt has an image of its own
+        return queries, keys, weights
 
 
 class EfficientSamFeedForward(nn.Module):
@@ -856,13 +738,7 @@ class EfficientSamFeedForward(nn.Module):
 
 
 class EfficientSamMaskUpscaling(nn.Module):
-    """
-    Doubles the grid once for each of `upscaling_channels`, then each mask is a product of the cells with a filter:
-    image `[P, N, C]` and filters `[P, M, C_last]` -> mask logits `[P, M, 4h, 4w]`.
-
-    A transposed convolution that doubles is a product for each cell, and to the norm, the activation and the products
-    after them the order of cells means nothing. So only masks are laid out as a picture, last of all.
-    """
+    """Doubles the grid once for each of `upscaling_channels`: `[P, C, h, w] -> [P, C_last, 4h, 4w]`."""
 
     def __init__(self, config: EfficientSamMaskDecoderConfig):
         super().__init__()
@@ -872,43 +748,14 @@ class EfficientSamMaskUpscaling(nn.Module):
         self.norms = nn.ModuleList([nn.GroupNorm(1, c, eps=config.layer_norm_eps) for c in channels[1:-1]])
         self.activation = ACT2FN[config.hidden_act]
 
-    def forward(self, image: torch.Tensor, filters: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         for conv, norm in zip(self.convs[:-1], self.norms, strict=True):
-            image = self.activation(self.normalize(norm, self.double(conv, image)))
-        # The last doubling is the largest by far and without a norm: where no value is wanted later, in pieces that
-        # stay in the cache of a CPU.
-        parts = [image] if torch.is_grad_enabled() else image.split(max(1, 2**19 // image[:, 0].numel()), dim=1)
-        masks = [filters @ self.activation(self.double(self.convs[-1], part)).transpose(1, 2) for part in parts]
-        return self.unshuffle(torch.cat(masks, dim=2), grid_size)
-
-    def normalize(self, norm: nn.GroupNorm, image: torch.Tensor) -> torch.Tensor:
-        """`[P, N, C]`, mean 0 and variance 1 over both N and C, then scaled and shifted by channel."""
-        if not is_plain(norm):
-            return norm(image.transpose(1, 2)).transpose(1, 2)
-        return torch.addcmul(norm.bias, F.layer_norm(image, image.shape[1:], eps=norm.eps), norm.weight)
-
-    def double(self, conv: nn.ConvTranspose2d, image: torch.Tensor) -> torch.Tensor:
-        """`[P, N, C] -> [P, 4 N, C_next]`; the four cells that a cell becomes follow each other."""
-        if not is_plain(conv):
-            image = conv(image.transpose(1, 2).unsqueeze(3)).unflatten(2, (-1, 2))  # [P, C_next, N, 2, 2]
-            return image.flatten(2).transpose(1, 2)
-        image = F.linear(image, conv.weight.permute(2, 3, 1, 0).flatten(0, 2), conv.bias.repeat(4))
-        return image.unflatten(-1, (4, -1)).flatten(1, 2)
-
-    def unshuffle(self, masks: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-        """`[P, M, N * 4 ** doublings] -> [P, M, 4h, 4w]`"""
-        doublings = len(self.convs)
-        masks = masks.unflatten(2, (*grid_size, *doublings * [2, 2]))  # P, M, h, w, then y and x of each doubling
-        rows, columns = range(4, 4 + 2 * doublings, 2), range(5, 5 + 2 * doublings, 2)
-        masks = masks.permute(0, 1, 2, *rows, 3, *columns)
-        return masks.reshape(*masks.shape[:2], *self.enlarged(grid_size))
-
-    def enlarged(self, grid_size: tuple[int, int]) -> tuple[int, int]:
-        return grid_size[0] * 2 ** len(self.convs), grid_size[1] * 2 ** len(self.convs)
+            hidden_states = self.activation(norm(conv(hidden_states)))
+        return self.activation(self.convs[-1](hidden_states))
 
 
 class EfficientSamMaskDecoder(nn.Module):
-    """Image `[B, 1 or Q, N, C]` and prompt tokens `[B, Q, T, C]` -> mask logits and predicted IoU."""
+    """Image embeddings and prompt tokens -> mask logits and predicted IoU, as in Segment Anything."""
 
     def __init__(self, config: EfficientSamMaskDecoderConfig):
         super().__init__()
@@ -935,147 +782,137 @@ class EfficientSamMaskDecoder(nn.Module):
 
     def forward(
         self,
-        image: torch.Tensor,
-        image_positions: torch.Tensor,
-        prompt_tokens: torch.Tensor,
-        counts: torch.Tensor,
-        grid_size: tuple[int, int],
-        multimask_output: bool,
+        image_embeddings: torch.Tensor,
+        image_positional_embeddings: torch.Tensor,
+        sparse_prompt_embeddings: torch.Tensor,
+        token_multiplicity: torch.Tensor,
+        dense_prompt_embeddings: torch.Tensor | None = None,
+        multimask_output: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
+        Where `can_decode_fast` says so, [`FastMaskDecoder`] gives the same numbers with less work.
+
         Args:
-            image: `[B, 1 or Q, N, C]`, one grid for all prompts or one for each.
-            image_positions: `[N, C]`.
-            prompt_tokens: `[B, Q, T, C]`.
-            counts: `[B, Q, T]`, how many times each of them counts.
-            grid_size: `(h, w)` with h * w = N.
+            image_embeddings: `[B, C, h, w]`.
+            image_positional_embeddings: `[N, C]`.
+            sparse_prompt_embeddings: tokens of points and boxes, `[B, Q, T, C]`.
+            token_multiplicity: `[B, Q, T]`, how many equal tokens each of them stands for, 0 for none.
+            dense_prompt_embeddings: what is added to the image for the prompts' masks, `[B, 1 or Q, N, C]`.
+            multimask_output: the candidates, or the single mask.
 
         Returns:
             mask logits `[B, Q, M, 4h, 4w]` and IoU scores `[B, Q, M]`.
         """
-        masks, scores = [], []
-        for tokens, images in self.attend(image, image_positions, prompt_tokens, counts, multimask_output, **kwargs):
-            scores.append(self.predict_iou(tokens, multimask_output))
-            masks.append(self.predict_masks(tokens, images, grid_size, multimask_output))
-        if len(masks) == 1:
-            return masks[0], scores[0]
-        return torch.cat(masks, dim=1), torch.cat(scores, dim=1)
+        grid_size = tuple(image_embeddings.shape[-2:])
+        image = self.embed_image(image_embeddings, dense_prompt_embeddings)
+        tokens, log_multiplicity = self.embed_tokens(sparse_prompt_embeddings, token_multiplicity)
+        inputs = (image, image_positional_embeddings, tokens, log_multiplicity)
+        if can_decode_fast(self, image, kwargs.get("output_attentions")):
+            return FastMaskDecoder(self).predict(*inputs, grid_size, multimask_output)
 
-    def attend(
-        self, image, image_positions, prompt_tokens, counts, multimask_output: bool, **kwargs
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """
-        The two-way transformer, for some prompts at a time where no value is wanted again later.
+        tokens, image = self.attend(*inputs, multimask_output, **kwargs)
+        iou_scores = self.predict_iou(tokens, multimask_output)
+        return self.predict_masks(tokens, image, grid_size, multimask_output), iou_scores
 
-        Yields:
-            of the next q prompts, the tokens of the IoU and of the wanted masks `[B, q, 1 + M, C]`, and the image as
-            they see it `[B, q, N, C]`.
-        """
-        tokens, log_counts = self.add_output_tokens(prompt_tokens, counts)
-        wanted = [0, *self.mask_indices(multimask_output, first=1)]
-        num_prompts = tokens.shape[1]
-        on_cpu, with_gradients = image.device.type == "cpu", torch.is_grad_enabled()
-        every_value = kwargs.get("output_attentions") or any(
-            layer.gradient_checkpointing and layer.training for layer in self.layers
-        )
-        # Half precision stays with the attention functions, which sum in float32.
-        fold = image.dtype == torch.float32 and not torch.is_autocast_enabled(image.device.type)
-        # With gradients it halves the time of a step on a CPU; on a GPU that is not measured.
-        fold = fold and not every_value and (on_cpu or not with_gradients) and all(map(is_plain, self.projections()))
-        step = self.config.prompts_per_chunk
-        if every_value or (with_gradients and not fold):
-            step = num_prompts
-        elif on_cpu:
-            step = min(step, 2)  # measured: more prompts at once fall out of the cache
-        shared = self.layers[0].share(image, image_positions) if fold and image.shape[1] < num_prompts else None
-        for start in range(0, num_prompts, step):
-            part = slice(start, start + step)
-            inputs = (
-                image if image.shape[1] == 1 else image[:, part],
-                image_positions,
-                tokens[:, part],
-                log_counts[:, part],
-                wanted,
-            )
-            yield self.attend_folded(*inputs, shared) if fold else self.attend_plain(*inputs, **kwargs)
-
-    def add_output_tokens(
-        self, prompt_tokens: torch.Tensor, counts: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All tokens `[B, Q, 1 + masks + T, C]`, and the logarithm of how many times each counts."""
-        output_tokens = torch.cat([read_rows(x, prompt_tokens.device) for x in (self.iou_token, self.mask_tokens)])
-        tokens = torch.cat([output_tokens.expand(*prompt_tokens.shape[:2], -1, -1), prompt_tokens], dim=2)
-        return tokens, F.pad(counts, (len(output_tokens), 0), value=1).to(tokens.dtype).log()
-
-    def projections(self) -> Iterator[nn.Module]:
-        """What `attend_folded` reads the weights of."""
-        attentions = (module for module in self.modules() if isinstance(module, EfficientSamAttention))
-        return (
-            x
-            for attention in attentions
-            for x in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        )
-
-    def attend_plain(self, image, image_positions, tokens, log_counts, wanted, **kwargs):
-        token_positions, attention_mask = tokens, log_counts.unsqueeze(2)
-        for layer in self.layers:
-            tokens, image, _ = layer(tokens, image, token_positions, image_positions, attention_mask, **kwargs)
-        query = (tokens + token_positions)[:, :, wanted]
-        update, _ = self.final_token_to_image_attention(query, image + image_positions, image, **kwargs)
-        return self.final_layernorm(tokens[:, :, wanted] + update), image
-
-    def attend_folded(self, image, image_positions, tokens, log_counts, wanted, shared):
-        prompts = tokens.shape[:2]
-        image = image.expand(-1, prompts[1], -1, -1).flatten(0, 1)
-        token_positions = tokens = tokens.flatten(0, 1)
-        for layer in self.layers:
-            tokens, image = layer.forward_folded(
-                tokens, image, token_positions, image_positions, log_counts.flatten(0, 1), shared
-            )
-            shared = None  # from the first layer on each prompt has an image of its own
-        query = (tokens + token_positions)[:, wanted]
-        update = self.final_token_to_image_attention.read_image(query, image + image_positions, image)
-        tokens = self.final_layernorm(tokens[:, wanted] + update)
-        return tokens.unflatten(0, prompts), image.unflatten(0, prompts)
-
-    def mask_indices(self, multimask_output: bool | None, first: int = 0) -> range:
-        """Which masks are wanted, counted from `first`: the candidates, the single one, or (`None`) it and them."""
-        if multimask_output is None:
-            return range(first, first + len(self.hypernetworks))
-        return range(first + 1, first + len(self.hypernetworks)) if multimask_output else range(first, first + 1)
-
-    def predict_iou(self, tokens: torch.Tensor, multimask_output: bool) -> torch.Tensor:
-        """`[B, q, 1 + M, C] -> [B, q, M]`"""
-        return self.iou_head(tokens[:, :, 0])[:, :, self.mask_indices(multimask_output)]
-
-    def predict_masks(
+    @torch.no_grad()
+    def predict_confident(
         self,
-        tokens: torch.Tensor,
-        image: torch.Tensor,
-        grid_size: tuple[int, int],
+        image_embeddings: torch.Tensor,
+        image_positional_embeddings: torch.Tensor,
+        sparse_prompt_embeddings: torch.Tensor,
+        token_multiplicity: torch.Tensor,
+        dense_prompt_embeddings: torch.Tensor | None,
         multimask_output: bool,
-        keep: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        pred_iou_thresh: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        Args:
-            tokens, image: what `attend` yields.
-            keep: `[B, q, M]` bool; nothing is computed for prompts and masks that are not kept.
+        `forward` for the masks whose predicted IoU is above `pred_iou_thresh`.
 
         Returns:
-            mask logits `[B, q, M, 4h, 4w]`, or `[K, 4h, 4w]` of those kept, in order.
+            which masks are kept, bool `[B, Q, M]`; the K scores in order; their logits `[K, 4h, 4w]`.
         """
+        grid_size = tuple(image_embeddings.shape[-2:])
+        image = self.embed_image(image_embeddings, dense_prompt_embeddings)
+        tokens, log_multiplicity = self.embed_tokens(sparse_prompt_embeddings, token_multiplicity)
+        inputs = (image, image_positional_embeddings, tokens, log_multiplicity)
+        if can_decode_fast(self, image):
+            return FastMaskDecoder(self).predict_confident(*inputs, grid_size, multimask_output, pred_iou_thresh)
+
+        tokens, image = self.attend(*inputs, multimask_output)
+        iou_scores = self.predict_iou(tokens, multimask_output)
+        kept = iou_scores > pred_iou_thresh
+        prompts = kept.any(dim=-1)  # only these are upscaled
+        masks = self.predict_masks(tokens[prompts][None], image[prompts][None], grid_size, multimask_output)
+        return kept, iou_scores[kept], masks[0][kept[prompts]]
+
+    def embed_image(
+        self, image_embeddings: torch.Tensor, dense_prompt_embeddings: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`[B, C, h, w] -> [B, 1 or Q, N, C]`, with the prompts' masks if there are some."""
+        image = image_embeddings.flatten(2).transpose(1, 2).unsqueeze(1)
+        return image if dense_prompt_embeddings is None else image + dense_prompt_embeddings.to(image.device)
+
+    def embed_tokens(
+        self, sparse_prompt_embeddings: torch.Tensor, token_multiplicity: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        All tokens `[B, Q, 1 + masks + T, C]`, those of IoU and masks first, and the logarithm of their multiplicity:
+        n equal keys weigh as much in a softmax as one whose logit is larger by log n.
+        """
+        device = sparse_prompt_embeddings.device
+        output_tokens = torch.cat([read_rows(self.iou_token, device), read_rows(self.mask_tokens, device)])
+        output_tokens = output_tokens.expand(*sparse_prompt_embeddings.shape[:2], -1, -1)
+        tokens = torch.cat([output_tokens, sparse_prompt_embeddings], dim=2)
+        token_multiplicity = F.pad(token_multiplicity, (output_tokens.shape[2], 0), value=1)
+        return tokens, token_multiplicity.to(tokens.dtype).log()
+
+    def attend(
+        self, image, image_positional_embeddings, tokens, log_multiplicity, multimask_output: bool | None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The two-way transformer on what `embed_image` and `embed_tokens` return.
+
+        Returns:
+            the tokens of the IoU and of the wanted masks `[B, Q, 1 + M, C]`, and the image as each prompt sees it
+            `[B, Q, N, C]`.
+        """
+        queries, keys, attention_mask = tokens, image, log_multiplicity.unsqueeze(2)
+        for layer in self.layers:
+            queries, keys, _ = layer(queries, keys, tokens, image_positional_embeddings, attention_mask, **kwargs)
+
+        wanted = self.output_token_indices(multimask_output)
+        query, key = (queries + tokens)[:, :, wanted], keys + image_positional_embeddings
+        update, _ = self.final_token_to_image_attention(query, key, keys, **kwargs)
+        return self.final_layernorm(queries[:, :, wanted] + update), keys
+
+    def predict_iou(self, tokens: torch.Tensor, multimask_output: bool | None) -> torch.Tensor:
+        """`[B, Q, 1 + M, C] -> [B, Q, M]`"""
+        return self.iou_head(tokens[:, :, 0])[:, :, self.mask_indices(multimask_output)]
+
+    def predict_filters(self, tokens: torch.Tensor, multimask_output: bool | None) -> torch.Tensor:
+        """The hypernetworks: tokens `[B, Q, 1 + M, C]` -> filters of the wanted masks `[B, Q, M, C_last]`."""
         nets = [self.hypernetworks[i] for i in self.mask_indices(multimask_output)]
-        filters = torch.stack([net(tokens[:, :, 1 + i]) for i, net in enumerate(nets)], dim=2)  # [B, q, M, C_last]
-        prompts, image, filters = image.shape[:2], image.flatten(0, 1), filters.flatten(0, 1)
-        if keep is None:
-            return self.upscaling(image, filters, grid_size).unflatten(0, prompts)
-        masks = [
-            self.upscaling(image[i : i + 1], filters[i : i + 1, wanted], grid_size)[0]
-            for i, wanted in enumerate(keep.flatten(0, 1))
-            if wanted.any()
-        ]
-        return torch.cat(masks) if masks else image.new_empty(0, *self.upscaling.enlarged(grid_size))
+        return torch.stack([net(tokens[:, :, 1 + i]) for i, net in enumerate(nets)], dim=2)
+
+    def predict_masks(
+        self, tokens: torch.Tensor, image: torch.Tensor, grid_size: tuple[int, int], multimask_output: bool | None
+    ) -> torch.Tensor:
+        """What `attend` returns -> mask logits `[B, Q, M, 4h, 4w]`."""
+        filters = self.predict_filters(tokens, multimask_output)
+        upscaled = self.upscaling(image.flatten(0, 1).transpose(1, 2).unflatten(2, grid_size))  # [P, C_last, 4h, 4w]
+        masks = filters.flatten(0, 1) @ upscaled.flatten(2)
+        return masks.unflatten(2, upscaled.shape[2:]).unflatten(0, image.shape[:2])
+
+    def mask_indices(self, multimask_output: bool | None) -> range:
+        """Which masks are wanted: the candidates, the single one, or (`None`) the single one and the candidates."""
+        if multimask_output is None:
+            return range(len(self.hypernetworks))
+        return range(1, len(self.hypernetworks)) if multimask_output else range(1)
+
+    def output_token_indices(self, multimask_output: bool | None) -> list[int]:
+        """The IoU's token and those of the wanted masks."""
+        return [0, *(1 + i for i in self.mask_indices(multimask_output))]
 
 
 # --------------------------------------------------------------------------------------------------- the whole
@@ -1127,17 +964,6 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         self.vision_encoder.set_attn_implementation(attn_implementation, **kwargs)
         for config in (self.config.prompt_encoder_config, self.config.mask_decoder_config):
             config._attn_implementation = self.config._attn_implementation
-
-    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
-        # Here meet push_to_hub and save_pretrained(push_to_hub=True). Where the repository has no README.md,
-        # transformers has by now put an empty form into the folder; the folder's own one, or else our card, is better.
-        if not HfApi().file_exists(repo_id, "README.md", token=kwargs.get("token")):
-            readme = Path(working_dir, "README.md")
-            if self._saved_readme is not None:
-                readme.write_bytes(self._saved_readme)
-            else:
-                model_card(self, repo_id, ModelCard.load(readme).data.tags or []).save(readme)
-        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
 
     def get_image_embeddings(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
@@ -1206,9 +1032,11 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         vision_output = EfficientSamVisionOutput(last_hidden_state=image_embeddings)
         if pixel_values is not None:
             vision_output = self.vision_encoder(pixel_values, **kwargs)
-        image = vision_output.last_hidden_state
-        inputs = self.prompt(image, input_points, input_labels, input_boxes, input_masks)
-        pred_masks, iou_scores = self.mask_decoder(*inputs, tuple(image.shape[-2:]), multimask_output, **kwargs)
+        image_embeddings = vision_output.last_hidden_state
+        prompts = self.encode_prompts(image_embeddings, input_points, input_labels, input_boxes, input_masks)
+        pred_masks, iou_scores = self.mask_decoder(
+            image_embeddings, *prompts, multimask_output=multimask_output, **kwargs
+        )
         return EfficientSamImageSegmentationOutput(
             iou_scores=iou_scores,
             pred_masks=pred_masks,
@@ -1239,18 +1067,30 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         Returns:
             which mask of which prompt is kept, bool `(Q, M)`; the K scores; the K masks' logits `(K, H / 4, W / 4)`.
         """
-        grid_size = tuple(image_embeddings.shape[-2:])
-        inputs = self.prompt(image_embeddings, input_points, input_labels, None, None)
-        kept, scores, masks = [], [], []
-        for tokens, image in self.mask_decoder.attend(*inputs, multimask_output):
-            iou = self.mask_decoder.predict_iou(tokens, multimask_output)
-            kept.append(iou > pred_iou_thresh)
-            scores.append(iou[kept[-1]])
-            masks.append(self.mask_decoder.predict_masks(tokens, image, grid_size, multimask_output, kept[-1]))
-        return torch.cat(kept, dim=1)[0], torch.cat(scores), torch.cat(masks)
+        prompts = self.encode_prompts(image_embeddings, input_points, input_labels)
+        kept, scores, masks = self.mask_decoder.predict_confident(
+            image_embeddings, *prompts, multimask_output, pred_iou_thresh
+        )
+        return kept[0], scores, masks
 
-    def prompt(self, image_embeddings, input_points, input_labels, input_boxes, input_masks) -> tuple:
-        """Arguments of `forward` -> the mask decoder's image, image_positions, prompt_tokens and counts."""
+    def encode_prompts(
+        self,
+        image_embeddings: torch.Tensor,
+        input_points: torch.Tensor | None = None,
+        input_labels: torch.Tensor | None = None,
+        input_boxes: torch.Tensor | None = None,
+        input_masks: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """
+        Arguments of `forward` -> what the mask decoder needs beside `image_embeddings`.
+
+        Returns:
+            `image_positional_embeddings` `[N, C]`, `sparse_prompt_embeddings` `[B, Q, T, C]`, `token_multiplicity`
+            `[B, Q, T]` and `dense_prompt_embeddings` `[B or 1, Q or 1, N or 1, C]` or `None`.
+
+        Raises:
+            ValueError: if the prompts' shapes disagree, or if the model lacks a kind of prompt.
+        """
         batch_size, grid_size = image_embeddings.shape[0], tuple(image_embeddings.shape[-2:])
         if input_points is not None and input_labels is None:
             input_labels = torch.ones_like(input_points[..., 0], dtype=torch.long)
@@ -1259,7 +1099,7 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         check_prompts(batch_size, input_points, input_labels, input_boxes, input_masks)
 
         patch_size = self.config.vision_config.patch_size
-        prompt_tokens, counts, dense_prompt = self.prompt_encoder(
+        sparse_prompt_embeddings, token_multiplicity, dense_prompt_embeddings = self.prompt_encoder(
             input_points,
             input_labels,
             input_boxes,
@@ -1268,11 +1108,8 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
             grid_size,
             input_size=(patch_size * grid_size[0], patch_size * grid_size[1]),
         )
-        image = image_embeddings.flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, N, C]
-        if dense_prompt is not None:
-            image = image + dense_prompt.to(image.device)
-        image_positions = self.prompt_encoder.position_embedding.grid(*grid_size).to(image)
-        return image, image_positions, prompt_tokens, counts
+        positions = self.prompt_encoder.position_embedding.grid(*grid_size).to(image_embeddings)
+        return positions, sparse_prompt_embeddings, token_multiplicity, dense_prompt_embeddings
 
 
 def check_prompts(batch_size: int, points, labels, boxes, masks) -> None:
@@ -1299,206 +1136,7 @@ def check_prompts(batch_size: int, points, labels, boxes, masks) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------- backbone and classifier
-
-
-class EfficientSamMapLayerNorm(nn.LayerNorm):
-    """Layer normalisation over the channels of a map `[B, C, h, w]`."""
-
-    def forward(self, grid: torch.Tensor) -> torch.Tensor:
-        return super().forward(grid.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class EfficientSamPyramidLevel(nn.Module):
-    """The map `[B, hidden_size, h, w]` of stride 16 -> `[B, pyramid_channels, ...]` of stride 4, 8, 16 or 32."""
-
-    def __init__(self, config: EfficientSamBackboneConfig, stride: int):
-        super().__init__()
-        channels, eps = config.hidden_size, config.layer_norm_eps
-        half, quarter = channels // 2, channels // 4
-        if stride == 4:
-            double = nn.ConvTranspose2d(channels, half, kernel_size=2, stride=2)
-            double_again = nn.ConvTranspose2d(half, quarter, kernel_size=2, stride=2)
-            self.resize = nn.Sequential(double, EfficientSamMapLayerNorm(half, eps=eps), nn.GELU(), double_again)
-        elif stride == 8:
-            self.resize = nn.ConvTranspose2d(channels, half, kernel_size=2, stride=2)
-        else:
-            self.resize = nn.MaxPool2d(kernel_size=2, ceil_mode=True) if stride == 32 else nn.Identity()
-        self.neck = EfficientSamVisionNeck({4: quarter, 8: half}.get(stride, channels), config.pyramid_channels, eps)
-
-    def forward(self, grid: torch.Tensor) -> torch.Tensor:
-        grid = self.resize(grid)
-        return self.neck(grid.flatten(2).transpose(1, 2), *grid.shape[-2:])
-
-
-class EfficientSamFeaturePyramid(nn.Module):
-    """
-    ViTDet's simple feature pyramid (arXiv 2203.16527, section 3): the last map `[B, hidden_size, H / 16, W / 16]` ->
-    one `[B, pyramid_channels, H / stride, W / stride]` for each stride, rounded up. Stride 64 is every second cell of
-    32.
-    """
-
-    def __init__(self, config: EfficientSamBackboneConfig, strides: list[int]):
-        super().__init__()
-        self.strides = strides
-        built = sorted({min(stride, 32) for stride in strides})
-        self.levels = nn.ModuleDict({str(stride): EfficientSamPyramidLevel(config, stride) for stride in built})
-
-    def forward(self, grid: torch.Tensor) -> list[torch.Tensor]:
-        maps = {int(stride): level(grid) for stride, level in self.levels.items()}
-        if 64 in self.strides:
-            maps[64] = maps[32][..., ::2, ::2]
-        return [maps[stride] for stride in self.strides]
-
-
-class EfficientSamBackbone(BackboneMixin, EfficientSamPreTrainedModel):
-    """
-    The vision encoder as a backbone, for images of any size: the maps of chosen layers, or ViTDet's simple feature
-    pyramid on the last one; with windowed attention if wanted. [`EfficientSamBackboneConfig`] has the choices.
-
-    `from_pretrained` takes the encoder from its own directories and from those of [`EfficientSamForPreTraining`],
-    [`EfficientSamModel`] and [`EfficientSamForImageClassification`]; neck, class token and heads stay behind, pyramid
-    and normalisations start new. Layers after the last one that is asked for are not built.
-
-    Example:
-
-    ```python
-    >>> backbone = EfficientSamBackbone.from_pretrained("path/to/sami", pyramid_strides=[4, 8, 16, 32])
-    >>> [tuple(feature_map.shape) for feature_map in backbone(pixel_values).feature_maps]  # of 512 x 512 pixels
-    [(1, 256, 128, 128), (1, 256, 64, 64), (1, 256, 32, 32), (1, 256, 16, 16)]
-    ```
-    """
-
-    config_class = EfficientSamBackboneConfig
-    config: EfficientSamBackboneConfig
-    _auto_classes = ("AutoBackbone",)
-
-    def __init__(self, config: EfficientSamBackboneConfig):
-        super().__init__(config)
-        stages = [config.stage_names.index(name) for name in config.out_features]
-        # Which hidden states the maps are made of: 0 is the first layer's input.
-        self.states = stages if config.pyramid_strides is None else [config.num_hidden_layers]
-        depth = max(self.states) or 1
-        self.vision_encoder = EfficientSamTokenEncoder(config, False, config.window_sizes[:depth])
-        norms = self.states if config.apply_layernorm else []
-        self.layernorms = nn.ModuleList([nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in norms])
-        self.pyramid = None
-        if config.pyramid_strides is not None:
-            self.pyramid = EfficientSamFeaturePyramid(config, [config.pyramid_strides[stage] for stage in stages])
-        channels = config.hidden_size if self.pyramid is None else config.pyramid_channels
-        self.num_features = len(config.stage_names) * [channels]
-        self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):  # of the pyramid: the encoder starts by itself
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.vision_encoder.get_input_embeddings()
-
-    @can_return_tuple
-    @filter_output_hidden_states
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
-        """
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): Normalised pixels, H and W multiples of 16.
-
-        Returns:
-            `BackboneOutput` with `feature_maps`, one `(B, C, h, w)` for each of `out_features`, where C is in
-            `channels`; `hidden_states` are tokens `(B, N, hidden_size)`, the attentions of a windowed layer those of
-            its windows `(B * windows, heads, cells, cells)`.
-
-        Raises:
-            ValueError: if the channels or the sides of `pixel_values` do not fit.
-        """
-        output = self.vision_encoder(pixel_values, **kwargs)
-        tokens = [output.hidden_states[state] for state in self.states]
-        if self.config.apply_layernorm:
-            tokens = [norm(state) for norm, state in zip(self.layernorms, tokens, strict=True)]
-        height = pixel_values.shape[-2] // self.config.patch_size
-        maps = [state.transpose(1, 2).unflatten(2, (height, -1)) for state in tokens]
-        if self.pyramid is not None:
-            maps = self.pyramid(*maps)
-        return BackboneOutput(
-            feature_maps=tuple(maps), hidden_states=output.hidden_states, attentions=output.attentions
-        )
-
-
-class EfficientSamForImageClassification(EfficientSamPreTrainedModel):
-    """
-    The vision encoder with a class token, pooling, normalisation and a linear layer.
-
-    The class token goes through the layers whatever the pooling, as in pretraining. `config.classifier_pooling` says
-    what is normalised and classified: the mean of the patches (`"mean"`, MAE's way of fine-tuning) or the class token
-    (`"cls"`). A directory of [`EfficientSamForPreTraining`] gives the encoder and its class token to
-    `from_pretrained`; one of [`EfficientSamModel`], which has none, the encoder alone, and the class token starts new.
-    """
-
-    config_class = EfficientSamVisionConfig
-    config: EfficientSamVisionConfig
-    _auto_classes = ("AutoModelForImageClassification",)
-
-    def __init__(self, config: EfficientSamVisionConfig):
-        super().__init__(config)
-        self.vision_encoder = EfficientSamTokenEncoder(config, True)
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.vision_encoder.get_input_embeddings()
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> ImageClassifierOutput:
-        """
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): Normalised pixels, H and W multiples of 16.
-            labels (*optional*):
-                Class indices `(B,)`, or the probability of each class `(B, num_labels)` as floats, such as mixup
-                makes; for both the loss is cross-entropy. With another `config.problem_type` as in transformers.
-
-        Returns:
-            `ImageClassifierOutput` with `loss` (if there are labels) and `logits` `(B, num_labels)`.
-
-        Raises:
-            ValueError: if the channels or the sides of `pixel_values` do not fit, or the shape of `labels`.
-        """
-        for name in ("original_sizes", "reshaped_input_sizes"):  # of the processor, for masks alone
-            kwargs.pop(name, None)
-        output = self.vision_encoder(pixel_values, **kwargs)
-        tokens = output.last_hidden_state
-        pooled = tokens[:, 1:].mean(dim=1) if self.config.classifier_pooling == "mean" else tokens[:, 0]
-        logits = self.classifier(self.layernorm(pooled))
-        return ImageClassifierOutput(
-            loss=None if labels is None else self.loss(logits, labels, **kwargs),
-            logits=logits,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
-
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
-        one_of_many = self.config.problem_type in (None, "single_label_classification") and self.config.num_labels > 1
-        if not (one_of_many and labels.is_floating_point()):
-            return self.loss_function(labels, logits, self.config, **kwargs)
-        if labels.shape != logits.shape:
-            raise ValueError(f"labels has shape {tuple(labels.shape)}; probabilities must be {tuple(logits.shape)}.")
-        # transformers would take floats for classes of which several may hold at once, and its Trainer counts each
-        # number as a label.
-        if kwargs.get("num_items_in_batch") is not None:
-            kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] / labels.shape[1]
-        return fixed_cross_entropy(logits, labels.to(logits), **kwargs)
-
-
 __all__ = [
-    "EfficientSamBackbone",
-    "EfficientSamForImageClassification",
     "EfficientSamModel",
     "EfficientSamPreTrainedModel",
     "EfficientSamVisionEncoder",

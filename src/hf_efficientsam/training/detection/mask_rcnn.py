@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hf_efficientsam.model.modeling_efficientsam import EfficientSamBackbone
+from hf_efficientsam.model.modeling_backbone_efficientsam import EfficientSamBackbone
 
 from .data import fit
 
