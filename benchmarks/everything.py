@@ -24,6 +24,7 @@ computed as what it holds at least.
 
 import argparse
 import copy
+import functools
 import json
 import os
 import statistics
