@@ -74,8 +74,8 @@ else:
     )
     from .model.image_processing_efficientsam import EfficientSamImageProcessor
     from .model.modeling_backbone_efficientsam import EfficientSamBackbone
+    from .model.modeling_classification_efficientsam import EfficientSamForImageClassification
     from .model.modeling_efficientsam import EfficientSamModel, EfficientSamPreTrainedModel, EfficientSamVisionModel
-    from .model.modeling_image_classification_efficientsam import EfficientSamForImageClassification
     from .model.modeling_saliency import EfficientSamSaliencyHead
     from .model.modeling_sami import EfficientSamForPreTraining
     from .model.processing_efficientsam import EfficientSamProcessor

@@ -18,6 +18,7 @@ from hf_efficientsam.inference import mask_bounds
 from hf_efficientsam.inference.amg import remove_small_regions
 from hf_efficientsam.inference.mask_bounds import bound_masks, mask_axes, measure_masks
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
+from hf_efficientsam.model import mask_decoder_fast_efficientsam
 from hf_efficientsam.model.image_processing_efficientsam import (
     mask_to_box,
     non_maximum_suppression,
@@ -189,13 +190,13 @@ def test_only_confident_masks(model, multimask_output):
 
 def test_rejected_prompts_are_not_enlarged(model, monkeypatch):
     enlarged = []
-    forward = type(model.mask_decoder.upscaling).forward
+    upscale_masks = mask_decoder_fast_efficientsam.upscale_masks
 
-    def count(self, image, filters, grid_size):
+    def count(upscaling, image, filters, grid_size):
         enlarged.append((len(image), filters.shape[1]))
-        return forward(self, image, filters, grid_size)
+        return upscale_masks(upscaling, image, filters, grid_size)
 
-    monkeypatch.setattr(type(model.mask_decoder.upscaling), "forward", count)
+    monkeypatch.setattr(mask_decoder_fast_efficientsam, "upscale_masks", count)
     embedding = torch.randn(1, 32, 4, 4, generator=torch.Generator().manual_seed(0))
     points = 64 * torch.rand(1, 11, 1, 2, generator=torch.Generator().manual_seed(1))
     _, scores, _ = model.predict_confident(embedding, points, -1e9)

@@ -354,7 +354,7 @@ def test_auto_classes(tmp_path, monkeypatch):
     (tmp_path / "preprocessor_config.json").write_text('{"size": {"height": 64, "width": 64}}')
     assert type(AutoImageProcessor.from_pretrained(tmp_path)) is EfficientSamImageProcessor
     assert model.config.auto_map == {
-        "AutoBackbone": "modeling_efficientsam.EfficientSamBackbone",
+        "AutoBackbone": "modeling_backbone_efficientsam.EfficientSamBackbone",
         "AutoConfig": "configuration_efficientsam.EfficientSamBackboneConfig",
     }
     # transformers asks the Hub even about a folder, whether timm's should be loaded in its place

@@ -215,7 +215,7 @@ def test_round_trip_by_auto_class(tmp_path, pixel_values):
     model.save_pretrained(tmp_path)
     assert model.config.auto_map == {
         "AutoConfig": "configuration_efficientsam.EfficientSamVisionConfig",
-        "AutoModelForImageClassification": "modeling_efficientsam.EfficientSamForImageClassification",
+        "AutoModelForImageClassification": "modeling_classification_efficientsam.EfficientSamForImageClassification",
     }
     loaded, info = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is EfficientSamForImageClassification and not any(info.values())

@@ -350,40 +350,40 @@ def test_chunks_of_prompts_do_not_change_the_numbers(model, pixel_values, masks,
 
 def test_only_a_chunk_is_decoded_at_a_time(model, pixel_values, points):
     seen = []
-    model.mask_decoder.upscaling.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    model.mask_decoder.iou_head.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[:2]))
     model.config.mask_decoder_config.prompts_per_chunk = 2
     with torch.no_grad():
         model(pixel_values, input_points=points)
     model(pixel_values, input_points=points)
-    assert seen == 2 * [2 * B, 1 * B]
+    assert seen == 2 * [(B, 2), (B, 1)]
     seen.clear()
     with torch.autocast("cpu", torch.bfloat16):
-        model(pixel_values, input_points=points)  # gradients need every value anyway
-    assert seen == [Q * B]
+        model(pixel_values, input_points=points)  # the reference decodes all prompts at once
+    assert seen == [(B, Q)]
 
 
-def attend_plain(model: EfficientSamModel) -> EfficientSamModel:
-    """The model as it decodes where it records its attention: every projection through its own forward."""
+def decode_by_reference(model: EfficientSamModel) -> EfficientSamModel:
+    """The model with the reference decoder, as where attentions are recorded."""
     original = model.mask_decoder.forward
     model.mask_decoder.forward = lambda *args, **kwargs: original(*args, **kwargs | {"output_attentions": True})
     return model
 
 
-def test_gradients_of_both_ways_through_the_decoder(model, pixel_values, points, boxes, masks):
+def test_gradients_of_the_fast_decoder_equal_the_references(model, pixel_values, points, boxes, masks):
     prompts = {"input_points": points, "input_boxes": boxes, "input_masks": masks}
     gradients = []
-    for one in (model, attend_plain(copy.deepcopy(model))):
+    for one in (model, decode_by_reference(copy.deepcopy(model))):
         output = one.train()(pixel_values, **prompts)
         (output.pred_masks.square().mean() + output.iou_scores.sum()).backward()
         gradients.append({name: parameter.grad for name, parameter in one.named_parameters()})
-    for name, folded in gradients[0].items():
+    for name, fast in gradients[0].items():
         plain = gradients[1][name]
         if plain is None:  # the single mask's network was not asked
-            assert folded is None
+            assert fast is None
             continue
         # A bias of the keys moves no softmax over the image's cells: nothing, or what rounding leaves of it.
-        folded = torch.zeros_like(plain) if folded is None else folded
-        assert (folded - plain).abs().max() < 1e-3 * max(1e-2, plain.abs().max()), name
+        fast = torch.zeros_like(plain) if fast is None else fast
+        assert (fast - plain).abs().max() < 1e-3 * max(1e-2, plain.abs().max()), name
 
 
 @pytest.mark.parametrize("with_gradients", [True, False])
@@ -398,7 +398,7 @@ def test_adapters_of_the_decoder_take_part(model, pixel_values, points, with_gra
     with torch.set_grad_enabled(with_gradients):
         output = model(pixel_values, input_points=points)
     assert (output.pred_masks - before).abs().max() > 1e-3
-    assert_same(output, attend_plain(model)(pixel_values, input_points=points))
+    assert_same(output, decode_by_reference(model)(pixel_values, input_points=points))
 
 
 # ---------------------------------------------------------------------------------------------- attention
@@ -477,7 +477,7 @@ def test_flash_kernels_get_what_they_take(model, pixel_values, points, monkeypat
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     assert model._supports_flash_attn
-    expected = attend_plain(model)(pixel_values, input_points=points)
+    expected = decode_by_reference(model)(pixel_values, input_points=points)
     flash = RecordedAttention()
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", flash)
     model.config._attn_implementation = "flash_attention_2"
@@ -536,7 +536,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, pixel_values, po
         layer.mlp.register_forward_pre_hook(lambda module, args: runs.append(module))
     loss_of(checkpointed, pixel_values, points, boxes, masks).backward()
     assert len(runs) == 2 * 4 * len(layers)  # each once more in the backward pass
-    loss_of(attend_plain(model), pixel_values, points, boxes, masks).backward()  # as layers that can be run again do
+    loss_of(
+        decode_by_reference(model), pixel_values, points, boxes, masks
+    ).backward()  # as layers that can be run again do
     for (name, parameter), other in zip(model.named_parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(other.grad, parameter.grad, atol=1e-6, rtol=1e-5, msg=name)
 

@@ -245,8 +245,8 @@ class EfficientSamMaskDecoderConfig(PreTrainedConfig):
         iou_head_hidden_dim (`int`, defaults to 256): Width inside the IoU head.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of every normalisation.
         prompts_per_chunk (`int`, defaults to 32):
-            Prompts of an image that are decoded at a time where no gradients are needed, on a CPU at most 2. Bounds
-            the memory of many prompts; does not change the numbers.
+            Prompts of an image that the fast decoder (float32) decodes at a time, on a CPU at most 2. Bounds the
+            memory of many prompts; does not change the numbers.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
     """
 

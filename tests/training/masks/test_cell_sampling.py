@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_efficientsam.model.mask_decoder_fast_efficientsam import lay_out
 from hf_efficientsam.training.masks.cell_sampling import (
     Cells,
     cell_losses,
@@ -32,12 +33,13 @@ def occupied(masks):
 
 @pytest.fixture
 def prompted(make_model):
-    """A model and what its decoder takes for two images with three boxes each."""
+    """A model and what `decode_cells` takes for two images with three boxes each."""
     model = make_model(background_points=True, mask_prompts=True).eval()
     generator = torch.Generator().manual_seed(1)
     embeddings = torch.randn(2, 32, *GRID, generator=generator)
     boxes = 128 * torch.rand(2, 3, 2, 2, generator=generator).sort(dim=2).values.flatten(2)
-    return model, model.prompt(embeddings, None, None, boxes, None)
+    *prompts, dense_prompts = model.encode_prompts(embeddings, input_boxes=boxes)
+    return model, [model.mask_decoder.embed_image(embeddings, dense_prompts), *prompts]
 
 
 def test_all_cells_give_the_models_own_forward_and_gradients(prompted):
@@ -53,7 +55,8 @@ def test_all_cells_give_the_models_own_forward_and_gradients(prompted):
             back = everything.index[0, 0].argsort()
             logits = logits[:, :, :, back]
         else:
-            masks, scores = model.mask_decoder(*inputs, GRID, None)
+            embeddings = inputs[0].squeeze(1).transpose(1, 2).unflatten(2, GRID)
+            masks, scores = model.mask_decoder(embeddings, *inputs[1:], multimask_output=None)
             logits = split_into_cells(masks, GRID)
         weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
         ((logits * weights).sum() + scores.sum()).backward()
@@ -67,10 +70,9 @@ def test_all_cells_give_the_models_own_forward_and_gradients(prompted):
         torch.testing.assert_close(sampled[3][name], gradient, atol=1e-4, rtol=1e-4, msg=name)
 
 
-def test_cells_of_masks_are_in_the_order_of_the_upscaling(prompted):
-    model, _ = prompted
+def test_cells_of_masks_are_in_the_order_of_the_upscaling():
     masks = torch.randn(3, 2, 32, 32)
-    assert torch.equal(model.mask_decoder.upscaling.unshuffle(split_into_cells(masks, GRID).flatten(2), GRID), masks)
+    assert torch.equal(lay_out(split_into_cells(masks, GRID).flatten(2), GRID, doublings=2), masks)
 
 
 def test_chosen_cells_are_distinct_and_small_objects_are_covered():

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_efficientsam.model.mask_decoder_fast_efficientsam import double_cells
 from hf_efficientsam.model.modeling_efficientsam import (
     EfficientSamMaskDecoder,
     EfficientSamMaskUpscaling,
@@ -96,14 +97,15 @@ def decode_cells(
     The decoder's forward on the chosen cells, with its own modules.
 
     Args:
-        image, image_positions, prompt_tokens, counts: what the decoder itself takes: `[B, 1 or Q, N, C]`, `[N, C]`,
-            `[B, Q, T, C]` and `[B, Q, T]`.
+        image: what the decoder's `embed_image` returns, `[B, 1 or Q, N, C]`.
+        image_positions, prompt_tokens, counts: what the decoder itself takes, `[N, C]`, `[B, Q, T, C]` and
+            `[B, Q, T]`.
         cells: of each prompt.
 
     Returns:
         mask logits `[B, Q, M, K, R]` of all masks, the single one first, and IoU scores `[B, Q, M]`.
     """
-    tokens, log_counts = decoder.add_output_tokens(prompt_tokens, counts)
+    tokens, log_counts = decoder.embed_tokens(prompt_tokens, counts)
     token_positions, token_mask = tokens, log_counts.unsqueeze(2)
     cell_mask = cells.weight.to(image).log().unsqueeze(2)  # in a softmax, a cell's weight is a summand of its logit
     positions = image_positions[None, None]
@@ -146,9 +148,9 @@ def upscale_cells(
     prompts, count = image.shape[:2], image.shape[2]
     image, weight = image.flatten(0, 1), weight.flatten(0, 1).to(image)
     for conv, norm in zip(upscaling.convs[:-1], upscaling.norms, strict=True):
-        image, weight = upscaling.double(conv, image), weight.repeat_interleave(4, dim=1)
+        image, weight = double_cells(conv, image), weight.repeat_interleave(4, dim=1)
         image = upscaling.activation(_normalize(norm, image, weight.unsqueeze(-1)))
-    image = upscaling.activation(upscaling.double(upscaling.convs[-1], image))
+    image = upscaling.activation(double_cells(upscaling.convs[-1], image))
     return (filters.flatten(0, 1) @ image.transpose(1, 2)).unflatten(2, (count, -1)).unflatten(0, prompts)
 
 
