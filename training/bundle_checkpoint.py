@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from hf_efficientsam import EfficientSamModel, EfficientSamProcessor, EfficientSamSaliencyHead, bundled_checkpoint
-from hf_efficientsam.model.model_card_efficientsam import table
+from hf_efficientsam.export.metrics_report import results_table
 from hf_efficientsam.training.engine.checkpoints import replaced_folder
 from hf_efficientsam.training.engine.config import parse_config
 from hf_efficientsam.training.engine.reports import fill_between
@@ -46,7 +46,7 @@ class BundleConfig:
 
 def fill_card(card: str, report: dict) -> str:
     measured = f"{report['masks']} masks of {report['images']} images, seed {report['seed']}.\n\n"
-    return fill_between(card, BEGIN, END, measured + table(report["results"]))
+    return fill_between(card, BEGIN, END, measured + results_table(report["results"]))
 
 
 def saliency_table(results: dict[str, dict]) -> str:

@@ -1,13 +1,11 @@
 import json
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import tiny
 import torch
-from huggingface_hub import ModelCard
-from huggingface_hub.errors import EntryNotFoundError
+from fake_hub import FakeHub
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -36,14 +34,15 @@ from hf_efficientsam import (
 CODE = {
     "configuration_efficientsam.py",
     "image_processing_efficientsam.py",
-    "inputs_efficientsam.py",
-    "model_card_efficientsam.py",
+    "image_reading_efficientsam.py",
+    "mask_decoder_fast_efficientsam.py",
     "modeling_efficientsam.py",
     "processing_efficientsam.py",
+    "prompts_efficientsam.py",
 }
 SAMI_CODE = {
     "configuration_efficientsam.py",
-    "model_card_efficientsam.py",
+    "mask_decoder_fast_efficientsam.py",
     "modeling_efficientsam.py",
     "modeling_sami.py",
 }
@@ -179,7 +178,8 @@ def test_saved_classifier_needs_no_package(tmp_path):
     folder, resaved = tmp_path / "first", tmp_path / "second"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    assert {path.name for path in folder.glob("*.py")} == CODE - {"processing_efficientsam.py"}
+    own = {"modeling_classification_efficientsam.py"}
+    assert {path.name for path in folder.glob("*.py")} == CODE - {"processing_efficientsam.py"} | own
     image = np.arange(50 * 70 * 3, dtype=np.uint8).reshape(50, 70, 3)
     with torch.no_grad():
         expected = model(**processor(image)).logits
@@ -255,38 +255,6 @@ def test_bundled_checkpoint_lies_in_the_package():
 # ----------------------------------------------------------------------------------------------- push_to_hub
 
 
-class FakeHub:
-    """Keeps what would be uploaded: file name -> bytes."""
-
-    def __init__(self, monkeypatch, readme: str | None = None):
-        self.files = {} if readme is None else {"README.md": readme.encode()}
-        self.commits = []
-        for name in ("create_repo", "create_commit", "file_exists"):
-            monkeypatch.setattr(huggingface_hub.HfApi, name, getattr(self, name))
-        real_load = ModelCard.load  # a local path or the name of a repository
-
-        def load(path, **kwargs):
-            if Path(path).exists():
-                return real_load(path, **kwargs)
-            if "README.md" not in self.files:
-                raise EntryNotFoundError("no card yet")
-            return ModelCard(self.files["README.md"].decode())
-
-        monkeypatch.setattr(ModelCard, "load", load)
-
-    def create_repo(self, repo_id, **kwargs):
-        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
-
-    def file_exists(self, repo_id, filename, **kwargs):
-        return filename in self.files
-
-    def create_commit(self, repo_id, operations, **kwargs):
-        self.commits.append(repo_id)
-        for operation in operations:
-            with operation.as_file() as file:
-                self.files[operation.path_in_repo] = file.read()
-
-
 def test_push_to_hub_uploads_a_complete_repository(monkeypatch, tmp_path):
     hub = FakeHub(monkeypatch)
     model = tiny.model()
@@ -296,16 +264,6 @@ def test_push_to_hub_uploads_a_complete_repository(monkeypatch, tmp_path):
     others = {"README.md", "config.json", "model.safetensors", "processor_config.json"}
     assert hub.files.keys() == CODE | others
 
-    card = ModelCard(hub.files["README.md"].decode())
-    assert card.data.license is None  # the weights' terms are their trainer's to state; the code's would be wrong
-    assert card.data.library_name == "transformers"
-    assert card.data.pipeline_tag == "mask-generation"
-    assert {"efficientsam", "potatoes"} <= set(card.data.tags)
-    assert 'EfficientSamModel.from_pretrained("someone/tiny")' in card.text
-    assert "points, boxes, background points." in card.text
-    assert "None were recorded" in card.text
-    assert "{" not in card.text.replace("{title}", "{")  # every blank is filled in
-
     for name, content in hub.files.items():
         (tmp_path / name).write_bytes(content)
     loaded = EfficientSamModel.from_pretrained(tmp_path)
@@ -313,51 +271,9 @@ def test_push_to_hub_uploads_a_complete_repository(monkeypatch, tmp_path):
         torch.testing.assert_close(loaded.state_dict()[name], value, atol=0, rtol=0, msg=name)
 
 
-def test_code_in_the_card_runs(monkeypatch, tmp_path):
-    from PIL import Image
-
-    hub = FakeHub(monkeypatch)
-    model = tiny.model()
-    model.save_pretrained(tmp_path / "model")
-    tiny.processor().save_pretrained(tmp_path / "model")
-    Image.new("RGB", (600, 400)).save(tmp_path / "photo.jpg")
-    model.push_to_hub("someone/tiny")
-    first, second = [part.split("```")[0] for part in hub.files["README.md"].decode().split("```python")[1:]]
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(first.replace("someone/tiny", str(tmp_path / "model")), names)
-    assert names["best"].shape == (400, 600) and names["best"].dtype == torch.bool
-    exec(second.replace("someone/tiny", str(tmp_path / "model")), names)
-    assert type(names["model"]) is EfficientSamModel
-
-
-def test_card_states_recorded_numbers(monkeypatch, tmp_path):
-    hub = FakeHub(monkeypatch)
-    tiny.model().save_pretrained(tmp_path)
-    (tmp_path / "metrics.json").write_text(json.dumps({"box": {"miou": 0.6543}}))
-    EfficientSamModel.from_pretrained(tmp_path).push_to_hub("someone/tiny")
-    readme = hub.files["README.md"].decode()
-    assert "0.6543" in readme
-    assert "None were recorded" not in readme
-
-
-def test_existing_card_is_kept(monkeypatch, tmp_path):
-    written = "---\nlicense: mit\n---\n# Written by hand\n"
-    hub = FakeHub(monkeypatch, readme=written)
-    tiny.model().push_to_hub("someone/tiny")
-    assert ModelCard(hub.files["README.md"].decode()).text == ModelCard(written).text
-
-    hub = FakeHub(monkeypatch)  # not there yet, but in the folder
-    (tmp_path / "README.md").write_text(written)
-    tiny.model().save_pretrained(tmp_path, push_to_hub=True, repo_id="someone/tiny")
-    assert (tmp_path / "README.md").read_text() == written
-    assert hub.files["README.md"].decode() == written
-
-
 def test_save_and_push_in_one(monkeypatch, tmp_path):
     hub = FakeHub(monkeypatch)
     tiny.model().save_pretrained(tmp_path, push_to_hub=True, repo_id="someone/tiny")
-    assert "mask-generation" in hub.files["README.md"].decode()
     assert {name for name in hub.files if "." in name and not name.endswith((".py", ".json", ".md"))} == {
         "model.safetensors"
     }

@@ -12,7 +12,7 @@ from hf_efficientsam.model.modeling_saliency import saliency_loss
 
 CODE = {
     "configuration_efficientsam.py",
-    "model_card_efficientsam.py",
+    "mask_decoder_fast_efficientsam.py",
     "modeling_efficientsam.py",
     "modeling_saliency.py",
 }

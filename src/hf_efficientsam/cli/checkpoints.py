@@ -1,6 +1,5 @@
 """`efficientsam info`, `convert` and `export-onnx`: describe a checkpoint, make one of official weights, export it."""
 
-import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -9,8 +8,8 @@ import typer
 from torch import nn
 
 from hf_efficientsam.export.convert import convert
+from hf_efficientsam.export.metrics_report import metrics_as_text, read_metrics
 from hf_efficientsam.inference.loading import find_checkpoint, load_model
-from hf_efficientsam.model.model_card_efficientsam import read_metrics
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
 
@@ -28,7 +27,7 @@ def info_command(
     for key, value in describe_checkpoint(name, *load_model(name)).items():
         typer.echo(f"{key:11} {value}")
     if metrics := read_metrics(name):
-        typer.echo(describe_metrics(json.loads(metrics)))
+        typer.echo(metrics_as_text(metrics))
 
 
 def describe_checkpoint(name: str, model: EfficientSamModel, processor: EfficientSamProcessor) -> dict[str, str]:
@@ -53,18 +52,6 @@ def describe_checkpoint(name: str, model: EfficientSamModel, processor: Efficien
         "prompts": ", ".join(kinds),
         "candidates": f"{config.mask_decoder_config.num_multimask_outputs} masks for each object",
     }
-
-
-def describe_metrics(metrics: dict) -> str:
-    """The mIoU table of the json that training/evaluate_masks.py writes."""
-    try:
-        lines = [f"measured    mIoU of {metrics['masks']} masks in {metrics['images']} images"]
-        for prompt, answers in metrics["results"].items():
-            for answer, groups in answers.items():
-                lines.append(f"  {prompt + ', ' + answer:24} {groups['all']['miou']:.4f}")
-    except (KeyError, TypeError, AttributeError):
-        return "measured    see metrics.json, whose form is not known here"
-    return "\n".join(lines)
 
 
 @commands.command("convert", no_args_is_help=True)

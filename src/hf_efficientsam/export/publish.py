@@ -24,8 +24,8 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 
 from hf_efficientsam import __version__
+from hf_efficientsam.export.model_card import model_card
 from hf_efficientsam.inference.loading import find_checkpoint, load_head, load_model
-from hf_efficientsam.model.model_card_efficientsam import model_card
 
 SPACES = Path(__file__).resolve().parents[3] / "spaces"  # in a checkout; not installed with the package
 SPACE_FILES = ("app.py", "README.md", "requirements.txt")

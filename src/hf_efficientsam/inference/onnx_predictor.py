@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_efficientsam.model.inputs_efficientsam import PAD_VALUE, prepare_prompts, read_picture, resized_size
+from hf_efficientsam.model.image_reading_efficientsam import image_to_array, resized_size
+from hf_efficientsam.model.prompts_efficientsam import PAD_VALUE, prepare_prompts
 
 from .predictor_base import PredictorBase
 
@@ -69,7 +70,7 @@ class EfficientSamOnnxPredictor(PredictorBase):
         self.reset_image()
 
     def _read_image(self, image: Any) -> np.ndarray:
-        return read_picture(image, max_image_pixels=self.options["max_image_pixels"])
+        return image_to_array(image, max_image_pixels=self.options["max_image_pixels"])
 
     def _encode(self, pixels: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
         pixel_values, input_size = to_pixel_values(pixels, self.options)

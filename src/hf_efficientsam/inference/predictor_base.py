@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hf_efficientsam.model.inputs_efficientsam import nesting, read_mask
+from hf_efficientsam.model.prompts_efficientsam import nesting, read_mask
 
 from .results import SegmentationResult, boxes_from_masks_np
 

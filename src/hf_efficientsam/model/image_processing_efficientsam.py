@@ -17,7 +17,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageInput, SizeDict, load_image
 from transformers.processing_utils import Unpack
 
-from .inputs_efficientsam import infer_data_format, read_picture, resized_size
+from .image_reading_efficientsam import image_to_array, infer_data_format, resized_size
 
 # The mask decoder enlarges the patch grid (1/16 of the input) four times: a pixel of its masks is 4 x 4 of the input.
 INPUT_PIXELS_PER_MASK_PIXEL = 4
@@ -167,7 +167,7 @@ class EfficientSamImageProcessor(PilBackend):
             image = image.detach().cpu()
             image = (image.float() if image.is_floating_point() else image).numpy()
             input_data_format = input_data_format or infer_data_format(image.shape, "channels_first")
-        return read_picture(image, do_convert_rgb, do_rescale, max_image_pixels, input_data_format)
+        return image_to_array(image, do_convert_rgb, do_rescale, max_image_pixels, input_data_format)
 
     def _preprocess(
         self,

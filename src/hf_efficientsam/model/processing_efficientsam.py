@@ -7,7 +7,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessorMixin
 
-from .inputs_efficientsam import PAD_VALUE, check_sizes, prepare_prompts
+from .prompts_efficientsam import PAD_VALUE, check_sizes, prepare_prompts
 
 
 class EfficientSamProcessor(ProcessorMixin):

@@ -1,10 +1,11 @@
-"""The README.md that `push_to_hub` gives a Hub repository without one. Travels with the model, as remote code too."""
+"""The model card, README.md of a Hub repository: what the model is, how to use it, and its measured numbers."""
 
-import json
-from pathlib import Path
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 
-from huggingface_hub import ModelCard, ModelCardData
-from transformers.utils import cached_file
+from hf_efficientsam.export.metrics_report import metrics_as_markdown, read_metrics
+from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
+
+EMPTY_FORM = "[More Information Needed]"  # stands wherever transformers' form is to be filled in
 
 TEXT = """
 # {title}
@@ -52,12 +53,12 @@ that they were trained on.
 """
 
 
-def model_card(model, repo_id: str, tags: list[str]) -> ModelCard:
+def model_card(model: EfficientSamModel, repo_id: str, tags: list[str]) -> ModelCard:
     """
     Says what the model is, how to use it, and the numbers of the `metrics.json` beside the weights it was loaded from.
 
     Args:
-        model: an `EfficientSamModel`.
+        model: the model; its `name_or_path` says where it was loaded from.
         repo_id: `"owner/name"` of the repository.
         tags: further tags for the front matter.
     """
@@ -71,7 +72,7 @@ def model_card(model, repo_id: str, tags: list[str]) -> ModelCard:
     if metrics := read_metrics(model.name_or_path):
         numbers = (
             "Measured on the weights that this model was loaded from; measure again if it was trained further.\n\n"
-            + describe_report(metrics)
+            + metrics_as_markdown(metrics)
         )
     data = ModelCardData(
         library_name="transformers",
@@ -89,40 +90,24 @@ def model_card(model, repo_id: str, tags: list[str]) -> ModelCard:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
 
-def describe_report(metrics: str) -> str:
-    """The json that training/evaluate_masks.py writes, as Markdown; one of another form as it is."""
-    try:
-        report = json.loads(metrics)
-        files = report["annotations"] if "annotations" in report else report["shards"]
-        names = ["/".join(Path(file).parts[-2:]) for file in ([files] if isinstance(files, str) else files)]
-        measured = f"{report['masks']} masks of {report['images']} images ({', '.join(names)}), seed {report['seed']}."
-        return f"{measured} {report['protocol']}\n\n{table(report['results'])}"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"```json\n{metrics.strip()}\n```"
+def push_model_card(model: EfficientSamModel, repo_id: str, token: str | None = None) -> None:
+    """
+    Gives a Hub repository the card of [`model_card`], after `model.push_to_hub(repo_id)`: transformers leaves an empty
+    form there, whose tags are kept.
 
+    Args:
+        model: as in [`model_card`].
+        repo_id: `"owner/name"` of the repository.
+        token: a Hub token; the one that is stored on this machine by default.
 
-def table(results: dict) -> str:
-    """The numbers as Markdown, by size of the object."""
-    groups = list(results["baseline"]["ellipse"])
-    lines = ["| mIoU | " + " | ".join(groups) + " |", "|---" * (len(groups) + 1) + "|"]
-    for prompt, answers in results.items():
-        for answer, means in answers.items():
-            lines.append(f"| {prompt}, {answer} | " + " | ".join(f"{means[g]['miou']:.3f}" for g in groups) + " |")
-    return "\n".join(lines)
-
-
-def read_metrics(name_or_path: str) -> str | None:
-    """Text of the `metrics.json` in a model's folder or Hub repository, if there is one."""
-    if not name_or_path:
-        return None
-    path = cached_file(
-        name_or_path,
-        "metrics.json",
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return path and Path(path).read_text(encoding="utf-8")
-
-
-__all__ = ["model_card"]
+    Raises:
+        ValueError: if the repository has a card that someone wrote.
+    """
+    hub, tags = HfApi(token=token), []
+    if hub.file_exists(repo_id, "README.md"):
+        card = ModelCard.load(repo_id, token=token)
+        if EMPTY_FORM not in card.text:
+            raise ValueError(f"{repo_id} has a model card already; edit it there, or delete it first.")
+        tags = card.data.tags or []
+    card = CommitOperationAdd("README.md", str(model_card(model, repo_id, tags)).encode())
+    hub.create_commit(repo_id, [card], commit_message="Model card")
