@@ -1,4 +1,4 @@
-"""Image processor of EfficientSAM: picture -> `pixel_values`, and low-resolution mask logits -> masks of the picture.
+"""Image processor of EfficientSAM: image -> `pixel_values`, and low-resolution mask logits -> masks of the image.
 
 Also the four helpers that `pipeline("mask-generation")` asks of an image processor. No torchvision anywhere.
 """
@@ -44,18 +44,18 @@ class EfficientSamImageProcessorKwargs(TypedDict, total=False):
 
 class EfficientSamImageProcessor(PilBackend):
     """
-    Turns pictures into `pixel_values` as the official EfficientSAM does: floats in [0, 1], resized to `size` by
+    Turns images into `pixel_values` as the official EfficientSAM does: floats in [0, 1], resized to `size` by
     bilinear interpolation without antialiasing and without rounding to bytes, normalised.
 
-    Pictures may be PIL images of any mode (turned upright as their EXIF tag says), paths or URLs, arrays or tensors
+    Images may be PIL images of any mode (turned upright as their EXIF tag says), paths or URLs, arrays or tensors
     (H x W, H x W x C or C x H x W with 1, 3 or 4 channels; where both layouts fit, an array is read as H x W x C and a
     tensor as C x H x W), a stacked batch, or a list of any of these. Alpha is dropped. Values become [0, 1]:
     bytes / 255; unsigned 16-bit / 65535; other integers / 255, or / 65535 if any exceeds 255; floats in [0, 1] as
     they are, floats that reach beyond that, up to 255, / 255.
 
     Args:
-        do_convert_rgb: turn gray, palette, CMYK, alpha... into RGB. If off, pictures must have three channels.
-        do_resize: resize to `size`. If off, pictures are only padded to a multiple of `size_divisor`.
+        do_convert_rgb: turn gray, palette, CMYK, alpha... into RGB. If off, images must have three channels.
+        do_resize: resize to `size`. If off, images are only padded to a multiple of `size_divisor`.
         size: `{"height": int, "width": int}` of the model input, in pixels. An int means a square.
         keep_aspect_ratio: False squashes to `size` as the official model does. True makes the longest side
             `max(size)` and pads with zeros, after normalisation, at the bottom and right.
@@ -63,18 +63,18 @@ class EfficientSamImageProcessor(PilBackend):
         do_rescale: bring pixels to [0, 1] as described above. If off, values are taken as they are.
         rescale_factor: factor for bytes; other ranges are scaled in proportion.
         do_normalize, image_mean, image_std: subtract the mean and divide by the standard deviation of each channel.
-        max_image_pixels: larger pictures are refused; `None` lifts the limit.
+        max_image_pixels: larger images are refused; `None` lifts the limit.
 
     The call also takes `input_data_format` ("channels_first" or "channels_last"), `device` (where to resize) and
     `return_tensors` ("pt", which is also what `None` gives, or "np").
 
     Returns of a call: `pixel_values` [B, 3, H, W] float32, `original_sizes` [B, 2] int64 (height and width of the
-    upright picture) and `reshaped_input_sizes` [B, 2] int64 (height and width in `pixel_values` before padding).
+    upright image) and `reshaped_input_sizes` [B, 2] int64 (height and width in `pixel_values` before padding).
 
     Raises:
-        ValueError: no picture, an empty one, one over `max_image_pixels`, a shape that is no picture, NaN, or values
+        ValueError: no image, an empty one, one over `max_image_pixels`, a shape that is no image, NaN, or values
             out of range.
-        TypeError: something that is not a picture.
+        TypeError: something that is not an image.
     """
 
     valid_kwargs = EfficientSamImageProcessorKwargs
@@ -122,7 +122,7 @@ class EfficientSamImageProcessor(PilBackend):
 
     def get_reshaped_input_size(self, original_size: tuple[int, int], **kwargs) -> tuple[int, int]:
         """
-        Height and width that a picture of `original_size` (height, width) has in `pixel_values` before padding.
+        Height and width that an image of `original_size` (height, width) has in `pixel_values` before padding.
         `do_resize`, `size` and `keep_aspect_ratio` may be overridden as in a call.
         """
         if not kwargs.get("do_resize", self.do_resize):
@@ -131,10 +131,10 @@ class EfficientSamImageProcessor(PilBackend):
         keep_aspect_ratio = kwargs.get("keep_aspect_ratio", self.keep_aspect_ratio)
         return resized_size(original_size, (size.height, size.width), keep_aspect_ratio)
 
-    # ---------------------------------------------------------------------------------- picture -> pixel_values
+    # ---------------------------------------------------------------------------------- image -> pixel_values
 
     def _preprocess_image_like_inputs(self, images: ImageInput, return_tensors: str | None, **kwargs) -> BatchFeature:
-        # One picture at a time: each is decoded, resized and let go before the next one is decoded.
+        # One image at a time: each is decoded, resized and let go before the next one is decoded.
         pixel_values, original_sizes, reshaped_input_sizes = [], [], []
         for image in _list_images(images):
             image = self.process_image(image, **kwargs)
@@ -158,7 +158,7 @@ class EfficientSamImageProcessor(PilBackend):
         **kwargs,
     ) -> np.ndarray:
         """
-        One picture as an array [3, H, W]: bytes where the picture has bytes, else float32 in [0, 1] (as given, if
+        One image as an array [3, H, W]: bytes where the image has bytes, else float32 in [0, 1] (as given, if
         `do_rescale` is off). `max_image_pixels=None` means no limit. Errors: see the class.
         """
         if isinstance(image, (str, os.PathLike)) and not os.path.exists(image):
@@ -203,23 +203,23 @@ class EfficientSamImageProcessor(PilBackend):
         num_prompts: list[int] | None = None,
     ) -> list[torch.Tensor]:
         """
-        Brings the model's low-resolution mask logits to the size of each picture, in one bicubic interpolation.
+        Brings the model's low-resolution mask logits to the size of each image, in one bicubic interpolation.
 
         Args:
-            masks: [B, Q, M, h, w], or one [Q, M, h, w] a picture: logits that cover the whole (padded) model input.
+            masks: [B, Q, M, h, w], or one [Q, M, h, w] an image: logits that cover the whole (padded) model input.
                 The input's size is taken to be 4h x 4w, which holds for every EfficientSAM.
-            original_sizes: [B, 2], height and width of each picture.
-            reshaped_input_sizes: [B, 2], height and width of each picture in the model input before padding.
+            original_sizes: [B, 2], height and width of each image.
+            reshaped_input_sizes: [B, 2], height and width of each image in the model input before padding.
                 `None`: nothing was padded.
             mask_threshold: logits above it belong to the object.
             binarize: return bool masks; else float32 logits.
-            num_prompts: number of real prompts of each picture; the padded ones after them are dropped.
+            num_prompts: number of real prompts of each image; the padded ones after them are dropped.
 
         Returns:
-            One tensor [Q, M, height, width] a picture, in the picture's own pixels.
+            One tensor [Q, M, height, width] an image, in the image's own pixels.
 
         Raises:
-            ValueError: if the arguments disagree about the number of pictures, or a picture does not fit the input.
+            ValueError: if the arguments disagree about the number of images, or an image does not fit the input.
         """
         sizes = _to_list(original_sizes)
         input_sizes = [None] * len(sizes) if reshaped_input_sizes is None else _to_list(reshaped_input_sizes)
@@ -254,20 +254,20 @@ class EfficientSamImageProcessor(PilBackend):
         device: str | torch.device | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, list[np.ndarray], torch.Tensor]:
         """
-        Cuts a picture into crops (segment-anything's layers) and lays a grid of points over each.
+        Cuts an image into crops (segment-anything's layers) and lays a grid of points over each.
 
         Args:
-            image: one picture.
+            image: one image.
             target_size: the height of this processor's `size`, as the pipeline passes it; another one is refused.
-            crop_n_layers: layer i (from 1) adds 4**i overlapping crops to the whole picture.
-            overlap_ratio: overlap of the crops of layer 1 as a fraction of the picture's short side; it halves with
+            crop_n_layers: layer i (from 1) adds 4**i overlapping crops to the whole image.
+            overlap_ratio: overlap of the crops of layer 1 as a fraction of the image's short side; it halves with
                 each layer.
             points_per_crop: points along each side of the grid; they are the centres of its cells.
             crop_n_points_downscale_factor: the grid of layer i has this factor to the power i fewer points a side.
             device: where the tensors go.
 
         Returns:
-            `crop_boxes` [C, 4] float32, (x1, y1, x2, y2) in pixels of the picture, the whole picture first;
+            `crop_boxes` [C, 4] float32, (x1, y1, x2, y2) in pixels of the image, the whole image first;
             `points` [1, N, C, 2] float32, (x, y) in the model frame of each crop;
             the C crops, arrays [3, h, w];
             `labels` [1, N, C] int64, all 1.
@@ -314,15 +314,15 @@ class EfficientSamImageProcessor(PilBackend):
         Args:
             masks: [Q, M, h, w] logits at the size of the crop.
             iou_scores: [Q, M], the model's own estimates.
-            original_size: height and width of the whole picture.
-            cropped_box_image: [4], the crop (x1, y1, x2, y2) in pixels of the picture.
+            original_size: height and width of the whole image.
+            cropped_box_image: [4], the crop (x1, y1, x2, y2) in pixels of the image.
             pred_iou_thresh: least `iou_scores`, exclusive; 0 keeps all.
             stability_score_thresh: least stability, exclusive; 0 keeps all. Stability is the IoU of the two masks
                 that `mask_threshold` plus and minus `stability_score_offset` give.
 
         Returns:
-            The N masks that are left, as uncompressed COCO RLE of the whole picture, each with its `crop_box`;
-            `iou_scores` [N]; `boxes` [N, 4] int64, first and last column and row (x1, y1, x2, y2) in the picture.
+            The N masks that are left, as uncompressed COCO RLE of the whole image, each with its `crop_box`;
+            `iou_scores` [N]; `boxes` [N, 4] int64, first and last column and row (x1, y1, x2, y2) in the image.
         """
         masks, scores = masks.flatten(0, 1), iou_scores.flatten(0, 1).to(masks.device)
         if len(masks) != len(scores):
@@ -367,11 +367,11 @@ class EfficientSamImageProcessor(PilBackend):
         return [rle_to_mask(rle) for rle in rles], all_scores[keep.to(all_scores.device)], rles, all_boxes[keep]
 
 
-# ------------------------------------------------------------------------------------------------ reading pictures
+# ------------------------------------------------------------------------------------------------ reading images
 
 
 def _list_images(images) -> list:
-    """One picture, a stacked batch or (nested) lists of them -> flat list of pictures."""
+    """One image, a stacked batch or (nested) lists of them -> flat list of images."""
     if isinstance(images, (list, tuple)):
         flat = [image for item in images for image in _list_images(item)]
     elif isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
@@ -400,7 +400,7 @@ def resize_masks(masks: torch.Tensor, size: tuple[int, int], input_size: tuple[i
     """
     [Q, M, h, w] logits of the padded model input -> [Q, M, *size], float32.
 
-    A pixel centre (x + 0.5) of the picture lies at (x + 0.5) * input width / picture width in the model input, and a
+    A pixel centre (x + 0.5) of the image lies at (x + 0.5) * input width / image width in the model input, and a
     quarter of that in the logits. The operator behind F.interpolate takes this scale and the output size apart from
     each other, so padding is left out in the same single interpolation that undoes the resize.
     """
@@ -434,7 +434,7 @@ def mask_to_box(masks: torch.Tensor) -> torch.Tensor:
 
 
 def touches_crop_border(boxes: torch.Tensor, crop_box: list[int], image_size: tuple[int, int], reach: int = 20):
-    """[N, 4] boxes in the picture -> [N]: do they come near the crop's border where it is not the picture's own?"""
+    """[N, 4] boxes in the image -> [N]: do they come near the crop's border where it is not the image's own?"""
     crop_border = torch.tensor(crop_box, device=boxes.device)
     image_border = torch.tensor([0, 0, image_size[1], image_size[0]], device=boxes.device)
     near_crop, near_image = (boxes - crop_border).abs() <= reach, (boxes - image_border).abs() <= reach
@@ -510,7 +510,7 @@ def suppress_duplicates(
     among all, where those of smaller crops, which see more detail, win. In that order: smaller crops, better scores.
 
     Args:
-        boxes: [N, 4] of the masks, (x1, y1, x2, y2) in the picture.
+        boxes: [N, 4] of the masks, (x1, y1, x2, y2) in the image.
         scores: [N].
         crop_boxes: [N, 4], the crop that each mask is from, likewise.
     """
@@ -527,7 +527,7 @@ def suppress_duplicates(
 
 
 def lay_crops(height: int, width: int, n_layers: int, overlap_ratio: float) -> tuple[list[list[int]], list[int]]:
-    """Boxes (x1, y1, x2, y2) of the whole picture (layer 0) and of the 4**i crops of each layer i; their layers."""
+    """Boxes (x1, y1, x2, y2) of the whole image (layer 0) and of the 4**i crops of each layer i; their layers."""
     crop_boxes, layers = [[0, 0, width, height]], [0]
     for layer in range(1, n_layers + 1):
         per_side = 2**layer
@@ -535,7 +535,7 @@ def lay_crops(height: int, width: int, n_layers: int, overlap_ratio: float) -> t
         crop_width, crop_height = (math.ceil((n + overlap * (per_side - 1)) / per_side) for n in (width, height))
         for i, j in product(range(per_side), repeat=2):
             left, top = i * (crop_width - overlap), j * (crop_height - overlap)
-            if left < width and top < height:  # rounding can push the last crops of a tiny picture out of it
+            if left < width and top < height:  # rounding can push the last crops of a tiny image out of it
                 crop_boxes.append([left, top, min(left + crop_width, width), min(top + crop_height, height)])
                 layers.append(layer)
     return crop_boxes, layers

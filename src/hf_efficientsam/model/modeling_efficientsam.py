@@ -36,8 +36,8 @@ from .configuration_efficientsam import (
 )
 from .mask_decoder_fast_efficientsam import FastMaskDecoder, can_decode_fast
 
-# What an input token is; a row number of the prompt encoder's table once 1 is added. Every negative label means
-# "no point here": -1 in the official model, -10 in transformers' processors.
+# Kinds of input tokens. Kind + 1 is the row of `EfficientSamPromptEncoder.kind_table`. Every negative label means "no
+# point here": -1 in the official model, -10 in transformers' processors.
 PADDING, BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -1, 0, 1, 2, 3
 MISSING_BOX = -10.0  # a box whose four coordinates are this is padding, as transformers' processors write it
 
@@ -113,7 +113,7 @@ class EfficientSamPatchEmbeddings(nn.Module):
         self.projection = nn.Conv2d(
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
-        # Row 0 belongs to the class token, where there is one. Without, it is kept so that weights travel whole.
+        # Row 0 belongs to the class token. A model without one keeps it, so that checkpoints are exchangeable.
         self.pretrain_grid = config.pretrain_image_size // config.patch_size
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + self.pretrain_grid**2, config.hidden_size))
 
@@ -196,8 +196,8 @@ class EfficientSamMLP(nn.Module):
 
 def split_windows(tokens: torch.Tensor, grid_size: tuple[int, int], window_size: int) -> torch.Tensor:
     """
-    Tokens of a grid `[B, N, C]` -> tokens of its windows `[B * windows, cells of a window, C]`. A grid that no whole
-    number of windows fills is filled up with zeros at the bottom and right; a side shorter than a window is one.
+    Tokens of a grid `[B, N, C]` -> tokens of its windows `[B * windows, cells of a window, C]`. The grid is padded
+    with zeros at the bottom and right to a whole number of windows; a side shorter than a window is one window.
     """
     height, width = grid_size
     tall, wide = min(window_size, height), min(window_size, width)
@@ -207,7 +207,7 @@ def split_windows(tokens: torch.Tensor, grid_size: tuple[int, int], window_size:
 
 
 def join_windows(windows: torch.Tensor, grid_size: tuple[int, int], window_size: int) -> torch.Tensor:
-    """What `split_windows` makes of `[B, N, C]`, put together again without the filling."""
+    """The inverse of `split_windows`: `[B * windows, cells of a window, C] -> [B, N, C]`, without the padding."""
     height, width = grid_size
     tall, wide = min(window_size, height), min(window_size, width)
     rows, columns = -(-height // tall), -(-width // wide)
@@ -218,8 +218,8 @@ def join_windows(windows: torch.Tensor, grid_size: tuple[int, int], window_size:
 
 def drop_path(branch: torch.Tensor, rate: float) -> torch.Tensor:
     """
-    Stochastic depth (arXiv 1603.09382) for a residual branch `[B, N, C]`: zero for a share `rate` of the images, drawn
-    anew with torch's generator, and larger for the others, so that the mean stays.
+    Stochastic depth (arXiv 1603.09382) for a residual branch `[B, N, C]`: zero for a fraction `rate` of the images,
+    which torch's generator draws, and larger by 1 / (1 - rate) for the others, so that the mean stays.
     """
     kept = torch.rand(len(branch), 1, 1, device=branch.device) >= rate
     return branch * (kept.to(branch.dtype) / (1 - rate))
@@ -231,11 +231,11 @@ class EfficientSamVisionLayer(GradientCheckpointingLayer):
 
     Args:
         config ([`EfficientSamVisionConfig`]): Of the encoder.
-        index (`int`): The layer's place, from 0. The rate of drop path grows with it to the config's.
+        index (`int`): The layer's number, from 0. The rate of drop path grows linearly with it to the config's.
         window_size (`int`): Side in patches of the windows that attend each to itself, or 0 to attend everywhere.
-            `forward` then needs the grid's size. The zeros that fill up the last windows are attended to, as in
-            ViTDet (arXiv 2203.16527): without a mask every attention backend serves. Choose a size that divides the
-            grid (16 at 1024 pixels) and there are none.
+            `forward` then needs the grid's size. The padding of the last windows is attended to, as in ViTDet (arXiv
+            2203.16527): without a mask every attention backend works. There is none if the size divides the grid (16
+            at 1024 pixels).
     """
 
     def __init__(self, config: EfficientSamVisionConfig, index: int = 0, window_size: int = 0):
@@ -339,8 +339,8 @@ class EfficientSamPreTrainedModel(PreTrainedModel):
 
 class EfficientSamVisionTransformer(EfficientSamPreTrainedModel):
     """
-    What the encoders below have in common: patch embeddings and layers, one for each of `window_sizes` (0 if it
-    attends everywhere), or the config's number without windows.
+    Base of the encoders below: patch embeddings and layers, one for each of `window_sizes` (0 for global attention),
+    or as many as the config says, all global.
     """
 
     config_class = EfficientSamVisionConfig
@@ -521,18 +521,19 @@ class EfficientSamPromptEncoder(nn.Module):
             batch_size, grid_size, input_size: B, `(h, w)` of the image embedding and `(H, W)` of the model input.
 
         Returns:
-            tokens `[B, Q, T, C]`; how many times each counts, `[B, Q, T]` integers, 0 for not at all;
+            tokens `[B, Q, T, C]`; token multiplicity, integers `[B, Q, T]`: how many equal tokens each stands for, 0
+            for none;
             the dense prompt `[B, Q or 1, N, C]`, or `None` for nothing to add.
         """
         positions, kinds = self.tokens_of(points, labels, boxes, masks, batch_size)
-        positions, kinds, counts = self.fill_slots(positions, kinds)
+        positions, kinds, token_multiplicity = self.fill_slots(positions, kinds)
         height, width = input_size
         # The official model moves every coordinate to the pixel's centre, padding included.
         x, y = (positions + 0.5).unbind(dim=-1)
         places = torch.stack([x / width, y / height], dim=-1)
         tokens = F.embedding(kinds + 1, self.kind_table(kinds.device))
         tokens = tokens + self.position_embedding(places).to(tokens.dtype)
-        return tokens, counts, self.dense_prompt(masks, grid_size, kinds.device)
+        return tokens, token_multiplicity, self.dense_prompt(masks, grid_size, kinds.device)
 
     def tokens_of(self, points, labels, boxes, masks, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All point and box-corner tokens: positions `[B, Q, T, 2]` in pixels and kinds `[B, Q, T]`."""
@@ -568,13 +569,13 @@ class EfficientSamPromptEncoder(nn.Module):
 
     def fill_slots(self, positions: torch.Tensor, kinds: torch.Tensor):
         """
-        Fills each prompt up to the slots it would have alone. The filling is equal tokens, which stay equal from layer
-        to layer, so one more token stands for all of a prompt's, and counts as many times.
+        Pads each prompt to `num_prompt_slots` tokens, as the official model does. Padding tokens are equal and stay
+        equal from layer to layer, so one token stands for all of a prompt's, with their number as its multiplicity.
         """
         is_real = kinds != PADDING
         fillers = self.config.num_prompt_slots - is_real.sum(dim=-1, keepdim=True)
-        counts = torch.cat([is_real.to(kinds), fillers.clamp(min=0)], dim=-1)
-        return F.pad(positions, (0, 0, 0, 1), value=-1.0), F.pad(kinds, (0, 1), value=PADDING), counts
+        token_multiplicity = torch.cat([is_real.to(kinds), fillers.clamp(min=0)], dim=-1)
+        return F.pad(positions, (0, 0, 0, 1), value=-1.0), F.pad(kinds, (0, 1), value=PADDING), token_multiplicity
 
     def kind_table(self, device: torch.device) -> torch.Tensor:
         """One row for each kind of token, `[5, C]`."""
@@ -607,8 +608,8 @@ class EfficientSamPromptEncoder(nn.Module):
 
 class EfficientSamAttention(nn.Module):
     """
-    Multi-head attention between sets that belong to prompts, `[B, Q, length, C]`. A side that is the same for all
-    prompts has Q = 1 and is neither copied nor projected once a prompt.
+    Multi-head attention between sets of vectors of each prompt, `[B, Q, length, C]`. A set that all prompts share has
+    Q = 1 and is projected once, without copies.
     """
 
     def __init__(self, config: EfficientSamMaskDecoderConfig, downsample_rate: int = 1):
@@ -1054,8 +1055,8 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         multimask_output: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        The masks of `forward` whose predicted IoU is above a threshold. Nothing of the others is computed: the scores
-        come first, then for each prompt with a mask to keep the upscaling, then the product for each such mask.
+        The masks of `forward` whose predicted IoU is above a threshold. Scores are computed first, and the other masks
+        are not upscaled.
 
         Args:
             image_embeddings (`torch.FloatTensor` of shape `(1, 256, H / 16, W / 16)`): Of one image.

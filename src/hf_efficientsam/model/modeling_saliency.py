@@ -1,7 +1,7 @@
-"""What stands out in a picture: a small head on EfficientSAM's image embedding, which is computed anyway.
+"""Salient object segmentation: a small head on EfficientSAM's image embedding, which is computed anyway.
 
-image embedding -> narrower, with the neighbours -> transformer layers on half the grid, for what is salient depends on
-the whole picture -> back on the grid, with the neighbours -> four times the resolution -> logits
+image embedding -> projection and convolution -> transformer layers on a grid of half the size, for what is salient
+depends on the whole image -> convolution on the full grid -> four times the resolution -> logits
 
 Shape letters: B images, C channels, N cells of a grid.
 """
@@ -37,7 +37,7 @@ class EfficientSamSaliencyOutput(ModelOutput):
 
 
 class EfficientSamSaliencyNeighbours(nn.Module):
-    """What each cell's neighbours add to a map `[B, C, h, w]`: a convolution of each channel, then an MLP."""
+    """A residual block over a map `[B, C, h, w]`: a 3 x 3 convolution of each channel, normalisation, MLP."""
 
     def __init__(self, config: EfficientSamSaliencyConfig):
         super().__init__()
@@ -52,8 +52,8 @@ class EfficientSamSaliencyNeighbours(nn.Module):
 
 class EfficientSamSaliencyHead(EfficientSamPreTrainedModel):
     """
-    The salient objects of images, from their embeddings of any size. It knows the encoder that it was trained with:
-    its place is the folder `saliency` of that checkpoint.
+    Predicts the salient objects of images from their embeddings, of any size. A head fits the encoder that it was
+    trained with and is stored in the folder `saliency` of that checkpoint.
 
     Example:
 

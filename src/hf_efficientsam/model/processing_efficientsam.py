@@ -1,4 +1,4 @@
-"""Processor of EfficientSAM: pictures and prompts in pixels of each picture -> padded tensors in the model frame."""
+"""Processor of EfficientSAM: images and prompts in pixels of each image -> padded tensors in the model frame."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from .prompts_efficientsam import PAD_VALUE, check_sizes, prepare_prompts
 
 class EfficientSamProcessor(ProcessorMixin):
     """
-    Prepares pictures and prompts for [`EfficientSamModel`] and brings its masks back to the size of the pictures.
+    Prepares images and prompts for [`EfficientSamModel`] and brings its masks back to the size of the images.
 
     Args:
         image_processor: an [`EfficientSamImageProcessor`].
@@ -35,7 +35,7 @@ class EfficientSamProcessor(ProcessorMixin):
         """
         All prompts are nested lists, tuples, arrays or tensors, in any mixture and of any raggedness. A prompt is one
         object; it may have several points, or a box, or both, and `None` or `[]` stands where it has none.
-        Coordinates are (x, y) in pixels of the upright picture, x to the right and y down, 0 being the first pixel.
+        Coordinates are (x, y) in pixels of the upright image, x to the right and y down, 0 being the first pixel.
 
         Args:
             images: what the image processor takes. Without images, give `original_sizes`; then only prompts are
@@ -44,10 +44,10 @@ class EfficientSamProcessor(ProcessorMixin):
             input_labels: `[image][prompt][point]`, or `[image][point]`: 1 on the object, 0 on the background, -1 or
                 -10 for a point to be ignored. Without labels every point is on the object.
             input_boxes: `[image][prompt][x1, y1, x2, y2]`, or `[image][x1, y1, x2, y2]`. Prompt i has points i and
-                box i. A box may reach beyond the picture.
+                box i. A box may reach beyond the image.
             input_masks: `[image][prompt][h][w]`, low-resolution logits (a quarter of the model input), all of one
                 size.
-            original_sizes: `[B, 2]`, height and width of each picture.
+            original_sizes: `[B, 2]`, height and width of each image.
             return_tensors: "pt" (as is `None`) or "np".
             kwargs: options of the image processor for this call.
 
@@ -55,7 +55,7 @@ class EfficientSamProcessor(ProcessorMixin):
             What the image processor returns, and, each only if something of it was given, with Q and P the largest
             numbers of prompts and points in the batch:
 
-            - `input_points` `[B, Q, P, 2]` float32 in pixels of the resized picture, (-10, -10) where there is none;
+            - `input_points` `[B, Q, P, 2]` float32 in pixels of the resized image, (-10, -10) where there is none;
             - `input_labels` `[B, Q, P]` int64, -10 where there is no point;
             - `input_boxes` `[B, Q, 4]` float32 in the same frame, four times -10 where there is none;
             - `input_masks` `[B, Q, h, w]` float32, zeros where there is none.
