@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from test_cli import all_files, assert_refused, library_settings, noise, run  # noqa: F401 (a fixture)
 from test_mask_generation import tiny_model
 
-from hf_efficientsam import EfficientSamImageProcessor, EfficientSamProcessor
+from hf_efficientsam import EfficientSamConfig, EfficientSamImageProcessor, EfficientSamProcessor
 from hf_efficientsam.cli.everything import GENERATOR_DEFAULTS, everything_command
 from hf_efficientsam.inference import everything_files, folder_runs
 from hf_efficientsam.inference.drawing import lay_masks
@@ -240,6 +240,18 @@ def test_no_mask(photos, out, model):
     result = annotate_well(photos, out, "--json", model=model, stability_score_thresh=1)
     assert "in 3 of 3 images, such as a.png; try" in result.stderr
     assert [record["annotations"] for record in json.loads(result.stdout)["images"]] == [[], [], []]
+
+
+def test_thresholds_are_the_checkpoints_unless_given(photos, out, tmp_path):
+    save(tmp_path / "model")
+    config = EfficientSamConfig.from_pretrained(tmp_path / "model")
+    config.mask_generation = {"pred_iou_thresh": 0.25, "stability_score_thresh": 0.5, "stability_score_offset": 2.0}
+    config.save_pretrained(tmp_path / "model")
+    given = [photos / "a.png", "--output", out, "--points-per-side", 2, "--model", tmp_path / "model"]
+    for options, expected in (([], {}), (["--pred-iou-thresh", 0.75], {"pred_iou_thresh": 0.75})):
+        run("everything", *given, *options)
+        options = json.loads((out / "records/a.json").read_text())["options"]
+        assert config.mask_generation | expected == {name: options[name] for name in config.mask_generation}
 
 
 # ------------------------------------------------------------------------------------------------ resuming

@@ -57,6 +57,22 @@ def tiny_model(seed: int = 0) -> EfficientSamModel:
     return model
 
 
+def test_thresholds_are_the_checkpoints_unless_given():
+    def thresholds(model, **given):
+        generator = EfficientSamMaskGenerator(model, EfficientSamImageProcessor(size=64), **given)
+        return generator.pred_iou_thresh, generator.stability_score_thresh, generator.stability_score_offset
+
+    model = tiny_model()
+    assert thresholds(model) == (0.88, 0.95, 1.0)  # segment-anything's
+    model.config.mask_generation = {
+        "pred_iou_thresh": 0.5,
+        "stability_score_thresh": 0.6,
+        "stability_score_offset": 0.7,
+    }
+    assert thresholds(model) == (0.5, 0.6, 0.7)
+    assert thresholds(model, pred_iou_thresh=0, stability_score_offset=2.0) == (0, 0.6, 2.0)
+
+
 @pytest.fixture(scope="module")
 def model() -> EfficientSamModel:
     return tiny_model()

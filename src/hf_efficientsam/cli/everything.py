@@ -21,6 +21,8 @@ GENERATOR_DEFAULTS = {
     name: parameter.default for name, parameter in inspect.signature(EfficientSamMaskGenerator).parameters.items()
 }
 
+BY_DEFAULT = "By default what the checkpoint's config says, else segment-anything's"
+
 
 @commands.command("everything", no_args_is_help=True)
 def everything_command(
@@ -33,11 +35,13 @@ def everything_command(
         int, typer.Option(help="Points that go through the model at a time; fewer need less memory.")
     ] = GENERATOR_DEFAULTS["points_per_batch"],
     pred_iou_thresh: Annotated[
-        float, typer.Option(help="Keep masks whose quality the model puts above this; 0 keeps all.")
-    ] = GENERATOR_DEFAULTS["pred_iou_thresh"],
+        float | None,
+        typer.Option(help=f"Keep masks whose quality the model puts above this; 0 keeps all. {BY_DEFAULT} (0.88)."),
+    ] = None,
     stability_score_thresh: Annotated[
-        float, typer.Option(help="Keep masks whose edge is clear, from 0 (all) to 1.")
-    ] = GENERATOR_DEFAULTS["stability_score_thresh"],
+        float | None,
+        typer.Option(help=f"Keep masks whose edge is clear, from 0 (all) to 1. {BY_DEFAULT} (0.95)."),
+    ] = None,
     box_nms_thresh: Annotated[
         float, typer.Option(help="Of masks whose boxes overlap by a larger IoU keep the best only.")
     ] = GENERATOR_DEFAULTS["box_nms_thresh"],
@@ -82,20 +86,20 @@ def everything_command(
     )
     if records:
         write_dataset(records, output)
-    warn_of_empty(records, pred_iou_thresh, stability_score_thresh)
+    warn_of_empty(records, segmenter.generator)
     for record in records:  # the masks are in the files; here they would drown everything else
         for annotation in record["annotations"]:
             del annotation["segmentation"]
     report_folder(records, failures, as_json)
 
 
-def warn_of_empty(records: list[dict], pred_iou_thresh: float, stability_score_thresh: float) -> None:
+def warn_of_empty(records: list[dict], generator: EfficientSamMaskGenerator) -> None:
     """Says on stderr in which images no mask was found."""
     if empty := [record["image"] for record in records if not record["annotations"]]:
         where = empty[0] if len(empty) == 1 else f"{len(empty)} of {len(records)} images, such as {empty[0]}"
         typer.echo(
-            f"efficientsam: no mask was found in {where}; try a lower --pred-iou-thresh (now {pred_iou_thresh:g}) or "
-            f"--stability-score-thresh (now {stability_score_thresh:g}).",
+            f"efficientsam: no mask was found in {where}; try a lower --pred-iou-thresh (now "
+            f"{generator.pred_iou_thresh:g}) or --stability-score-thresh (now {generator.stability_score_thresh:g}).",
             err=True,
         )
 

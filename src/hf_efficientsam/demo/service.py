@@ -1,6 +1,5 @@
 """What the page and the API of the web demo ask for: one model, and a session for each visitor."""
 
-import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from PIL import Image
 
 from hf_efficientsam.inference.image_files import as_model_sees, read_image, upright_size
 from hf_efficientsam.inference.loading import find_checkpoint, is_bundled, load_model
-from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.inference.predictor import EfficientSamPredictor
 from hf_efficientsam.inference.prompt_files import group_prompts, read_prompts
 from hf_efficientsam.inference.prompters import Detector, SalientPrompter, TextPrompter, load_saliency
@@ -30,11 +28,6 @@ MAX_POINTS_PER_SIDE = 32
 # PIL reads more; some, such as EPS, through other programs, which is not for files of strangers.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
 MAX_OBJECTS = 64  # of one question to the API: each has a mask of the picture's size
-GENERATOR_THRESHOLDS = tuple(
-    inspect.signature(EfficientSamMaskGenerator).parameters[name].default
-    for name in ("pred_iou_thresh", "stability_score_thresh")
-)
-BUNDLED_THRESHOLDS = (0.2, 0.5)  # the bundled model predicts low IoUs
 
 
 def as_sentence(error: Exception) -> str:
@@ -66,7 +59,7 @@ class Demo:
 
     Attributes:
         no_detector, no_saliency: why a mode is greyed; empty if it is not.
-        everything_thresholds: where `pred_iou_thresh` and `stability_score_thresh` start.
+        everything_thresholds: where `pred_iou_thresh` and `stability_score_thresh` start: at the checkpoint's.
 
     Raises:
         ValueError: a checkpoint that cannot be loaded.
@@ -82,7 +75,8 @@ class Demo:
         self.checkpoint = None if is_bundled(model) else model
         self.detector, self.saliency, self.max_pixels = detector, saliency, max_pixels
         self.model, self.processor = load_model(find_checkpoint(model))
-        self.everything_thresholds = GENERATOR_THRESHOLDS if self.checkpoint else BUNDLED_THRESHOLDS
+        thresholds = self.model.config.mask_generation
+        self.everything_thresholds = thresholds["pred_iou_thresh"], thresholds["stability_score_thresh"]
         self.detector_model = Detector(detector, self.model.device) if detector else None
         self.no_detector = "" if detector else "This needs a detector; start the page with --detector NAME."
         self.saliency_source, self.no_saliency = self._load_saliency()

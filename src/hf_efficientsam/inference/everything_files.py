@@ -26,7 +26,7 @@ from .image_files import (
     write_files,
 )
 from .loading import find_checkpoint, load_model
-from .mask_generation import EfficientSamMaskGenerator
+from .mask_generation import THRESHOLDS, EfficientSamMaskGenerator
 from .records import image_record
 from .results import draw_label_map, largest_first
 
@@ -41,7 +41,7 @@ class EverythingSegmenter:
     Attributes:
         name: of the checkpoint.
         generator: its `output_mode` is "coco_rle".
-        options: arguments of the generator that the masks depend on.
+        options: arguments of the generator that the masks depend on, its thresholds among them.
         max_pixels: larger images are refused.
         crop_progress: show a bar over the crops of each image.
     """
@@ -63,6 +63,7 @@ class EverythingSegmenter:
         generator = EfficientSamMaskGenerator(
             model, processor, points_per_batch=points_per_batch, output_mode="coco_rle", **options
         )
+        options = options | {threshold: getattr(generator, threshold) for threshold in THRESHOLDS}
         return cls(name, generator, options, max_pixels, crop_progress)
 
     def __call__(self, path: Path) -> tuple[Image.Image, list[dict]]:

@@ -42,6 +42,7 @@ from .amg import build_all_layer_point_grids, remove_small_regions
 from .mask_bounds import measure_masks
 from .results import mask_rles
 
+THRESHOLDS = ("pred_iou_thresh", "stability_score_thresh", "stability_score_offset")  # that checkpoints choose
 OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
 # A million points, 5461 crops: more is a typing error, and would fill the memory before the first mask.
 MOST_POINTS_PER_SIDE, MOST_CROP_LAYERS = 1024, 6
@@ -76,9 +77,11 @@ class EfficientSamMaskGenerator:
         points_per_side: points along each side of the grid over the image.
         points_per_batch: prompts that go through the model at a time. A batch that does not fit into memory is halved,
             with a warning.
-        pred_iou_thresh: least predicted IoU, exclusive; 0 keeps all.
+        pred_iou_thresh: least predicted IoU, exclusive; 0 keeps all. This and the next two are by default the
+            checkpoint's own, `model.config.mask_generation`: segment-anything's 0.88, 0.95 and 1.0 where it has none.
         stability_score_thresh: least stability, exclusive; 0 keeps all. Stability is the IoU of the two masks that
             `mask_threshold` plus and minus `stability_score_offset` give.
+        stability_score_offset: see there.
         mask_threshold: logits above it belong to the object.
         box_nms_thresh: of two masks of a crop whose boxes overlap by a larger IoU only the more confident is kept.
         crop_n_layers: layer i (from 1) also looks at 4**i overlapping crops of the image, for small objects.
@@ -103,9 +106,9 @@ class EfficientSamMaskGenerator:
         processor: EfficientSamProcessor | EfficientSamImageProcessor,
         points_per_side: int | None = 32,
         points_per_batch: int = 64,
-        pred_iou_thresh: float = 0.88,
-        stability_score_thresh: float = 0.95,
-        stability_score_offset: float = 1.0,
+        pred_iou_thresh: float | None = None,
+        stability_score_thresh: float | None = None,
+        stability_score_offset: float | None = None,
         box_nms_thresh: float = 0.7,
         crop_n_layers: int = 0,
         crop_nms_thresh: float = 0.7,
@@ -117,6 +120,11 @@ class EfficientSamMaskGenerator:
         mask_threshold: float = 0.0,
         multimask_output: bool = True,
     ):
+        given = (pred_iou_thresh, stability_score_thresh, stability_score_offset)
+        defaults = (model.config.mask_generation[name] for name in THRESHOLDS)
+        pred_iou_thresh, stability_score_thresh, stability_score_offset = (
+            default if value is None else value for value, default in zip(given, defaults, strict=True)
+        )
         check_options(
             at_least={
                 "points_per_batch": (points_per_batch, 1),
