@@ -117,7 +117,7 @@ def save_results(
 
 
 def load(config: EvaluateEverythingConfig) -> tuple[EfficientSamModel, EfficientSamProcessor]:
-    model, processor = load_model(find_checkpoint(None if config.model == "bundled" else config.model))
+    model, processor = load_model(find_checkpoint(config.model))
     return model.to(config.device or model.device), processor
 
 

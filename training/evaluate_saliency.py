@@ -134,7 +134,7 @@ def evaluate(config: EvaluateSaliencyConfig) -> None:
     check(config)
     source = open_saliency(config.data)
     count = min(len(source), config.limit or len(source))
-    model, processor = load_model(find_checkpoint(None if config.model == "bundled" else config.model))
+    model, processor = load_model(find_checkpoint(config.model))
     predictor = EfficientSamPredictor(model.to(config.device or model.device), processor)
     prompters = {
         name: SalientPrompter(predictor, open_source(name, config), config.threshold) for name in config.saliency

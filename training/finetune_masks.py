@@ -158,7 +158,7 @@ def build_model(config: MasksConfig) -> EfficientSamModel:
     set_seed(config.seed)  # the same start on every process, whatever was loaded before
     kinds = {name: getattr(config, name) for name in ("background_points", "mask_prompts")}
     if config.model is not None:
-        model, _ = load_model(find_checkpoint(None if config.model == "bundled" else config.model))
+        model, _ = load_model(find_checkpoint(config.model))
         model = model.cpu().train()
         model_config = copy.deepcopy(model.config)
         asked = {name: wanted for name, wanted in kinds.items() if wanted is not None}

@@ -89,7 +89,7 @@ def check(config: SaliencyConfig) -> None:
 
 def get_data(config: SaliencyConfig, device: torch.device) -> tuple[MirroredEmbeddings, EncodedImages | None, int]:
     """What is trained on, what is measured on, and the channels of the embeddings."""
-    model, _ = load_model(find_checkpoint(None if config.model == "bundled" else config.model))
+    model, _ = load_model(find_checkpoint(config.model))
     model, vision = model.to(device), model.config.vision_config
     side = config.image_size or vision.image_size
     processor = EfficientSamProcessor(EfficientSamImageProcessor(size={"height": side, "width": side}))

@@ -1,4 +1,5 @@
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 
@@ -32,9 +33,9 @@ def occupied(masks):
 
 
 @pytest.fixture
-def prompted(make_model):
+def prompted():
     """A model and what `decode_cells` takes for two images with three boxes each."""
-    model = make_model(background_points=True, mask_prompts=True).eval()
+    model = tiny.one_layer_model(background_points=True, mask_prompts=True).eval()
     generator = torch.Generator().manual_seed(1)
     embeddings = torch.randn(2, 32, *GRID, generator=generator)
     boxes = 128 * torch.rand(2, 3, 2, 2, generator=generator).sort(dim=2).values.flatten(2)

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import tiny
 import torch
 
 from hf_efficientsam import EfficientSamConfig, EfficientSamModel
@@ -150,6 +151,6 @@ def test_a_decoder_that_cannot_is_refused_and_left_as_it_was(decoder, name):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_tiny_width_is_refused(make_model):
+def test_a_tiny_width_is_refused():
     with pytest.raises(ValueError, match="hidden_size of at least"):
-        set_geometric_weights(make_model())
+        set_geometric_weights(tiny.one_layer_model())

@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 
 from hf_efficientsam.training.masks.interactive import EmbeddingCache, InteractiveSegmentation, PromptConfig
@@ -34,9 +35,9 @@ def batch():
 
 
 @pytest.fixture
-def make_task(make_model):
+def make_task():
     def make(prompt_encoder=None, **options):
-        model = make_model(**(EVERYTHING if prompt_encoder is None else prompt_encoder))
+        model = tiny.one_layer_model(**(EVERYTHING if prompt_encoder is None else prompt_encoder))
         task = InteractiveSegmentation(model, MaskLoss(), PromptConfig(**options))
         size = task.options.noise_size
         task.register_forward_pre_hook(lambda _, inputs: (*inputs[:3], inputs[3][..., :size], *inputs[4:]))
@@ -250,8 +251,8 @@ def test_a_synthetic_step_asks_for_ellipses_and_leaves_the_encoder_alone(make_ta
     assert torch.equal(loss, task(pixel_values, masks.flip(1), valid, numbers, generator(), synthetic=True)["loss"])
 
 
-def test_a_cached_image_is_not_encoded_again(make_model):
-    model = make_model()
+def test_a_cached_image_is_not_encoded_again():
+    model = tiny.one_layer_model()
     cache = EmbeddingCache(model)
     pixel_values = torch.randn(3, 3, SIZE, SIZE, generator=generator(7))
     first = cache.get(pixel_values, ["a", "b", "c"])

@@ -1,4 +1,5 @@
 import pytest
+import tiny
 import torch
 from PIL import Image
 from transformers import (
@@ -26,8 +27,8 @@ def noise(width=WIDTH, height=HEIGHT):
 
 
 @pytest.fixture
-def ours(make_model):
-    model = make_model(background_points=True, mask_prompts=True).eval()
+def ours():
+    model = tiny.one_layer_model(background_points=True, mask_prompts=True).eval()
     return Predictor("ours", model, EfficientSamProcessor(EfficientSamImageProcessor(size=64, keep_aspect_ratio=True)))
 
 
@@ -100,9 +101,9 @@ def test_images_of_any_shape_are_encoded_in_their_order(ours):
         assert masks.shape == (1, 3, image.height, image.width)
 
 
-def test_what_a_model_takes(make_model, ours, sam):
+def test_what_a_model_takes(ours, sam):
     assert (ours.background_points, ours.mask_prompts) == (True, True) == (sam.background_points, sam.mask_prompts)
-    official = Predictor("official", make_model(), ours.processor)
+    official = Predictor("official", tiny.one_layer_model(), ours.processor)
     assert (official.background_points, official.mask_prompts) == (False, False)
     assert ours.input_size() == sam.input_size() == {"height": 64, "width": 64}
 

@@ -143,7 +143,7 @@ def load_predictor(name: str, device: torch.device | str) -> Predictor:
         ValueError: with one sentence, if it cannot be loaded.
     """
     if name == "bundled" or _model_type(name) not in MODEL_FOR_MASK_GENERATION_MAPPING_NAMES:
-        model, processor = load_model(find_checkpoint(None if name == "bundled" else name))
+        model, processor = load_model(find_checkpoint(name))
         return Predictor(name, model.to(device), processor)
     try:
         processor = AutoProcessor.from_pretrained(name)
