@@ -6,11 +6,12 @@
 Each arm is pretrained by `sami.py` on the same images for the same number of steps, then scored twice: frozen, by
 `probe_encoder.py`, and as the start of the same short mask fine-tuning (`finetune_masks.py`, `evaluate_masks.py`).
 What is done is kept under `--output_dir`, the numbers in `results/sami_study.json` and .png, the table goes into
-`training/README.md`; see `hf_efficientsam.training.engine.study` for how to stop, go on and measure anew.
+`training/README.md`; see `hf_efficientsam.training.engine.studies` for how to stop, go on and measure anew.
 """
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -20,7 +21,7 @@ from hf_efficientsam.training.data.images import FolderImages
 from hf_efficientsam.training.engine.checkpoints import replaced_folder
 from hf_efficientsam.training.engine.config import parse_config
 from hf_efficientsam.training.engine.run import run_script
-from hf_efficientsam.training.engine.study import Study, StudyOptions
+from hf_efficientsam.training.engine.studies import StudyConfig, run_stage, run_study
 
 HERE = Path(__file__).parent
 PRETRAINING, FINETUNING = HERE / "recipes" / "studies" / "sami.yaml", HERE / "recipes" / "studies" / "sami_masks.yaml"
@@ -37,73 +38,80 @@ ARMS = {
 }
 
 
+TITLES = {
+    "nearest_neighbors": "10-NN",
+    "linear_probe": "linear probe",
+    "box": "box mIoU",
+    "click1": "1 click mIoU",
+}
+
+
 @dataclass(frozen=True)
-class Recipe(StudyOptions):
+class SamiStudyConfig(StudyConfig):
     teacher: str = field(default="../shared/weights/vit-small-patch14-teacher", metadata={"help": "vision model"})
 
 
-class SamiStudy(Study):
-    """The stages; each makes its result if it is not there."""
+def small_images(config: SamiStudyConfig, root: Path) -> Path:
+    """Photographs without those to evaluate on, made small once, because decoding them takes as long as a step."""
+    folder, data = root / "images", Path(config.data)
+    if not folder.is_dir():
+        names = ["train-seg/images", "coco-train/images", "unlabelled/images", "saliency/train/images"]
+        source = FolderImages([data / name for name in [*names, "classification/train"]])
+        with replaced_folder(folder) as writing:
+            for key, image in tqdm(source, desc="small images", mininterval=2):
+                scale = min(1, 160 / min(image.size))
+                small = image.resize([round(side * scale) for side in image.size], Image.Resampling.LANCZOS)
+                path = (writing / key).with_suffix(".jpg")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                small.save(path, quality=92)
+    return folder
 
-    name, arms = "sami_study", tuple(ARMS)
-    scores = {
-        "nearest_neighbors": "10-NN",
-        "linear_probe": "linear probe",
-        "box": "box mIoU",
-        "click1": "1 click mIoU",
+
+def cache_teacher(config: SamiStudyConfig, root: Path) -> None:
+    """The teacher's features, which all arms but one reconstruct."""
+    sizes = ["--teacher_size", 112, "--size", 128, "--views", 2]
+    arguments = ["--images", small_images(config, root), "--teacher", config.teacher, *sizes]
+    cache = root / "cache"
+    script = HERE / "cache_features.py"
+    run_stage(root, cache / "index.safetensors", script, *arguments, "--output_dir", cache)
+
+
+def pretrain(root: Path, arm: str, seed: int, folder: Path) -> Path:
+    """The arm's encoder."""
+    changes = ARMS[arm] | ({} if arm == "mae" else {"cache": root / "cache"})
+    arguments = ["--config", PRETRAINING, "--images", root / "images", "--seed", seed]
+    arguments += [word for name, value in changes.items() for word in (f"--{name}", value)]
+    output = folder / "pretraining"
+    return run_stage(root, output / "model", HERE / "sami.py", *arguments, "--output_dir", output)
+
+
+def measure(config: SamiStudyConfig, root: Path, arm: str, seed: int, folder: Path) -> dict[str, float]:
+    data, encoder = Path(config.data), pretrain(root, arm, seed, folder)
+    probe, masks, metrics = folder / "probe.json", folder / "masks", folder / "metrics.json"
+    arguments = ["--encoder", encoder, "--data", data / "classification", "--size", 96]
+    arguments += ["--train_limit", 1500, "--test_limit", 1000, "--output", probe]
+    run_stage(root, probe, HERE / "probe_encoder.py", *arguments)
+
+    train = [data / name / "instances_train.json" for name in ("train-seg", "coco-train", "coco-train")]
+    arguments = ["--config", FINETUNING, "--train", *train, "--encoder", encoder, "--seed", seed]
+    run_stage(root, masks / "model", HERE / "finetune_masks.py", *arguments, "--output_dir", masks)
+
+    annotations = data / "coco-val-dev" / "instances_val.json"
+    arguments = ["--annotations", annotations, "--prompts", "box", "click1", "--model", masks / "model"]
+    run_stage(root, metrics, HERE / "evaluate_masks.py", *arguments, "--output", metrics)
+    accuracy, results = json.loads(probe.read_text()), json.loads(metrics.read_text())["results"]
+    return {
+        **{name: accuracy[name] for name in ("nearest_neighbors", "linear_probe")},
+        **{name: results[name]["confident"]["all"]["miou"] for name in ("box", "click1")},
     }
 
-    def images(self) -> Path:
-        """Photographs without those to evaluate on, made small once, because decoding them takes as long as a step."""
-        folder = self.folder / "images"
-        if not folder.is_dir():
-            names = ["train-seg/images", "coco-train/images", "unlabelled/images", "saliency/train/images"]
-            source = FolderImages([self.data / name for name in [*names, "classification/train"]])
-            with replaced_folder(folder) as writing:
-                for key, image in tqdm(source, desc="small images", mininterval=2):
-                    scale = min(1, 160 / min(image.size))
-                    small = image.resize([round(side * scale) for side in image.size], Image.Resampling.LANCZOS)
-                    path = (writing / key).with_suffix(".jpg")
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    small.save(path, quality=92)
-        return folder
 
-    def prepare(self) -> None:
-        """The teacher's features."""
-        sizes = ["--teacher_size", 112, "--size", 128, "--views", 2]
-        arguments = ["--images", self.images(), "--teacher", self.options.teacher, *sizes]
-        cache = self.folder / "cache"
-        self.stage(cache / "index.safetensors", "cache_features", *arguments, "--output_dir", cache)
-
-    def pretrain(self, arm: str, seed: int, folder: Path) -> Path:
-        """The arm's encoder."""
-        changes = ARMS[arm] | ({} if arm == "mae" else {"cache": self.folder / "cache"})
-        arguments = ["--config", PRETRAINING, "--images", self.folder / "images", "--seed", seed]
-        arguments += [word for name, value in changes.items() for word in (f"--{name}", value)]
-        return self.stage(folder / "pretraining/model", "sami", *arguments, "--output_dir", folder / "pretraining")
-
-    def measure(self, arm: str, seed: int, folder: Path) -> dict[str, float]:
-        encoder = self.pretrain(arm, seed, folder)
-        arguments = ["--encoder", encoder, "--data", self.data / "classification", "--size", 96]
-        arguments += ["--train_limit", 1500, "--test_limit", 1000, "--output", folder / "probe.json"]
-        probe = json.loads(self.stage(folder / "probe.json", "probe_encoder", *arguments).read_text())
-
-        names = ("train-seg", "coco-train", "coco-train")
-        train = [self.data / name / "instances_train.json" for name in names]
-        arguments = ["--config", FINETUNING, "--train", *train, "--encoder", encoder, "--seed", seed]
-        model = self.stage(folder / "masks/model", "finetune_masks", *arguments, "--output_dir", folder / "masks")
-
-        annotations = self.data / "coco-val-dev" / "instances_val.json"
-        arguments = ["--annotations", annotations, "--prompts", "box", "click1", "--model", model]
-        metrics = self.stage(
-            folder / "metrics.json", "evaluate_masks", *arguments, "--output", folder / "metrics.json"
-        )
-        results = json.loads(metrics.read_text())["results"]
-        return {
-            **{name: probe[name] for name in ("nearest_neighbors", "linear_probe")},
-            **{name: results[name]["confident"]["all"]["miou"] for name in ("box", "click1")},
-        }
+def main(arguments: list[str] | None = None) -> None:
+    config = parse_config(SamiStudyConfig, __doc__, arguments)
+    root = Path(config.output_dir or "runs/sami_study")
+    prepare = partial(cache_teacher, config, root)
+    run_study("sami_study", config, root, HERE, list(ARMS), TITLES, prepare, partial(measure, config, root))
 
 
 if __name__ == "__main__":
-    run_script("sami_study", lambda: SamiStudy(parse_config(Recipe, __doc__), HERE).run())
+    run_script("sami_study", main)
