@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from script_runs import refuse, run
+from script_runs import load_script, refuse, run
 
 import hf_efficientsam
-from hf_efficientsam import EfficientSamSaliencyConfig, EfficientSamSaliencyHead
+from hf_efficientsam import EfficientSamModel, EfficientSamSaliencyConfig, EfficientSamSaliencyHead
+from hf_efficientsam.inference.loading import find_checkpoint
 
 CARD = "Prose.\n<!-- saliency: begin -->\nold\n<!-- saliency: end -->\nMore prose.\n"
 
@@ -49,6 +50,33 @@ def test_another_saliency_head_leaves_the_model_as_it_is(checkpoint, tmp_path):
     card = (checkpoint / "README.md").read_text()
     assert card.startswith("Prose.\n<!-- saliency: begin -->\n1 images.") and card.endswith("More prose.\n")
     assert f"| the head | {results['own']['map']['iou']:.3f} | " in card and "old" not in card
+
+
+def test_a_new_edition_replaces_only_the_file_of_what_is_trained(tiny_model, tmp_path):
+    script, folders = load_script("bundle_checkpoint"), [tmp_path / "first", tmp_path / "second"]
+    trained = EfficientSamModel.from_pretrained(tiny_model)
+    trained.config.vision_config.num_hidden_layers = 4  # one that stays, and the three that are trained
+    trained = EfficientSamModel(trained.config)
+    for folder in folders:
+        trained.save_pretrained(tmp_path / "trained")
+        folder.mkdir()
+        script.save_half_precision(script.BundleConfig(str(tmp_path / "trained"), pred_iou_thresh=0.5), folder)
+        loaded, info = EfficientSamModel.from_pretrained(folder, output_loading_info=True)
+        assert not any(info.values()) and loaded.dtype == torch.float32  # whole
+        assert loaded.config.mask_generation["pred_iou_thresh"] == 0.5
+        expected = trained.state_dict()
+        assert all(torch.equal(value.half(), expected[name].half()) for name, value in loaded.state_dict().items())
+        for part in (trained.vision_encoder.layers[1], trained.vision_encoder.neck, trained.mask_decoder):
+            torch.nn.init.normal_(next(part.parameters()))
+    assert find_checkpoint(str(folders[0])) == str(folders[0])
+    files = {path.name for path in folders[0].glob("*.safetensors*")}
+    assert files == {
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    }
+    changed = {name for name in files if len({(folder / name).read_bytes() for folder in folders}) == 2}
+    assert changed == {"model-00002-of-00002.safetensors"}
 
 
 def test_a_model_without_a_head_for_it_is_refused(checkpoint):
