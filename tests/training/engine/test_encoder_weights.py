@@ -165,6 +165,11 @@ def test_new_parts_around_a_pretrained_encoder(pretraining):
     assert type(encoder) is EfficientSamVisionModel and not has_neck
 
 
+def test_the_bundled_encoder_has_its_neck():
+    encoder, has_neck = load_encoder("bundled")
+    assert has_neck and encoder.config.image_size == 512
+
+
 def test_a_classifier_of_other_classes_starts_new(pretraining, tmp_path):
     model, _ = load_around_encoder(EfficientSamForImageClassification, str(pretraining), num_labels=3)
     model.save_pretrained(tmp_path / "three")

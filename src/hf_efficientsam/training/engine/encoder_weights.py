@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_efficientsam.inference.loading import bundled_checkpoint, is_bundled
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamVisionEncoder, EfficientSamVisionModel
 
 from .config import PositiveInt, RatioBelowOne
@@ -20,7 +21,8 @@ class EncoderConfig:
     """The encoder that is fine-tuned; the defaults are EfficientSAM-Ti."""
 
     encoder: str | None = field(
-        default=None, metadata={"help": "start from this encoder (of sami.py, or any EfficientSAM); else from scratch"}
+        default=None,
+        metadata={"help": "start from this encoder: of sami.py, an EfficientSAM, or: bundled"},
     )
     hidden_size: PositiveInt = field(
         default=192, metadata={"help": "width of a new encoder: 192 (Ti), 384 (S), 768 (B)"}
@@ -39,7 +41,7 @@ def load_around_encoder(model_class: type[PreTrainedModel], name: str, **options
 
     Args:
         model_class: a model with a `vision_encoder`.
-        name: the directory or repository.
+        name: the directory or repository; or "bundled", the checkpoint that comes with the package.
         options: for the config, as `from_pretrained` takes them.
 
     Returns:
@@ -51,7 +53,7 @@ def load_around_encoder(model_class: type[PreTrainedModel], name: str, **options
     """
     options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        model, loading = model_class.from_pretrained(name, **options)
+        model, loading = model_class.from_pretrained(bundled_checkpoint() if is_bundled(name) else name, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"The encoder {name} cannot be loaded: {' '.join(str(error).split())}") from None
     new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
