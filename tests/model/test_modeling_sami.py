@@ -691,7 +691,9 @@ def test_the_encoder_and_only_it_is_taken(loaded_class, decoder_type, tmp_path):
 @torch.no_grad()
 def test_the_encoder_is_taken_with_what_from_pretrained_is_told(model, pixel_values, tmp_path):
     model.to(torch.bfloat16).save_pretrained(tmp_path)
-    loaded = EfficientSamModel.from_pretrained(tmp_path, attn_implementation="eager", output_attentions=True)
+    loaded = EfficientSamModel.from_pretrained(
+        tmp_path, attn_implementation="eager", output_attentions=True, dtype="auto"
+    )
     assert loaded.dtype == torch.bfloat16
     assert len(loaded(pixel_values).vision_attentions) == 2
     loaded = EfficientSamModel.from_pretrained(tmp_path, dtype=torch.float32, initializer_range=0.5)

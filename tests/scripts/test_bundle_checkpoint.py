@@ -44,7 +44,7 @@ def test_another_saliency_head_leaves_the_model_as_it_is(checkpoint, tmp_path):
         "metrics.json",
         "model.safetensors",
     }
-    saved = EfficientSamSaliencyHead.from_pretrained(checkpoint, subfolder="saliency")
+    saved = EfficientSamSaliencyHead.from_pretrained(checkpoint, subfolder="saliency", dtype="auto")
     assert saved.dtype == torch.float16 and torch.equal(saved.upscaling.weight, head.upscaling.weight.half())
     results = json.loads((checkpoint / "saliency" / "metrics.json").read_text())["results"]
     card = (checkpoint / "README.md").read_text()

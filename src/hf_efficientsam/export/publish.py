@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from hf_efficientsam import __version__
 from hf_efficientsam.export.model_card import model_card
-from hf_efficientsam.inference.loading import find_checkpoint, load_head, load_model
+from hf_efficientsam.inference.loading import find_checkpoint, load_head, load_model, stored_dtype
 
 SPACES = Path(__file__).resolve().parents[3] / "spaces"  # in a checkout; not installed with the package
 SPACE_FILES = ("app.py", "README.md", "requirements.txt")
@@ -148,7 +148,7 @@ def make_model(directory: Path, name: str, folder: Path, onnx: bool) -> Reposito
     """
     repository = Repository(name, "model", folder)
     folder.mkdir(parents=True)
-    model, processor = load_model(str(directory), dtype="auto")
+    model, processor = load_model(str(directory), stored_dtype(directory))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     if onnx:

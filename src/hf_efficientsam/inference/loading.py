@@ -1,12 +1,13 @@
 """Where checkpoints live and how they are loaded: the bundled one, directories, Hub repositories."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers.configuration_utils import PreTrainedConfig
 
 from hf_efficientsam.model.configuration_efficientsam import EfficientSamConfig
@@ -90,6 +91,15 @@ def check_complete(name: str, loaded: dict) -> None:
         raise ValueError(f"{name} lacks {len(missing)} of the model's weights, such as {min(missing)}.")
 
 
+def stored_dtype(directory: Path) -> torch.dtype:
+    """The precision of most weights in a checkpoint's directory. Its config may name another, to compute in."""
+    count = Counter()
+    for file in directory.glob("*.safetensors"):
+        with loading(str(file)), safe_open(file, "pt") as weights:
+            count.update(weights.get_tensor(name).dtype for name in weights.keys())  # noqa: SIM118 (no mapping)
+    return count.most_common(1)[0][0]
+
+
 def load_head(name: str, dtype: torch.dtype | str = torch.float32, subfolder: str = "") -> EfficientSamSaliencyHead:
     """A saliency head, in a `dtype` as of `load_model`, on the CPU."""
     with loading(name):
@@ -101,7 +111,7 @@ def load_head(name: str, dtype: torch.dtype | str = torch.float32, subfolder: st
 
 
 def load_model(name: str, dtype: torch.dtype | str = torch.float32) -> tuple[EfficientSamModel, EfficientSamProcessor]:
-    """In float32 whatever was stored, for half precision is slow on CPUs; or in another `dtype`, "auto" as stored."""
+    """In float32 whatever was stored, for half precision is slow on CPUs; or in another `dtype`."""
     with loading(name):
         processor = EfficientSamProcessor.from_pretrained(name)
         model, loaded = EfficientSamModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
