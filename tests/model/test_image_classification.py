@@ -2,10 +2,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from torch.distributed.fsdp import fully_shard
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_efficientsam import (
@@ -66,48 +64,6 @@ def test_the_class_token_takes_part_in_the_mean_too(pixel_values):
     before = model(pixel_values).logits
     model.vision_encoder.cls_token.neg_()
     assert (model(pixel_values).logits - before).abs().max() > 0.01
-
-
-@torch.no_grad()
-def test_eager_equals_sdpa(pixel_values):
-    model = make(classifier_pooling="cls")
-    expected = model(pixel_values).logits
-    model.set_attn_implementation("eager")
-    output = model(pixel_values, output_attentions=True)
-    assert_close(output.logits, expected)
-    assert [tuple(weights.shape) for weights in output.attentions] == 2 * [(3, 3, 16, 16)]
-
-
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_every_parameter_has_a_gradient(pooling, pixel_values):
-    gradients = []
-    for checkpointing in (False, True):
-        model = make(classifier_pooling=pooling).train()
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        model(pixel_values, labels=torch.tensor([0, 1, 4])).loss.backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    for name, gradient in gradients[0].items():
-        assert gradient is not None and gradient.abs().max() > 0, name
-        assert_close(gradients[1][name], gradient)
-
-
-def test_sharded_layer_by_layer(tmp_path, pixel_values):
-    """FSDP2 as accelerate sets it up: each of `_no_split_modules` by itself. One process shards as many do."""
-    model, sharded, labels = make(), make(), torch.tensor([0, 1, 4])
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-        for module in sharded.modules():
-            if type(module).__name__ in sharded._no_split_modules:
-                fully_shard(module, mesh=mesh)
-        fully_shard(sharded, mesh=mesh)
-        for each in (model, sharded):
-            each(pixel_values, labels=labels).loss.backward()
-        for (name, parameter), wanted in zip(sharded.named_parameters(), model.parameters(), strict=True):
-            torch.testing.assert_close(parameter.grad.full_tensor(), wanted.grad, msg=name)
-    finally:
-        dist.destroy_process_group()
 
 
 @torch.no_grad()

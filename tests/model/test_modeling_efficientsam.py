@@ -536,9 +536,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, pixel_values, po
         layer.mlp.register_forward_pre_hook(lambda module, args: runs.append(module))
     loss_of(checkpointed, pixel_values, points, boxes, masks).backward()
     assert len(runs) == 2 * 4 * len(layers)  # each once more in the backward pass
-    loss_of(
-        decode_by_reference(model), pixel_values, points, boxes, masks
-    ).backward()  # as layers that can be run again do
+    # Layers that are run again are the reference's.
+    loss_of(decode_by_reference(model), pixel_values, points, boxes, masks).backward()
     for (name, parameter), other in zip(model.named_parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(other.grad, parameter.grad, atol=1e-6, rtol=1e-5, msg=name)
 

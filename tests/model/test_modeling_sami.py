@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForMaskGeneration, AutoModelForPreTraining
 
 from hf_efficientsam import (
@@ -549,26 +547,6 @@ def test_autocast(decoder_type, pixel_values, features, noise):
     assert output.loss.dtype == torch.float32
     assert_close(output.reconstruction.float(), expected.reconstruction, 0.1)
     assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
-
-
-def test_sharded_layer_by_layer(tmp_path, pixel_values, features, noise):
-    """FSDP2 as accelerate sets it up: each of `_no_split_modules` by itself. One process shards as many do."""
-    model, sharded = tiny.sami_model(), tiny.sami_model()
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-        for module in sharded.modules():
-            if type(module).__name__ in sharded._no_split_modules:
-                fully_shard(module, mesh=mesh)
-        fully_shard(sharded, mesh=mesh)
-        loss, expected = sharded(pixel_values, features, noise).loss, model(pixel_values, features, noise).loss
-        loss.backward()
-        expected.backward()
-        assert loss.item() == pytest.approx(expected.item())
-        for (name, parameter), wanted in zip(sharded.named_parameters(), model.parameters(), strict=True):
-            torch.testing.assert_close(parameter.grad.full_tensor(), wanted.grad, msg=name)
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("decoder_type", DECODERS)
