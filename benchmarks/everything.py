@@ -51,14 +51,14 @@ from hf_efficientsam import EfficientSamModel
 from hf_efficientsam.inference import mask_generation
 from hf_efficientsam.inference.loading import find_checkpoint, load_model
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
-from hf_efficientsam.model.image_processing_efficientsam import (
+from hf_efficientsam.model.mask_decoder_fast_efficientsam import FastMaskDecoder
+from hf_efficientsam.model.mask_operations_efficientsam import (
     mask_to_box,
     non_maximum_suppression,
     point_grid,
     resize_masks,
     stability_score,
 )
-from hf_efficientsam.model.mask_decoder_fast_efficientsam import FastMaskDecoder
 
 IMAGE = Path(__file__).parents[1] / "examples" / "bus.jpg"
 

@@ -25,7 +25,9 @@ from hf_efficientsam.export import onnx_export
 from hf_efficientsam.export.onnx_export import encode, quantize, restore
 from hf_efficientsam.inference import onnx_predictor
 from hf_efficientsam.inference.onnx_predictor import METADATA_KEY, enlarge_mask, to_pixel_values
-from hf_efficientsam.model.image_processing_efficientsam import resize_masks
+from hf_efficientsam.model.mask_operations_efficientsam import (
+    resize_masks,
+)
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BUS, ELEPHANT = EXAMPLES / "bus.jpg", EXAMPLES / "elephant.jpg"

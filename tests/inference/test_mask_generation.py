@@ -19,7 +19,7 @@ from hf_efficientsam.inference.amg import remove_small_regions
 from hf_efficientsam.inference.mask_bounds import bound_masks, mask_axes, measure_masks
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.model import mask_decoder_fast_efficientsam
-from hf_efficientsam.model.image_processing_efficientsam import (
+from hf_efficientsam.model.mask_operations_efficientsam import (
     mask_to_box,
     non_maximum_suppression,
     resize_masks,

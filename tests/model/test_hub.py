@@ -36,6 +36,7 @@ CODE = {
     "image_processing_efficientsam.py",
     "image_reading_efficientsam.py",
     "mask_decoder_fast_efficientsam.py",
+    "mask_operations_efficientsam.py",
     "modeling_efficientsam.py",
     "processing_efficientsam.py",
     "prompts_efficientsam.py",

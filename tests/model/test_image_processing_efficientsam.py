@@ -11,8 +11,8 @@ from transformers import AutoImageProcessor, pipeline
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
 from hf_efficientsam.model.configuration_efficientsam import EfficientSamConfig
-from hf_efficientsam.model.image_processing_efficientsam import (
-    EfficientSamImageProcessor,
+from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
+from hf_efficientsam.model.mask_operations_efficientsam import (
     mask_to_box,
     masks_to_rles,
     non_maximum_suppression,

@@ -16,7 +16,9 @@ Those that transformers' pipeline needs too are methods and functions of model/i
 import numpy as np
 from scipy import ndimage
 
-from hf_efficientsam.model.image_processing_efficientsam import point_grid
+from hf_efficientsam.model.mask_operations_efficientsam import (
+    point_grid,
+)
 
 
 def build_all_layer_point_grids(n_per_side: int, n_layers: int, scale_per_layer: int) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from hf_efficientsam.model.image_processing_efficientsam import (
+from hf_efficientsam.model.mask_operations_efficientsam import (
     INPUT_PIXELS_PER_MASK_PIXEL,
     mask_to_box,
     resize_masks,

@@ -24,8 +24,8 @@ import torch
 from tqdm import tqdm
 from transformers.image_utils import ImageInput
 
-from hf_efficientsam.model.image_processing_efficientsam import (
-    EfficientSamImageProcessor,
+from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
+from hf_efficientsam.model.mask_operations_efficientsam import (
     lay_crops,
     mask_to_box,
     masks_to_rles,

@@ -65,22 +65,23 @@ class EfficientSamProcessor(ProcessorMixin):
                 finite numbers nested as above; the message names the image and the prompt.
             TypeError: prompts that are not numbers.
         """
+        encoding, original_sizes, input_sizes = self._process_images(images, original_sizes, **kwargs)
+        prompts = prepare_prompts(input_points, input_labels, input_boxes, input_masks, original_sizes, input_sizes)
+        prompts = {name: torch.from_numpy(array) for name, array in prompts.items()}
+        return BatchFeature({**encoding, **prompts}, tensor_type=return_tensors)
+
+    def _process_images(self, images, original_sizes, **kwargs) -> tuple[dict, list, list]:
+        """What the image processor returns, if there are images, and the sizes of the images before and after it."""
         if images is not None:
             if original_sizes is not None:
                 raise ValueError("Pass images or original_sizes, not both.")
             encoding = self.image_processor(images, return_tensors="pt", **kwargs)
-            original_sizes = encoding["original_sizes"].tolist()
-            input_sizes = encoding["reshaped_input_sizes"].tolist()
-        elif original_sizes is not None:
-            encoding = {}
-            original_sizes = check_sizes(original_sizes)
-            input_sizes = [self.image_processor.get_reshaped_input_size(size, **kwargs) for size in original_sizes]
-        else:
+            return encoding, encoding["original_sizes"].tolist(), encoding["reshaped_input_sizes"].tolist()
+        if original_sizes is None:
             raise ValueError("Pass images, or the original_sizes of images whose embeddings you have.")
-
-        prompts = prepare_prompts(input_points, input_labels, input_boxes, input_masks, original_sizes, input_sizes)
-        prompts = {name: torch.from_numpy(array) for name, array in prompts.items()}
-        return BatchFeature({**encoding, **prompts}, tensor_type=return_tensors)
+        original_sizes = check_sizes(original_sizes)
+        input_sizes = [self.image_processor.get_reshaped_input_size(size, **kwargs) for size in original_sizes]
+        return {}, original_sizes, input_sizes
 
     def count_prompts(self, inputs: dict) -> list[int]:
         """

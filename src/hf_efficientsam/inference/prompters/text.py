@@ -15,7 +15,9 @@ from transformers import (
 )
 from transformers.image_utils import ImageInput
 
-from hf_efficientsam.model.image_processing_efficientsam import non_maximum_suppression
+from hf_efficientsam.model.mask_operations_efficientsam import (
+    non_maximum_suppression,
+)
 
 from ..loading import loading, read_config
 from ..predictor import EfficientSamPredictor
