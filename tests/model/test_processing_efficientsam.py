@@ -1,14 +1,13 @@
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoProcessor
+from without_package import run_without_package
 
 from hf_efficientsam.model.configuration_efficientsam import EfficientSamConfig
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
@@ -331,34 +330,17 @@ def test_save_and_load(tmp_path):
 
 
 LOAD_FROM_A_REPOSITORY = """
-import sys
-sys.modules["hf_efficientsam"] = None  # importing it fails
 import numpy as np
 from transformers import AutoProcessor
 processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+names = [type(part).__name__ for part in (processor, processor.image_processor)]
+assert names == ["EfficientSamProcessor", "EfficientSamImageProcessor"], names
 inputs = processor(np.zeros((40, 80, 3), np.uint8), input_points=[[[10, 20]]])
-print(type(processor).__name__, type(processor.image_processor).__name__, inputs["input_points"].tolist())
+assert inputs["input_points"].tolist() == [[[[8.0, 32.0]]]], inputs["input_points"]
 """
 
 
 @pytest.mark.slow
 def test_a_saved_repository_loads_without_the_package(tmp_path):
-    class Saved(EfficientSamProcessor):  # a copy, as registering for the Hub marks the class for good
-        pass
-
-    class SavedImages(EfficientSamImageProcessor):
-        pass
-
-    for copy, original, auto_class in (
-        (Saved, EfficientSamProcessor, "AutoProcessor"),
-        (SavedImages, EfficientSamImageProcessor, "AutoImageProcessor"),
-    ):
-        copy.__name__, copy.__qualname__ = original.__name__, original.__qualname__
-        copy.__module__ = original.__module__
-        copy.register_for_auto_class(auto_class)
-    Saved(SavedImages(size=64)).save_pretrained(tmp_path / "repository")
-    command = [sys.executable, "-c", LOAD_FROM_A_REPOSITORY, str(tmp_path / "repository")]
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "EfficientSamProcessor EfficientSamImageProcessor [[[[8.0, 32.0]]]]"
+    tiny.processor().save_pretrained(tmp_path / "repository")
+    run_without_package(LOAD_FROM_A_REPOSITORY, tmp_path / "repository", modules_cache=tmp_path / "modules")
