@@ -22,7 +22,8 @@ from hf_efficientsam import (
 )
 from hf_efficientsam.cli.app import app
 from hf_efficientsam.export import onnx_export
-from hf_efficientsam.export.onnx_export import encode, quantize, restore
+from hf_efficientsam.export.onnx_export import encode
+from hf_efficientsam.export.quantize import quantize, restore
 from hf_efficientsam.inference import onnx_predictor
 from hf_efficientsam.inference.onnx_predictor import METADATA_KEY, enlarge_mask, to_pixel_values
 from hf_efficientsam.model.mask_operations_efficientsam import (

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from hf_efficientsam.export.publish import Repository, check_hub_in_reach, made_repositories, upload
+from hf_efficientsam.inference.loading import bundled_checkpoint, is_bundled
 
 from .options import new_commands
 
@@ -41,6 +42,8 @@ def publish_command(
         raise ValueError("--private is for new repositories that --push makes; give both, or neither.")
     if push:
         check_hub_in_reach()
+    if is_bundled(str(directory)):
+        directory = Path(bundled_checkpoint())
     if demo and space is None:
         space = f"{name}-demo"
     with made_repositories(directory, name, space, onnx, output) as repositories:

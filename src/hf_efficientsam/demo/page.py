@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import gradio as gr
 
-from .pieces import chips_html, thumbnail_html
+from .html_fragments import chips_html, thumbnail_html
 from .service import MAX_POINTS_PER_SIDE, Demo, as_sentence
 from .session import FORMATS, Session
 
@@ -17,15 +17,15 @@ HERE = Path(__file__).parent
 EXAMPLES = [HERE / "examples" / name for name in ("elephant.jpg", "bus.jpg", "clock.jpg")]
 MAX_FILE_SIZE = "20mb"
 MAX_WAITING = 32  # requests in the queue; gradio refuses more with a sentence
-MAX_SESSIONS = 50  # the longest unused are forgotten
+MAX_SESSIONS = 50  # the least recently used ones are dropped
 SECONDS_OF_FILES, SECONDS_OF_SESSIONS = 15 * 60, 60 * 60  # how long they are kept
 
-# Whatever computes shares one queue: two at a time, in the order in which they came.
+# All events that run the model share one queue: two at a time, first come, first served.
 COMPUTES = {"concurrency_id": "model", "concurrency_limit": 2}
-# No click is lost while another one is answered.
+# No click is lost while another one is processed.
 PRIVATE = {**COMPUTES, "api_visibility": "private", "trigger_mode": "multiple", "show_progress": "hidden"}
 
-# Fonts of the visitor's computer: others would be loaded from Google.
+# The visitor's own fonts: gradio loads others from Google.
 THEME = gr.themes.Soft(
     primary_hue="blue",
     secondary_hue="blue",
@@ -50,12 +50,12 @@ DOWNLOAD_JS = 'watch("value", () => element.querySelector("a").click());'
 
 class Page:
     """
-    Lays out the page and connects it with what `demo` does.
+    Builds the page's layout and connects it with the methods of `demo`.
 
     Attributes:
         blocks: for gradio to serve.
-        panels: what is there without a picture, and what is there with one.
-        answers: the parts that an answer changes, in the order of `Demo.view`.
+        panels: the panel without an image, and the one with an image.
+        answers: the components that a change of the session updates, in the order of `Demo.view`.
     """
 
     def __init__(self, demo: Demo):
@@ -65,15 +65,15 @@ class Page:
         ) as blocks:
             self.session = gr.State(None, time_to_live=SECONDS_OF_SESSIONS)
             gr.Markdown("# EfficientSAM", elem_id="title")
-            chooser = self.lay_chooser()
-            with gr.Row(visible=False, elem_id="desk") as desk:  # style.css says what is beside what
+            chooser = self.build_chooser()
+            with gr.Row(visible=False, elem_id="desk") as desk:  # style.css places its columns
                 with gr.Column(elem_id="modes", elem_classes="card"):
-                    self.lay_modes()
+                    self.build_modes()
                 with gr.Column(elem_id="work"):
-                    self.lay_stage()
+                    self.build_stage()
                 with gr.Column(elem_id="tools", elem_classes="card"):
-                    self.lay_objects()
-                    self.lay_downloads()
+                    self.build_objects()
+                    self.build_downloads()
             self.panels = [chooser, desk]
             self.answers = [
                 self.stage,
@@ -85,17 +85,17 @@ class Page:
                 self.redo,
                 self.code,
             ]
-            self.connect_pictures()
+            self.connect_images()
             self.connect_stage()
             self.connect_objects()
             self.connect_finders()
             self.connect_downloads()
-            lay_api(demo)
+            build_api(demo)
         self.blocks = blocks
 
     # ---------------------------------------------------------------------------------------------- layout
 
-    def lay_chooser(self) -> gr.Column:
+    def build_chooser(self) -> gr.Column:
         with gr.Column() as column:
             hint(INTRODUCTION + ("" if self.demo.checkpoint else BUNDLED_NOTE))
             self.upload = gr.Image(
@@ -106,7 +106,7 @@ class Page:
             self.examples = gr.HTML(chips, js_on_load=PICK_JS, apply_default_css=False, elem_id="examples")
         return column
 
-    def lay_stage(self) -> None:
+    def build_stage(self) -> None:
         self.stage = gr.HTML(js_on_load=(HERE / "stage.js").read_text(), apply_default_css=False)
         self.status = gr.HTML(apply_default_css=False, elem_id="status")
         with gr.Row(elem_classes="buttons"):
@@ -115,28 +115,28 @@ class Page:
             self.clear = gr.Button("Clear", size="sm", min_width=60)
             self.another = gr.Button("Other picture", size="sm", min_width=105)
 
-    def lay_modes(self) -> None:
+    def build_modes(self) -> None:
         self.mode = gr.Textbox("Points", visible=False)
         with gr.Tabs():
-            with self.lay_mode("Points"):
+            with self.build_mode("Points"):
                 takes_background = self.demo.model.config.prompt_encoder_config.background_points
                 self.adds = gr.Radio(
                     [ON_OBJECT, ON_BACKGROUND], value=ON_OBJECT, label="A click is a point", visible=takes_background
                 )
                 hint("The right mouse button or Shift is always the background." if takes_background else "")
-            with self.lay_mode("Box"):
+            with self.build_mode("Box"):
                 hint("Click on two opposite corners, or drag with the mouse.")
-            with self.lay_mode("Everything"):
+            with self.build_mode("Everything"):
                 hint(CLICKS_MARK)
-                self.everything = [*self.lay_everything_sliders(), gr.Button("Find everything", variant="primary")]
-            with self.lay_mode("Salient"):
+                self.everything = [*self.build_everything_sliders(), gr.Button("Find everything", variant="primary")]
+            with self.build_mode("Salient"):
                 usable = not self.demo.no_saliency
                 hint(self.demo.no_saliency or CLICKS_MARK)
                 self.salient = [
                     gr.Slider(0.05, 0.95, 0.5, step=0.05, label="Least saliency", interactive=usable),
                     gr.Button("Find what stands out", variant="primary", interactive=usable),
                 ]
-            with self.lay_mode("Text"):
+            with self.build_mode("Text"):
                 usable = not self.demo.no_detector
                 hint(self.demo.no_detector or CLICKS_MARK)
                 self.text = [
@@ -145,12 +145,12 @@ class Page:
                     gr.Button("Find it", variant="primary", interactive=usable),
                 ]
 
-    def lay_mode(self, name: str) -> gr.Tab:
+    def build_mode(self, name: str) -> gr.Tab:
         with gr.Tab(name) as tab:
             tab.select(None, None, self.mode, js=f"() => '{name}'")
         return tab
 
-    def lay_everything_sliders(self) -> list[gr.Slider]:
+    def build_everything_sliders(self) -> list[gr.Slider]:
         pred_iou, stability = self.demo.everything_thresholds
         return [
             gr.Slider(4, MAX_POINTS_PER_SIDE, 12, step=1, label="Points along each side"),
@@ -158,7 +158,7 @@ class Page:
             gr.Slider(0, 1, stability, step=0.01, label="Least stability"),
         ]
 
-    def lay_objects(self) -> None:
+    def build_objects(self) -> None:
         heading("Objects")
         self.objects = gr.HTML(js_on_load=PICK_JS, apply_default_css=False, elem_id="objects")
         with gr.Row(elem_classes="buttons"):
@@ -167,7 +167,7 @@ class Page:
         self.name = gr.Textbox(label="Name of the marked object", max_lines=1)
         self.candidates = gr.HTML(js_on_load=PICK_JS, apply_default_css=False, elem_id="candidates")
 
-    def lay_downloads(self) -> None:
+    def build_downloads(self) -> None:
         heading("Download all objects")
         with gr.Row(elem_classes="buttons"):
             self.saves = {kind: gr.Button(label, size="sm", min_width=60) for kind, label in FORMATS.items()}
@@ -182,12 +182,12 @@ class Page:
 
     # ---------------------------------------------------------------------------------------------- connections
 
-    def connect_pictures(self) -> None:
+    def connect_images(self) -> None:
         def begin(session: Session) -> list:
             return [session, *show_panels(False, True), *self.demo.view(session)]
 
         def begin_upload(sent: dict | None) -> list:
-            if sent is None:  # it was emptied
+            if sent is None:  # the visitor removed the image
                 return [gr.skip()] * len(opening["outputs"])
             try:
                 return begin(self.demo.open_upload(sent))
@@ -212,7 +212,7 @@ class Page:
         )
 
     def on(self, event: Callable, change: Callable, inputs: Sequence = (), **options) -> None:
-        """When `event` happens, `change(session, *inputs)`, and the answer is shown."""
+        """On `event` calls `change(session, *inputs)`, and shows the session."""
 
         def act(session: Session | None, *values) -> list:
             return self.demo.act(session, lambda session: change(session, *values))
@@ -285,17 +285,17 @@ def show_panels(*visible: bool) -> list:
     return [gr.update(visible=one) for one in visible]
 
 
-def lay_api(demo: Demo) -> None:
-    """What programs may ask (`gradio_client`), without a session: a picture and a question for a COCO dataset."""
+def build_api(demo: Demo) -> None:
+    """The API for programs (`gradio_client`), without sessions: an image and prompts in, a COCO dataset out."""
 
-    def refusing(answer: Callable) -> Callable:
-        def answer_or_say(*values):
+    def with_errors(answer: Callable) -> Callable:
+        def answer_or_error(*values):
             try:
                 return answer(*values)
             except ValueError as error:
                 raise gr.Error(as_sentence(error), print_exception=False) from None
 
-        return answer_or_say
+        return answer_or_error
 
     with gr.Row(visible=False):
         image = gr.Image(type="filepath", label="image")
@@ -310,7 +310,7 @@ def lay_api(demo: Demo) -> None:
         ("salient", partial(demo.find, demo.find_salient), [threshold]),
         ("text", partial(demo.find, demo.find_text), [text, threshold]),
     ):
-        button.click(refusing(answer), [image, *inputs], found, api_name=name, preprocess=False, **COMPUTES)
+        button.click(with_errors(answer), [image, *inputs], found, api_name=name, preprocess=False, **COMPUTES)
 
 
 def launch_demo(demo: Demo, host: str = "127.0.0.1", port: int | None = None, share: bool = False) -> None:

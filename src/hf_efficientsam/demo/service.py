@@ -1,4 +1,4 @@
-"""What the page and the API of the web demo ask for: one model, and a session for each visitor."""
+"""The functions behind the page and the API of the web demo: one model, and a session for each visitor."""
 
 import os
 import sys
@@ -21,21 +21,23 @@ from hf_efficientsam.inference.prompt_files import group_prompts, read_prompts
 from hf_efficientsam.inference.prompters import Detector, SalientPrompter, TextPrompter, load_saliency
 from hf_efficientsam.inference.prompters.saliency_sources import HeadSaliency, SaliencySource
 
-from .pieces import candidates_html, objects_html, stage_html, status_html
+from .html_fragments import candidates_html, objects_html, stage_html, status_html
 from .session import MAX_PIXELS, Finding, NothingFound, Session
 
 MAX_POINTS_PER_SIDE = 32
-# PIL reads more; some, such as EPS, through other programs, which is not for files of strangers.
+# PIL reads more, but some (EPS) through other programs, which is not safe for uploads.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
-MAX_OBJECTS = 64  # of one question to the API: each has a mask of the picture's size
+MAX_OBJECTS = 64  # of one call of the API: each has a mask of the image's size
 
 
 def as_sentence(error: Exception) -> str:
+    """The message of an error with a capital letter."""
     text = str(error)
     return text[:1].upper() + text[1:]
 
 
 def size_of_photograph(image: Image.Image) -> tuple[int, int]:
+    """`upright_size` of a file in one of `FORMATS`."""
     if image.format not in FORMATS:
         raise ValueError(f"{image.format} is not taken here; {', '.join(FORMATS)} are")
     return upright_size(image)
@@ -52,14 +54,14 @@ class Demo:
 
     Args:
         model: directory or Hub name of the checkpoint; by default the bundled one.
-        detector: directory or Hub name of a zero-shot object detector, for text; without one the mode is greyed.
-        saliency: what `SalientPrompter` takes by a name; by default the checkpoint's own head, without which the mode
-            is greyed.
-        max_pixels: larger pictures are refused.
+        detector: directory or Hub name of a zero-shot object detector, for text; without one the mode is disabled.
+        saliency: a name that `load_saliency` takes; by default the checkpoint's own head, without which the mode is
+            disabled.
+        max_pixels: larger images are refused.
 
     Attributes:
-        no_detector, no_saliency: why a mode is greyed; empty if it is not.
-        everything_thresholds: where `pred_iou_thresh` and `stability_score_thresh` start: at the checkpoint's.
+        no_detector, no_saliency: why a mode is disabled; empty if it is not.
+        everything_thresholds: initial values of `pred_iou_thresh` and `stability_score_thresh`: the checkpoint's.
 
     Raises:
         ValueError: a checkpoint that cannot be loaded.
@@ -94,8 +96,8 @@ class Demo:
     def open(self, path: str, name: str) -> Session:
         """
         Args:
-            path: the picture's file.
-            name: what the visitor calls it.
+            path: the image's file.
+            name: the visitor's name for it.
 
         Raises:
             ValueError: one sentence about what is wrong with the file.
@@ -115,11 +117,12 @@ class Demo:
 
     def open_upload(self, upload: dict | None) -> Session:
         """
-        `upload` as gradio's page and clients send a file.
+        Args:
+            upload: a file as gradio's page and clients send it.
 
         Raises:
-            ValueError: as `open`; or there is none, or it is another file of this computer than an upload. (gradio
-                checks that only of what the visitor calls a file.)
+            ValueError: as `open`; or there is none; or its path is not in the folder of uploads, which gradio does not
+                check for every kind of input.
         """
         if not upload:
             raise ValueError("there is no picture; choose one.")
@@ -165,7 +168,7 @@ class Demo:
     # ---------------------------------------------------------------------------------------------- the page
 
     def view(self, session: Session, problem: str = "") -> list:
-        """What all parts of the page show that an answer changes, in the order of `Page.answers`."""
+        """The values of the components that a change of the session updates, in the order of `Page.answers`."""
         return [
             stage_html(session, next(self.versions)),
             objects_html(session),
@@ -178,7 +181,7 @@ class Demo:
         ]
 
     def act(self, session: Session | None, change: Callable[[Session], None]) -> list:
-        """Changes a session and shows it; what was wrong is said in one sentence, and changes nothing."""
+        """Changes a session and shows it. Wrong input changes nothing and is shown as one sentence."""
         if session is None:
             raise gr.Error("The picture is no longer there; choose it again.", print_exception=False)
         with session.lock:
@@ -220,7 +223,7 @@ class Demo:
         return result.coco(session.file_name)
 
     def find(self, method: Callable, upload: dict | None, *options) -> dict:
-        """What one of the methods `find_...` finds in a picture, as a COCO dataset; empty if that is nothing."""
+        """The objects that one of the methods `find_...` finds in an image, as a COCO dataset, which may be empty."""
         session = self.open_upload(upload)
         with suppress(NothingFound):
             method(session, *options)

@@ -1,7 +1,7 @@
-"""One visitor's picture and what was found in it, without a web page: clicks in; pictures, files and code out.
+"""One visitor's image and the objects in it, apart from the web page: clicks in; drawings, files and code out.
 
-Coordinates are pixels of the upright picture, x to the right and y down from the top left corner. Everything that can
-be undone is a `Scene`, which is never changed but followed by another.
+Coordinates are pixels of the upright image, x to the right and y down from the top left corner. Everything that can be
+undone is in a `Scene`, which is immutable: each step makes a new one.
 """
 
 import io
@@ -23,8 +23,8 @@ from hf_efficientsam.inference.predictor import EfficientSamPredictor
 from hf_efficientsam.inference.prompt_files import check_objects
 from hf_efficientsam.inference.results import SegmentationResult, boxes_from_masks_np, mask_rles
 
-MAX_PIXELS = 24_000_000  # larger pictures are refused, if nobody says otherwise
-SHOWN_SIDE = 1024  # pixels: the longer side of the picture on the page
+MAX_PIXELS = 24_000_000  # larger images are refused by default
+SHOWN_SIDE = 1024  # pixels: the longer side of the image on the page
 THUMBNAIL_SIDE = 112
 MAX_STEPS_BACK = 200
 
@@ -37,7 +37,7 @@ FORMATS = {
 }
 
 
-# How objects are found where no click asks for them: the class that does it, how it is called, and what is a mask.
+# For `Session.code`, how objects are found without clicks: the class, the call, and the expression of mask i.
 FOUND_BY = {
     "everything": (
         "EfficientSamMaskGenerator",
@@ -57,12 +57,12 @@ class NothingFound(ValueError):
 @dataclass(frozen=True)
 class Finding:
     """
-    Objects that no click asked for.
+    A search that found objects without clicks.
 
     Attributes:
         method: one of `FOUND_BY`.
         options: arguments of its class, as they are written in Python.
-        question: the text that was asked for.
+        question: the text that was searched for.
     """
 
     method: str
@@ -76,12 +76,12 @@ class SceneObject:
     An object: its prompts, or its place in a finding, and its candidate masks.
 
     Attributes:
-        name: what the visitor calls it.
+        name: the visitor's name for it.
         points, labels: (x, y), and 1 on the object or 0 on the background.
         box: (x1, y1, x2, y2), or `None`.
-        candidates: compressed RLE of each candidate mask, in the model's order; none before there is an answer.
+        candidates: compressed RLE of each candidate mask, in the model's order; none before the model has answered.
         scores: their scores.
-        chosen: which of them is meant.
+        chosen: index of the candidate that the visitor has chosen.
         iou: the model's estimate of its mask's IoU, if that is not its score.
         finding, place: what found it, and its number there from 0, if it has no prompts.
     """

@@ -116,64 +116,93 @@ def infer_config(
         ConversionError: if a name that a size is read from is missing, or the sizes contradict each other.
     """
 
-    def shape(name: str, ndim: int) -> tuple[int, ...]:
-        if len(shapes.get(name, ())) != ndim or 0 in shapes[name]:
-            raise ConversionError(
-                f"This is no EfficientSAM checkpoint: {name} is {shapes.get(name, 'missing')}, "
-                f"expected a tensor of {ndim} dimensions, none of them 0."
-            )
-        return tuple(shapes[name])
-
-    def count(pattern: str) -> int:
-        return len({match.group(1) for name in shapes if (match := re.match(pattern, name))})
-
-    width, channels, patch_size, _ = shape("image_encoder.patch_embed.proj.weight", 4)
-    pretrain_grid = math.isqrt(shape("image_encoder.pos_embed", 3)[1] - 1)
-    decoder_width = shape("mask_decoder.iou_token.weight", 2)[1]
-    cross_width = shape("mask_decoder.transformer.final_attn_token_to_image.q_proj.weight", 2)[0]
-    if not cross_width or decoder_width % cross_width:
-        raise ConversionError(f"Cross-attention of width {cross_width} does not divide the decoder's {decoder_width}.")
-    upscaling = r"mask_decoder\.final_output_upscaling_layers\.(\d+)\.0\.weight"
-    if not count(upscaling):
-        raise ConversionError("No EfficientSAM checkpoint: mask_decoder.final_output_upscaling_layers is missing.")
-    heads = num_attention_heads or max(1, width // 64)
-    if width % heads or decoder_width % decoder_num_attention_heads or cross_width % decoder_num_attention_heads:
-        raise ConversionError(
-            f"{heads} and {decoder_num_attention_heads} attention heads do not divide the widths {width}, "
-            f"{decoder_width} and {cross_width}; give --num-attention-heads and --decoder-num-attention-heads."
-        )
-    sizes = {
-        "vision_config": {
-            "hidden_size": width,
-            "intermediate_size": shape("image_encoder.blocks.0.mlp.fc1.weight", 2)[0],
-            "num_hidden_layers": count(r"image_encoder\.blocks\.(\d+)\."),
-            "num_attention_heads": heads,
-            "num_channels": channels,
-            "image_size": image_size,
-            "patch_size": patch_size,
-            "pretrain_image_size": pretrain_grid * patch_size,
-            "output_channels": shape("image_encoder.neck.0.weight", 4)[0],
-        },
-        "prompt_encoder_config": {"hidden_size": shape("prompt_encoder.point_embeddings.weight", 2)[1]},
-        "mask_decoder_config": {
-            "hidden_size": decoder_width,
-            "mlp_dim": shape("mask_decoder.transformer.layers.0.mlp.fc.weight", 2)[1],
-            "num_hidden_layers": count(r"mask_decoder\.transformer\.layers\.(\d+)\."),
-            "num_attention_heads": decoder_num_attention_heads,
-            "attention_downsample_rate": decoder_width // cross_width,
-            "num_multimask_outputs": shape("mask_decoder.mask_tokens.weight", 2)[0] - 1,
-            "upscaling_channels": [
-                shape(f"mask_decoder.final_output_upscaling_layers.{i}.0.weight", 4)[1]
-                for i in range(count(upscaling))
-            ],
-            "iou_head_depth": 1 + count(r"mask_decoder\.iou_prediction_head\.layers\.(\d+)\."),
-            "iou_head_hidden_dim": shape("mask_decoder.iou_prediction_head.fc.weight", 2)[1],
-        },
-    }
+    sizes = OfficialShapes(shapes)
     try:
-        return EfficientSamConfig(**sizes)
+        return EfficientSamConfig(
+            vision_config=infer_vision_sizes(sizes, image_size, num_attention_heads),
+            prompt_encoder_config={"hidden_size": sizes.of("prompt_encoder.point_embeddings.weight", 2)[1]},
+            mask_decoder_config=infer_decoder_sizes(sizes, decoder_num_attention_heads),
+        )
+    except ConversionError:
+        raise
     except ValueError as error:
         raise ConversionError(f"This checkpoint's shapes do not fit each other: {error}") from error
+
+
+class OfficialShapes:
+    """
+    Reads sizes from the shapes of an official state dict.
+
+    Args:
+        shapes: official parameter name -> shape.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]):
+        self.shapes = shapes
+
+    def of(self, name: str, ndim: int) -> tuple[int, ...]:
+        """The shape of a parameter. ConversionError: it is missing, or has not `ndim` dimensions above 0."""
+        if len(self.shapes.get(name, ())) != ndim or 0 in self.shapes[name]:
+            raise ConversionError(
+                f"This is no EfficientSAM checkpoint: {name} is {self.shapes.get(name, 'missing')}, "
+                f"expected a tensor of {ndim} dimensions, none of them 0."
+            )
+        return tuple(self.shapes[name])
+
+    def count(self, pattern: str) -> int:
+        """How many different numbers the group of a pattern matches in the names: that of layers."""
+        return len({match.group(1) for name in self.shapes if (match := re.match(pattern, name))})
+
+
+def infer_vision_sizes(sizes: OfficialShapes, image_size: int, num_attention_heads: int | None) -> dict:
+    """The arguments of [`EfficientSamVisionConfig`]."""
+    width, channels, patch_size, _ = sizes.of("image_encoder.patch_embed.proj.weight", 4)
+    pretrain_grid = math.isqrt(sizes.of("image_encoder.pos_embed", 3)[1] - 1)
+    heads = num_attention_heads or max(1, width // 64)
+    if width % heads:
+        raise ConversionError(
+            f"{heads} attention heads do not divide the encoder's width {width}; give --num-attention-heads."
+        )
+    return {
+        "hidden_size": width,
+        "intermediate_size": sizes.of("image_encoder.blocks.0.mlp.fc1.weight", 2)[0],
+        "num_hidden_layers": sizes.count(r"image_encoder\.blocks\.(\d+)\."),
+        "num_attention_heads": heads,
+        "num_channels": channels,
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "pretrain_image_size": pretrain_grid * patch_size,
+        "output_channels": sizes.of("image_encoder.neck.0.weight", 4)[0],
+    }
+
+
+def infer_decoder_sizes(sizes: OfficialShapes, heads: int) -> dict:
+    """The arguments of [`EfficientSamMaskDecoderConfig`]."""
+    width = sizes.of("mask_decoder.iou_token.weight", 2)[1]
+    cross_width = sizes.of("mask_decoder.transformer.final_attn_token_to_image.q_proj.weight", 2)[0]
+    if width % cross_width:
+        raise ConversionError(f"Cross-attention of width {cross_width} does not divide the decoder's {width}.")
+    if width % heads or cross_width % heads:
+        raise ConversionError(
+            f"{heads} attention heads do not divide the decoder's widths {width} and {cross_width}; give "
+            "--decoder-num-attention-heads."
+        )
+    upscaling_layers = sizes.count(r"mask_decoder\.final_output_upscaling_layers\.(\d+)\.0\.weight")
+    if not upscaling_layers:
+        raise ConversionError("No EfficientSAM checkpoint: mask_decoder.final_output_upscaling_layers is missing.")
+    return {
+        "hidden_size": width,
+        "mlp_dim": sizes.of("mask_decoder.transformer.layers.0.mlp.fc.weight", 2)[1],
+        "num_hidden_layers": sizes.count(r"mask_decoder\.transformer\.layers\.(\d+)\."),
+        "num_attention_heads": heads,
+        "attention_downsample_rate": width // cross_width,
+        "num_multimask_outputs": sizes.of("mask_decoder.mask_tokens.weight", 2)[0] - 1,
+        "upscaling_channels": [
+            sizes.of(f"mask_decoder.final_output_upscaling_layers.{i}.0.weight", 4)[1] for i in range(upscaling_layers)
+        ],
+        "iou_head_depth": 1 + sizes.count(r"mask_decoder\.iou_prediction_head\.layers\.(\d+)\."),
+        "iou_head_hidden_dim": sizes.of("mask_decoder.iou_prediction_head.fc.weight", 2)[1],
+    }
 
 
 def rename(name: str, config: EfficientSamConfig) -> str | None:
@@ -241,7 +270,8 @@ def convert(path: str | Path, output: str | Path, **options) -> EfficientSamMode
 
     Args:
         path: an official `.pt` file.
-        output: the directory to write; created if need be, and changed only once all is written beside it.
+        output: the directory to write, which is created if it is not there. Files in it are replaced only after all
+            new ones are complete.
         options: what shapes cannot tell; see [`infer_config`].
 
     Raises:

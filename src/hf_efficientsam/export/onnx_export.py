@@ -1,12 +1,12 @@
-"""EfficientSAM -> ONNX: encoder and decoder apart, checked against torch, whole or as smaller variants.
+"""EfficientSAM -> ONNX: encoder and decoder in files of their own, checked against torch; also as smaller variants.
 
 encoder: pixel_values `[B, 3, H, W]` -> image_embeddings `[B, C, H / 16, W / 16]`
 decoder: image_embeddings, input_points `[B, Q, P, 2]`, input_labels `[B, Q, P]`, input_boxes `[B, Q, 4]` and, where
     the model takes them, input_masks `[B, Q, H / 4, W / 4]` with has_input_masks `[B, Q]`, bool
     -> pred_masks `[B, Q, 1 + M, H / 4, W / 4]` and iou_scores `[B, Q, 1 + M]`, the single mask before the M candidates
 
-B, Q, P, H and W are free. Coordinates, labels and padding are those of [`EfficientSamModel`]; a label or a box of -10
-stands where there is none. Both files hold what the model takes and its preprocessing, as json in `metadata_props`.
+B, Q, P, H and W are dynamic. Coordinates, labels and padding are those of [`EfficientSamModel`]; -10 pads missing
+labels and boxes. Both files describe the model's prompts and preprocessing, as JSON in `metadata_props`.
 """
 
 import json
@@ -21,19 +21,20 @@ import numpy as np
 import onnx
 import torch
 import torch.nn.functional as F
-from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 from PIL import Image, ImageOps
 from torch import nn
 from torch.export import Dim
 
 from hf_efficientsam import __version__
 from hf_efficientsam.inference.image_files import find_images, read_image, write_files
-from hf_efficientsam.inference.loading import load_model
+from hf_efficientsam.inference.loading import find_checkpoint, load_model
 from hf_efficientsam.inference.onnx_predictor import METADATA_KEY, EfficientSamOnnxPredictor, file_name, open_session
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
 from hf_efficientsam.model.mask_decoder_fast_efficientsam import FastMaskDecoder, project_shared_image
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
+
+from .quantize import VARIANTS, measure_variant
 
 OPSET = 18
 TOLERANCE = 1e-4  # of the largest value, where that is above 1
@@ -51,11 +52,11 @@ PREPROCESSING = (
 )
 
 
-# ------------------------------------------------------------------------------------------------ what is traced
+# ------------------------------------------------------------------------------------------------ traced modules
 
 
 class ExportedEncoder(nn.Module):
-    """The vision encoder with its position table interpolated for every size, its own included, which changes none."""
+    """The vision encoder, with its position table interpolated at every size; at its own size that changes nothing."""
 
     def __init__(self, model: EfficientSamModel):
         super().__init__()
@@ -153,7 +154,7 @@ def export(module: nn.Module, inputs: dict[str, torch.Tensor], outputs: list[str
     Args:
         inputs: an example.
         outputs: their names.
-        axes: name of an input -> its free axes.
+        axes: name of an input -> its dynamic axes.
     """
     with quiet():
         program = torch.onnx.export(
@@ -170,8 +171,7 @@ def export(module: nn.Module, inputs: dict[str, torch.Tensor], outputs: list[str
 
 
 def without_notes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Less what the exporter notes down of each node: most of a small file, paths of this machine, another order each
-    time."""
+    """Without the exporter's notes on each node: most of a small file, with paths of this machine, in random order."""
     graph = model.graph
     for part in (graph, *graph.input, *graph.output, *graph.node, *graph.initializer, *graph.value_info):
         part.ClearField("metadata_props")
@@ -258,93 +258,11 @@ def random_cases(model: EfficientSamModel, size: tuple[int, int]) -> tuple[list[
         return [*encoder, encoder_inputs(model, 1, own)], [*decoder, decoder_inputs(model, 1, 1, 1, own)]
 
 
-# ------------------------------------------------------------------------------------------------ variants
-
-
-def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Weights and values in half precision, but for inputs, outputs and positions."""
-    producers = {output: node for node in model.graph.node for output in node.output}
-    exact = {}  # a phase of many cycles has no digits left in half precision
-    queue = [node for node in model.graph.node if node.op_type in ("Sin", "Cos")]
-    while queue:
-        node = queue.pop()
-        if node.name not in exact:
-            exact[node.name] = node
-            queue += [producers[name] for name in node.input if name in producers]
-    return convert_float_to_float16(
-        model, keep_io_types=True, node_block_list=list(exact), op_block_list=DEFAULT_OP_BLOCK_LIST
-    )
-
-
-def to_int8(model: onnx.ModelProto) -> onnx.ModelProto:
-    """
-    Weights as 8-bit integers with a scale a channel, values in float32. onnxruntime's own tools take only matrices or
-    quantise values too, which loses more and gains nothing on a CPU.
-    """
-    smaller = onnx.ModelProto()
-    smaller.CopyFrom(model)
-    graph = smaller.graph
-    weights = [x for x in graph.initializer if x.data_type == onnx.TensorProto.FLOAT and len(x.dims) > 1]
-    for tensor in weights:
-        values = onnx.numpy_helper.to_array(tensor)
-        if values.size < 1024:  # nothing to be gained
-            continue
-        axis, integers, scales = min(
-            (quantize(values, axis) for axis in {0, values.ndim - 1}),
-            key=lambda one: np.square(restore(*one) - values).sum(),
-        )
-        stored, scale = tensor.name + "_int8", tensor.name + "_scale"
-        graph.initializer.append(onnx.numpy_helper.from_array(integers, stored))
-        graph.initializer.append(onnx.numpy_helper.from_array(scales, scale))
-        graph.node.insert(
-            0, onnx.helper.make_node("DequantizeLinear", [stored, scale], [tensor.name], stored, axis=axis)
-        )
-        graph.initializer.remove(tensor)
-    return smaller
-
-
-def quantize(values: np.ndarray, axis: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """`axis`, integers from -127 to 127, and the scale of each channel along `axis`."""
-    others = tuple(i for i in range(values.ndim) if i != axis)
-    scales = np.abs(values).max(axis=others) / 127
-    scales = np.where(scales == 0, 1, scales).astype(np.float32)
-    return axis, np.rint(values / np.expand_dims(scales, others)).astype(np.int8), scales
-
-
-def restore(axis: int, integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    return integers * np.expand_dims(scales, tuple(i for i in range(integers.ndim) if i != axis))
-
-
-VARIANTS = {"float16": to_float16, "int8": to_int8}
-
-
-def laid_boxes(width: int, height: int) -> Iterator[np.ndarray]:
-    """Nine boxes half as wide and high as the picture, and the nine of a third that lie side by side."""
-    for side, step in ((1 / 2, 1 / 4), (1 / 3, 1 / 3)):
-        for y in range(3):
-            for x in range(3):
-                box = np.array([x * step, y * step, x * step + side, y * step + side])
-                yield box * (width, height, width, height)
-
-
-def measure(exact: EfficientSamOnnxPredictor, variant: EfficientSamOnnxPredictor, images: list[Image.Image]) -> float:
-    """Mean IoU of a variant's masks, all candidates, with those of float32, for the `laid_boxes` of each image."""
-    ious = []
-    for image in images:
-        for predictor in (exact, variant):
-            predictor.set_image(image)
-        for box in laid_boxes(*image.size):
-            a, b = (predictor.predict(box=box)[0] for predictor in (exact, variant))
-            union = (a | b).sum(axis=(1, 2))
-            ious.append(np.where(union, (a & b).sum(axis=(1, 2)) / np.maximum(union, 1), 1))
-    return float(np.mean(ious))
-
-
-# ------------------------------------------------------------------------------------------------ the whole
+# ------------------------------------------------------------------------------------------------ export_onnx
 
 
 def describe(name: str, model: EfficientSamModel, processor: EfficientSamProcessor) -> dict:
-    """What the files' metadata say: all that is needed to run them."""
+    """The metadata of both files: all that is needed to run them."""
     image_processor, prompts = processor.image_processor, model.config.prompt_encoder_config
     options = {key: getattr(image_processor, key) for key in PREPROCESSING}
     return {
@@ -384,14 +302,14 @@ def export_onnx(
     allow_loss: bool = False,
 ) -> dict[str, dict]:
     """
-    Writes `encoder.onnx` and `decoder.onnx` of a checkpoint, and both in each of `variants`, if all of it is right.
-    Other variants that lie there from before are removed.
+    Writes `encoder.onnx` and `decoder.onnx` of a checkpoint, and both in each of `variants`, once all are checked.
+    Other variants from an earlier export are removed.
 
     Args:
-        name: directory or Hub name.
-        output: folder, which is made.
-        variants: of `VARIANTS`.
-        images: folder of images on which these are measured.
+        name: directory or Hub name, or "bundled".
+        output: folder, which is created.
+        variants: keys of `VARIANTS`: "float16", "int8".
+        images: folder of images on which variants are measured.
         allow_loss: write variants even if they lose more than `LARGEST_LOSS`.
 
     Returns:
@@ -401,44 +319,62 @@ def export_onnx(
     Raises:
         ValueError: a file differs from torch by more than `TOLERANCE`, or a variant loses too much.
     """
-    pictures = load_images(images) if variants else []
+    test_images = load_images(images) if variants else []
+    name = find_checkpoint(name)
     model, processor = load_model(name)
     model = model.cpu()
     model.set_attn_implementation("sdpa")
     description = describe(name, model, processor)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        graphs, report = write_parts(model, folder, description)
+        for variant in variants:
+            report |= write_variant(variant, graphs, folder, description, test_images, allow_loss)
+        contents = {output / file: Path(folder, file).read_bytes() for file in report}
+    write_files(contents)
+    for stale in {output / file_name(part, variant) for part in graphs for variant in VARIANTS} - contents.keys():
+        stale.unlink(missing_ok=True)  # of another model, or another state of this one
+    return {file: {"bytes": len(contents[output / file]), **found} for file, found in report.items()}
+
+
+def write_parts(
+    model: EfficientSamModel, folder: Path, description: dict
+) -> tuple[dict[str, onnx.ModelProto], dict[str, dict]]:
+    """Exports encoder and decoder into a folder and checks them; their graphs, and a report as of `export_onnx`."""
     encoder_cases, decoder_cases = random_cases(model, description["preprocessing"]["size"])
     parts = {
         "encoder": (export_encoder(model), lambda inputs: encode(model, inputs), encoder_cases),
         "decoder": (export_decoder(model), lambda inputs: decode(model, inputs), decoder_cases),
     }
     report = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for part, (proto, expect, cases) in parts.items():
-            file = Path(folder, file_name(part, "float32"))
-            save(proto, file, description)
-            difference = check(file, expect, cases)
-            report[file.name] = {"difference": difference}
-            save(proto, file, {**description, "difference": difference})
-        exact = EfficientSamOnnxPredictor(folder, num_threads=torch.get_num_threads())
-        for variant in variants:
-            files = {Path(folder, file_name(part, variant)): VARIANTS[variant](parts[part][0]) for part in parts}
-            for file, proto in files.items():
-                save(proto, file, description)
-            smaller = EfficientSamOnnxPredictor(folder, variant, num_threads=torch.get_num_threads())
-            iou = measure(exact, smaller, pictures)
-            if not allow_loss and not iou >= 1 - LARGEST_LOSS:
-                raise ValueError(
-                    f"{variant} gives masks of IoU {iou:.4f} with those of float32, a loss of more than "
-                    f"{LARGEST_LOSS:.1%}; leave it out, or pass --allow-loss. Nothing was written."
-                )
-            for file, proto in files.items():
-                save(proto, file, {**description, "mask_iou": iou, "images": len(pictures)})
-                report[file.name] = {"mask_iou": iou}
-        contents = {output / file: Path(folder, file).read_bytes() for file in report}
-    write_files(contents)
-    for stale in {output / file_name(part, variant) for part in parts for variant in VARIANTS} - contents.keys():
-        stale.unlink(missing_ok=True)  # of another model, or another state of this one
-    return {file: {"bytes": len(contents[output / file]), **found} for file, found in report.items()}
+    for part, (graph, expect, cases) in parts.items():
+        file = folder / file_name(part, "float32")
+        save(graph, file, description)
+        difference = check(file, expect, cases)
+        report[file.name] = {"difference": difference}
+        save(graph, file, {**description, "difference": difference})
+    return {part: graph for part, (graph, *_) in parts.items()}, report
+
+
+def write_variant(
+    variant: str, graphs: dict, folder: Path, description: dict, images: list[Image.Image], allow_loss: bool
+) -> dict[str, dict]:
+    """Writes a variant beside the float32 files in a folder and measures it; a report as of `export_onnx`."""
+    files = {folder / file_name(part, variant): VARIANTS[variant](graph) for part, graph in graphs.items()}
+    for file, graph in files.items():
+        save(graph, file, description)
+    exact, smaller = (
+        EfficientSamOnnxPredictor(folder, one, num_threads=torch.get_num_threads()) for one in ("float32", variant)
+    )
+    iou = measure_variant(exact, smaller, images)
+    if not allow_loss and not iou >= 1 - LARGEST_LOSS:
+        raise ValueError(
+            f"{variant} gives masks of IoU {iou:.4f} with those of float32, a loss of more than "
+            f"{LARGEST_LOSS:.1%}; leave it out, or pass --allow-loss. Nothing was written."
+        )
+    for file, graph in files.items():
+        save(graph, file, {**description, "mask_iou": iou, "images": len(images)})
+    return {file.name: {"mask_iou": iou} for file in files}
 
 
 __all__ = ["export_onnx"]

@@ -194,7 +194,10 @@ def make_space(model: str, name: str, folder: Path) -> Repository:
     shutil.copytree(SPACES, folder, ignore=shutil.ignore_patterns("__pycache__"))
     app = (folder / "app.py").read_text()
     before, found, after = app.partition(MODEL_OF_THE_SPACE)
-    assert found, f"{SPACES / 'app.py'} no longer asks for its model"
+    if not found:
+        raise ValueError(
+            f"{SPACES / 'app.py'} does not read {MODEL_OF_THE_SPACE}...), where the model's name belongs."
+        )
     (folder / "app.py").write_text(f'{before}{found}, "{model}"{after}')
     card = SpaceCard.load(folder / "README.md")
     card.data.title = name.split("/")[-1]

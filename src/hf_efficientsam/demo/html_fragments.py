@@ -1,4 +1,4 @@
-"""What the page shows of a session, as HTML that `stage.js` and `style.css` know."""
+"""HTML fragments of the page: a session's image, objects, candidate masks and status. stage.js and style.css know them."""
 
 import base64
 import html
@@ -13,14 +13,14 @@ from .session import THUMBNAIL_SIDE, Session
 
 
 def data_url(image: Image.Image) -> str:
-    """A picture as a link that holds it, so that nothing of it is written to disk."""
+    """An image as a data URL, so that nothing of it is written to disk."""
     content = io.BytesIO()
     image.save(content, "JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
 
 
 def stage_html(session: Session, version: int) -> str:
-    """The picture with its objects; a new `version` takes away what the browser has drawn over it."""
+    """The image with its objects; a new `version` clears what the browser has drawn over it."""
     found = ", ".join(one.name for one in session.objects) or "no objects yet"
     return (
         f'<div class="stage" tabindex="0" role="application" data-version="{version}" aria-label="The picture. Click '
@@ -31,13 +31,14 @@ def stage_html(session: Session, version: int) -> str:
 
 
 def chips_html(chips: list[str], pressed: int | None, label: str, kind: str = "") -> str:
-    """Buttons in a row, of which one is pressed (`None`: they are no choice); `chips` are their contents as HTML."""
+    """A row of buttons with `chips`, HTML, in them. One is marked as `pressed`; `None`: they are not a choice."""
     states = ["" if pressed is None else f' aria-pressed="{str(i == pressed).lower()}"' for i in range(len(chips))]
     buttons = [f'<button type="button" data-index="{i}"{states[i]}>{chip}</button>' for i, chip in enumerate(chips)]
     return f'<div class="chips {kind}" role="group" aria-label="{label}">{"".join(buttons)}</div>'
 
 
 def objects_html(session: Session) -> str:
+    """A button for each object, and one for the next."""
     chips = []
     for i, one in enumerate(session.objects):
         score = f"<small>{one.score:.2f}</small>" if one.candidates else ""
@@ -49,18 +50,20 @@ def objects_html(session: Session) -> str:
 
 
 def candidates_html(session: Session) -> str:
-    one, pictures = session.current, session.thumbnails()
-    if len(pictures) < 2:
+    """A button with a thumbnail for each candidate mask of the current object, if it has several."""
+    one, thumbnails = session.current, session.thumbnails()
+    if len(thumbnails) < 2:
         return ""
-    order = sorted(range(len(pictures)), key=lambda i: -one.scores[i])
-    chips = [""] * len(pictures)
-    for i, picture in enumerate(pictures):
+    order = sorted(range(len(thumbnails)), key=lambda i: -one.scores[i])
+    chips = [""] * len(thumbnails)
+    for i, thumbnail in enumerate(thumbnails):
         rank = order.index(i) + 1
-        chips[i] = f'<img src="{data_url(picture)}" alt="Candidate {rank}"><small>score {one.scores[i]:.2f}</small>'
+        chips[i] = f'<img src="{data_url(thumbnail)}" alt="Candidate {rank}"><small>score {one.scores[i]:.2f}</small>'
     return "<h2>Its candidate masks</h2>" + chips_html(chips, one.chosen, "Candidate masks", "pictures")
 
 
 def status_html(session: Session, problem: str = "") -> str:
+    """Size and times, and what was wrong with the last input."""
     parts = [f"{session.width} x {session.height} pixels", f"encoded in {session.encode_seconds:.2f} s"]
     parts += [f"answered in {session.answer_seconds:.2f} s"] if session.answer_seconds is not None else []
     problem = f' <span class="error">{html.escape(problem)}</span>' if problem else ""
@@ -68,6 +71,7 @@ def status_html(session: Session, problem: str = "") -> str:
 
 
 def thumbnail_html(path: Path) -> str:
+    """An example image, made small."""
     with Image.open(path) as image:
         image.thumbnail((2 * THUMBNAIL_SIDE, 2 * THUMBNAIL_SIDE))
         return f'<img src="{data_url(image)}" alt="{path.stem}">'
