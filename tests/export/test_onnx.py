@@ -7,17 +7,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import tiny
 import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from hf_efficientsam import (
-    EfficientSamConfig,
     EfficientSamImageProcessor,
     EfficientSamModel,
     EfficientSamOnnxPredictor,
     EfficientSamPredictor,
-    EfficientSamProcessor,
     bundled_checkpoint,
 )
 from hf_efficientsam.cli.app import app
@@ -36,7 +35,7 @@ BUS, ELEPHANT = EXAMPLES / "bus.jpg", EXAMPLES / "elephant.jpg"
 
 @pytest.fixture(scope="module")
 def bundled(tmp_path_factory):
-    """Folder and report of the bundled checkpoint's export with its variants, measured on two pictures."""
+    """Folder and report of the bundled checkpoint's export with its variants, measured on two images."""
     folder, images = tmp_path_factory.mktemp("bundled"), tmp_path_factory.mktemp("images")
     for file in (BUS, ELEPHANT):
         Image.open(file).reduce(2).save(images / file.name)
@@ -45,19 +44,9 @@ def bundled(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain_checkpoint(tmp_path_factory) -> Path:
-    """Tiny, for points and boxes only, and pictures that keep their shape."""
-    folder = tmp_path_factory.mktemp("plain")
-    torch.manual_seed(0)
-    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_channels": 32}
-    decoder = {"hidden_size": 32, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
-    config = EfficientSamConfig(
-        vision_config={**vision, "image_size": 64, "pretrain_image_size": 64},
-        prompt_encoder_config={"hidden_size": 32},
-        mask_decoder_config={**decoder, "upscaling_channels": [8, 4]},
-    )
-    EfficientSamModel(config).save_pretrained(folder)
-    EfficientSamProcessor(EfficientSamImageProcessor(size=64, keep_aspect_ratio=True)).save_pretrained(folder)
-    return folder
+    """Tiny, for points and boxes only, with a processor that keeps the aspect ratio."""
+    processor = tiny.processor(keep_aspect_ratio=True)
+    return tiny.save(tmp_path_factory.mktemp("plain"), tiny.one_layer_model(), processor)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +110,7 @@ def test_answers_equal_torch(bundled, file):
     np.testing.assert_allclose(ours.boxes, theirs.boxes, atol=2)
 
 
-def test_a_plain_model_keeps_the_shape_of_pictures(plain, plain_checkpoint):
+def test_a_plain_model_keeps_the_aspect_ratio_of_images(plain, plain_checkpoint):
     predictors = (
         EfficientSamOnnxPredictor(plain, num_threads=1),
         EfficientSamPredictor.from_pretrained(str(plain_checkpoint)),
@@ -134,7 +123,7 @@ def test_a_plain_model_keeps_the_shape_of_pictures(plain, plain_checkpoint):
     same(*(p.predict(np.array([[60, 20]]), box=np.array([40, 5, 90, 45]), return_logits=True) for p in predictors))
 
 
-def test_batches_and_other_sizes(plain, plain_checkpoint):
+def test_batches_and_other_sizes_equal_torch(plain, plain_checkpoint):
     model = EfficientSamModel.from_pretrained(plain_checkpoint)
     run = onnx_predictor.open_session(plain / "encoder.onnx", ["CPUExecutionProvider"], 1)
     for shape in [(1, 3, 16, 16), (3, 3, 48, 160), (1, 3, 64, 64)]:
@@ -180,12 +169,12 @@ def test_files_say_nothing_of_this_machine(plain):
         assert b"stack_trace" not in content and str(Path(onnx_export.__file__).parent).encode() not in content
 
 
-@pytest.mark.parametrize(("variant", "share"), [("float16", 0.55), ("int8", 0.32)])
-def test_variants_are_smaller_and_hardly_worse(bundled, variant, share):
+@pytest.mark.parametrize(("variant", "ratio"), [("float16", 0.55), ("int8", 0.32)])
+def test_variants_are_smaller_and_lose_little(bundled, variant, ratio):
     folder, report = bundled
     for part in ("encoder", "decoder"):
         found = report[f"{part}_{variant}.onnx"]
-        assert found["bytes"] < share * report[f"{part}.onnx"]["bytes"]
+        assert found["bytes"] < ratio * report[f"{part}.onnx"]["bytes"]
         assert 0.995 < found["mask_iou"] < 1
     predictors = [EfficientSamOnnxPredictor(folder, one, num_threads=1) for one in (variant, "float32")]
     assert predictors[0].description["mask_iou"] == found["mask_iou"]
@@ -212,7 +201,7 @@ def test_a_wrong_decoder_is_found(plain, plain_checkpoint, tmp_path, monkeypatch
         onnx_export.export_onnx(str(plain_checkpoint), tmp_path)
 
 
-def test_command(exported_before, plain_checkpoint, tmp_path, monkeypatch):
+def test_the_command_writes_variants_that_lose_little(exported_before, plain_checkpoint, tmp_path, monkeypatch):
     def export(*arguments):
         result = CliRunner().invoke(app, ["export-onnx", str(plain_checkpoint), *map(str, arguments)])
         return result.exit_code, result.output
@@ -251,7 +240,7 @@ def test_integers_are_near_the_weights():
 # ------------------------------------------------------------------------------------------------ the predictor
 
 
-def test_without_torch(bundled):
+def test_the_predictor_works_without_torch(bundled):
     """In a process that has no torch and no transformers."""
     code = f"""
 import sys
@@ -332,7 +321,7 @@ def test_wrong_questions_are_refused(plain, bundled):
     predictor.options["max_image_pixels"] = None
     predictor.set_image(np.zeros((40, 60, 3), np.uint8))
     assert len(predictor.segment()) == 0
-    with pytest.raises(ValueError, match="Nothing is asked"):
+    with pytest.raises(ValueError, match="There is no prompt"):
         predictor.predict()
     with pytest.raises(ValueError, match="lies outside the image"):
         predictor.predict(np.array([[1, 41]]))

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import httpx2
 import huggingface_hub
 import pytest
+import tiny
 import torch
 from huggingface_hub import ModelCard, SpaceCard
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from hf_efficientsam import EfficientSamSaliencyConfig, EfficientSamSaliencyHead
 from hf_efficientsam.cli.app import app
 from hf_efficientsam.export import publish
 
@@ -35,11 +35,8 @@ def checkpoint(tiny_model, tmp_path_factory) -> Path:
     """In half precision, with a saliency head, numbers, and a file of a training that is nobody's business."""
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
     shutil.copytree(tiny_model, folder)
-    torch.manual_seed(1)
-    config = EfficientSamSaliencyConfig(
-        input_channels=32, hidden_size=16, num_attention_heads=2, intermediate_size=16, num_hidden_layers=1
-    )
-    EfficientSamSaliencyHead(config).half().save_pretrained(folder / "saliency")
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 1}
+    tiny.saliency_head(**sizes).half().save_pretrained(folder / "saliency")
     for code in folder.rglob("*.py"):
         code.unlink()  # as in the bundled checkpoint; what is published is the package's
     (folder / "metrics.json").write_text(json.dumps(REPORT))

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers import pipeline
 
-from hf_efficientsam import EfficientSamConfig, EfficientSamImageProcessor, EfficientSamModel, bundled_checkpoint
+from hf_efficientsam import EfficientSamImageProcessor, EfficientSamModel, bundled_checkpoint
 from hf_efficientsam.inference import mask_bounds
 from hf_efficientsam.inference.amg import remove_small_regions
 from hf_efficientsam.inference.mask_bounds import bound_masks, mask_axes, measure_masks
@@ -29,56 +30,12 @@ from hf_efficientsam.model.mask_operations_efficientsam import (
 )
 
 
-def tiny_model(seed: int = 0) -> EfficientSamModel:
-    """Random weights whose masks are large and small, and whose scores differ."""
-    torch.manual_seed(seed)
-    model = EfficientSamModel(
-        EfficientSamConfig(
-            vision_config={
-                "hidden_size": 24,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 3,
-                "image_size": 64,
-                "output_channels": 32,
-            },
-            prompt_encoder_config={"hidden_size": 32, "position_init": "axes"},
-            mask_decoder_config={
-                "hidden_size": 32,
-                "num_attention_heads": 4,
-                "mlp_dim": 64,
-                "upscaling_channels": [16, 8],
-                "iou_head_hidden_dim": 32,
-            },
-        )
-    ).eval()
-    with torch.no_grad():
-        for net in model.mask_decoder.hypernetworks:
-            net.layers[-1].weight.mul_(20)
-    return model
-
-
-def test_thresholds_are_the_checkpoints_unless_given():
-    def thresholds(model, **given):
-        generator = EfficientSamMaskGenerator(model, EfficientSamImageProcessor(size=64), **given)
-        return generator.pred_iou_thresh, generator.stability_score_thresh, generator.stability_score_offset
-
-    model = tiny_model()
-    assert thresholds(model) == (0.88, 0.95, 1.0)  # segment-anything's
-    model.config.mask_generation = {
-        "pred_iou_thresh": 0.5,
-        "stability_score_thresh": 0.6,
-        "stability_score_offset": 0.7,
-    }
-    assert thresholds(model) == (0.5, 0.6, 0.7)
-    assert thresholds(model, pred_iou_thresh=0, stability_score_offset=2.0) == (0, 0.6, 2.0)
-
-
 @pytest.fixture(scope="module")
 def model() -> EfficientSamModel:
-    return tiny_model()
+    return tiny.model_for_mask_generation()
 
 
-def picture(height: int = 70, width: int = 91, seed: int = 0) -> Image.Image:
+def small_image(height: int = 70, width: int = 91, seed: int = 0) -> Image.Image:
     small = np.random.default_rng(seed).integers(0, 255, (7, 9, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -103,7 +60,7 @@ SIZES = {
 
 @pytest.mark.parametrize(("logits_size", "size", "input_size"), SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("detail", [3, 16])
-def test_measured_as_if_resized(logits_size, size, input_size, detail):
+def test_measured_masks_are_as_if_resized(logits_size, size, input_size, detail):
     logits = smooth_logits(60, *logits_size, detail=detail)
     logits[50] = -1  # empty
     logits[51] = 3  # full
@@ -120,7 +77,7 @@ def test_measured_as_if_resized(logits_size, size, input_size, detail):
 
 
 @pytest.mark.parametrize(("logits_size", "size", "input_size"), SIZES.values(), ids=SIZES)
-def test_bounds(logits_size, size, input_size):
+def test_bounds_hold_and_leave_little_open(logits_size, size, input_size):
     """They hold, and they leave next to nothing open; a wrong weight or pixel would show in either."""
     logits = 10 * smooth_logits(60, *logits_size, detail=40)
     resized = resize_masks(logits[:, None], size, input_size)[:, 0]
@@ -186,7 +143,7 @@ def test_smaller_crops_win():
 
 @pytest.mark.parametrize("multimask_output", [True, False])
 @torch.no_grad()
-def test_only_confident_masks(model, multimask_output):
+def test_only_confident_masks_are_predicted(model, multimask_output):
     embedding = model.get_image_embeddings(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     points = 64 * torch.rand(1, 11, 2, 2, generator=torch.Generator().manual_seed(1))
     labels = torch.ones(1, 11, 2, dtype=torch.long)
@@ -232,7 +189,7 @@ def bundled() -> EfficientSamModel:
     return EfficientSamModel.from_pretrained(bundled_checkpoint(), dtype=torch.float32).eval()
 
 
-def photograph() -> Image.Image:
+def photo() -> Image.Image:
     image = Image.open(Path(__file__).parents[2] / "examples" / "elephant.jpg")
     image.thumbnail((240, 240))
     return image
@@ -241,16 +198,16 @@ def photograph() -> Image.Image:
 @pytest.mark.slow
 @pytest.mark.parametrize("keep_aspect_ratio", [False, True])
 @pytest.mark.parametrize("layers", [0, 1])
-def test_equals_the_pipeline(bundled, keep_aspect_ratio, layers):
+def test_masks_equal_those_of_the_pipeline(bundled, keep_aspect_ratio, layers):
     processor = EfficientSamImageProcessor(size=128, keep_aspect_ratio=keep_aspect_ratio)
     options = {"pred_iou_thresh": 0.2, "stability_score_thresh": 0.3}
     generator = EfficientSamMaskGenerator(
         bundled, processor, 6, 5, box_nms_thresh=0.6, crop_nms_thresh=0.6, crop_n_layers=layers, **options
     )
-    records = generator.generate(photograph())
+    records = generator.generate(photo())
     slow = pipeline("mask-generation", model=bundled, image_processor=processor, device="cpu")
     expected = slow(
-        photograph(),
+        photo(),
         points_per_crop=6,
         points_per_batch=5,
         crops_n_layers=layers,
@@ -269,9 +226,9 @@ def test_equals_the_pipeline(bundled, keep_aspect_ratio, layers):
     assert len({tuple(record["crop_box"]) for record in records}) > layers
 
 
-def test_records(model):
-    processor = EfficientSamImageProcessor(size=64)
-    image = picture(50, 80)
+def test_records_agree_in_every_output_mode(model):
+    processor = tiny.image_processor()
+    image = small_image(50, 80)
     options = {"points_per_side": 4, "pred_iou_thresh": 0, "stability_score_thresh": 0}
     masks = EfficientSamMaskGenerator(model, processor, **options).generate(image)
     rles = EfficientSamMaskGenerator(model, processor, output_mode="uncompressed_rle", **options).generate(image)
@@ -298,11 +255,11 @@ def test_records(model):
 
 
 @pytest.mark.slow
-def test_masks_that_come_back(bundled, monkeypatch):
+def test_suppressed_masks_come_back_when_the_better_one_falls(bundled, monkeypatch):
     """With points one by one, a mask may fall to a better one that falls itself later; it is then decoded again."""
     processor = EfficientSamImageProcessor(size=128)
     options = {"pred_iou_thresh": 0, "stability_score_thresh": 0.2, "box_nms_thresh": 0.3, "points_per_side": 8}
-    expected = EfficientSamMaskGenerator(bundled, processor, points_per_batch=64, **options).generate(photograph())
+    expected = EfficientSamMaskGenerator(bundled, processor, points_per_batch=64, **options).generate(photo())
     thresholds = []
     predict = bundled.predict_confident
     monkeypatch.setattr(
@@ -312,7 +269,7 @@ def test_masks_that_come_back(bundled, monkeypatch):
             thresholds.append(threshold) or predict(embedding, points, threshold, *args, **kwargs)
         ),
     )
-    found = EfficientSamMaskGenerator(bundled, processor, points_per_batch=1, **options).generate(photograph())
+    found = EfficientSamMaskGenerator(bundled, processor, points_per_batch=1, **options).generate(photo())
     assert len(thresholds) > 64
     assert len(found) == len(expected) > 5
     for one, other in zip(found, expected, strict=True):
@@ -321,11 +278,16 @@ def test_masks_that_come_back(bundled, monkeypatch):
 
 
 @pytest.mark.parametrize("layers", [0, 1])
-def test_several_pictures(model, layers):
-    processor = EfficientSamImageProcessor(size=64, keep_aspect_ratio=True)
+def test_several_images_give_what_each_gives_alone(model, layers):
+    processor = tiny.image_processor(keep_aspect_ratio=True)
     options = {"pred_iou_thresh": 0, "stability_score_thresh": 0, "points_per_side": 3, "crop_n_layers": layers}
     generator = EfficientSamMaskGenerator(model, processor, **options)
-    images = [picture(70, 91, 0), picture(70, 91, 1), picture(91, 70, 2), np.asarray(picture(64, 64, 3))]
+    images = [
+        small_image(70, 91, 0),
+        small_image(70, 91, 1),
+        small_image(91, 70, 2),
+        np.asarray(small_image(64, 64, 3)),
+    ]
     encoded = []
     encode = model.get_image_embeddings
     model.get_image_embeddings = lambda pixels: encoded.append(len(pixels)) or encode(pixels)
@@ -341,21 +303,37 @@ def test_several_pictures(model, layers):
             assert (one["segmentation"] != other["segmentation"]).mean() < 0.001
 
 
-def test_nothing_found(model):
-    generator = EfficientSamMaskGenerator(model, EfficientSamImageProcessor(size=64), 2, stability_score_thresh=1)
-    assert generator.generate(picture()) == []
+def test_thresholds_are_the_checkpoints_unless_given():
+    def thresholds(model, **given):
+        generator = EfficientSamMaskGenerator(model, tiny.image_processor(), **given)
+        return generator.pred_iou_thresh, generator.stability_score_thresh, generator.stability_score_offset
+
+    model = tiny.model_for_mask_generation()
+    assert thresholds(model) == (0.88, 0.95, 1.0)  # segment-anything's
+    model.config.mask_generation = {
+        "pred_iou_thresh": 0.5,
+        "stability_score_thresh": 0.6,
+        "stability_score_offset": 0.7,
+    }
+    assert thresholds(model) == (0.5, 0.6, 0.7)
+    assert thresholds(model, pred_iou_thresh=0, stability_score_offset=2.0) == (0, 0.6, 2.0)
 
 
-def test_single_masks_and_own_points(model):
-    processor = EfficientSamImageProcessor(size=64)
+def test_nothing_stable_gives_no_records(model):
+    generator = EfficientSamMaskGenerator(model, tiny.image_processor(), 2, stability_score_thresh=1)
+    assert generator.generate(small_image()) == []
+
+
+def test_single_masks_and_own_points_are_taken(model):
+    processor = tiny.image_processor()
     options = {"pred_iou_thresh": 0, "stability_score_thresh": 0, "box_nms_thresh": 1, "multimask_output": False}
     grid = [np.array([[0.25, 0.5], [1, 0]])]
-    records = EfficientSamMaskGenerator(model, processor, point_grids=grid, **options).generate(picture(40, 80))
+    records = EfficientSamMaskGenerator(model, processor, point_grids=grid, **options).generate(small_image(40, 80))
     assert 0 < len(records) <= 2
     assert all(record["point_coords"][0] in ([20, 20], [80, 0]) for record in records)
 
 
-def test_small_regions():
+def test_small_holes_and_islands_are_removed():
     mask = np.zeros((20, 30), dtype=bool)
     mask[2:15, 2:15] = True
     mask[5:7, 5:7] = False  # a hole of 4
@@ -370,11 +348,11 @@ def test_small_regions():
     assert changed and np.array_equal(largest, cleaned)
 
 
-def test_small_regions_of_records(model):
-    processor = EfficientSamImageProcessor(size=64)
+def test_records_have_no_small_regions(model):
+    processor = tiny.image_processor()
     options = {"pred_iou_thresh": 0, "stability_score_thresh": 0, "points_per_side": 6}
-    before = EfficientSamMaskGenerator(model, processor, **options).generate(picture())
-    after = EfficientSamMaskGenerator(model, processor, min_mask_region_area=60, **options).generate(picture())
+    before = EfficientSamMaskGenerator(model, processor, **options).generate(small_image())
+    after = EfficientSamMaskGenerator(model, processor, min_mask_region_area=60, **options).generate(small_image())
     assert 0 < len(after) <= len(before)
     for record in after:
         assert record["area"] == record["segmentation"].sum()
@@ -382,11 +360,11 @@ def test_small_regions_of_records(model):
     assert sum(remove_small_regions(record["segmentation"], 60, "holes")[1] for record in before) > 0
 
 
-def test_out_of_memory(model):
+def test_a_batch_that_does_not_fit_is_halved(model):
     """A batch that does not fit is halved, with a warning, and no point is lost."""
-    processor = EfficientSamImageProcessor(size=64)
+    processor = tiny.image_processor()
     options = {"pred_iou_thresh": 0, "stability_score_thresh": 0, "points_per_side": 6}
-    expected = EfficientSamMaskGenerator(model, processor, **options).generate(picture())
+    expected = EfficientSamMaskGenerator(model, processor, **options).generate(small_image())
     generator = EfficientSamMaskGenerator(model, processor, points_per_batch=36, **options)
     predict = model.predict_confident
 
@@ -398,10 +376,10 @@ def test_out_of_memory(model):
     model.predict_confident = fail
     try:
         with pytest.warns(UserWarning, match="points_per_batch=9"):
-            found = generator.generate(picture())
+            found = generator.generate(small_image())
         model.predict_confident = lambda *args, **kwargs: fail(torch.zeros(0), torch.zeros(1, 99))
         with pytest.raises(RuntimeError, match="out of memory"):
-            generator.generate(picture())
+            generator.generate(small_image())
     finally:
         del model.predict_confident
     assert [record["area"] for record in found] == [record["area"] for record in expected]
@@ -427,20 +405,21 @@ def test_out_of_memory(model):
         ({"point_grids": [np.zeros(2)]}, "points \\[n, 2\\]"),
     ],
 )
-def test_refused_options(model, options, message):
+def test_options_out_of_range_are_refused(model, options, message):
     with pytest.raises(ValueError, match=message):
-        EfficientSamMaskGenerator(model, EfficientSamImageProcessor(size=64), **options)
+        EfficientSamMaskGenerator(model, tiny.image_processor(), **options)
 
 
-def test_half_precision_and_compiled_encoder():
-    model, processor = tiny_model(), EfficientSamImageProcessor(size=64)
+def test_half_precision_and_a_compiled_encoder_work():
+    model, processor = tiny.model_for_mask_generation(), tiny.image_processor()
     options = {"pred_iou_thresh": 0, "stability_score_thresh": 0, "points_per_side": 3}
-    expected = EfficientSamMaskGenerator(model, processor, **options).generate(picture())
+    expected = EfficientSamMaskGenerator(model, processor, **options).generate(small_image())
     model.vision_encoder.compile(backend="eager")
-    compiled = EfficientSamMaskGenerator(model, processor, **options).generate(picture())
+    compiled = EfficientSamMaskGenerator(model, processor, **options).generate(small_image())
     assert [record["area"] for record in compiled] == [record["area"] for record in expected]
-    half = EfficientSamMaskGenerator(tiny_model().to(torch.bfloat16), processor, **options).generate(picture())
-    assert len(half) > 0 and all(record["segmentation"].any() for record in half)
+    half = tiny.model_for_mask_generation().to(torch.bfloat16)
+    records = EfficientSamMaskGenerator(half, processor, **options).generate(small_image())
+    assert len(records) > 0 and all(record["segmentation"].any() for record in records)
 
 
 # ------------------------------------------------------------------------------------------------ memory
@@ -454,25 +433,25 @@ import resource, sys
 sys.path.insert(0, sys.argv[2])
 import numpy as np, torch
 from PIL import Image
-from test_mask_generation import picture, tiny_model
+from tiny import model_for_mask_generation
 from hf_efficientsam import EfficientSamImageProcessor
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 torch.set_num_threads(1)
 generator = EfficientSamMaskGenerator(
-    tiny_model(),
+    model_for_mask_generation(),
     EfficientSamImageProcessor(size=256),
     int(sys.argv[1]),
     256,
     pred_iou_thresh=0,
     stability_score_thresh=0,
 )
-records = generator.generate(picture(40, 50))
+records = generator.generate(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
 print(len(records), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
     peaks = {}
     for side in (16, 64):
-        command = [sys.executable, "-c", code, str(side), os.path.dirname(__file__)]
+        command = [sys.executable, "-c", code, str(side), str(Path(__file__).parents[1])]
         output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout
         count, peaks[side] = map(float, output.split())
         assert count > 0

@@ -129,7 +129,7 @@ def test_without_a_picture(predictor):
 
 
 def test_wrong_questions(predictor):
-    with pytest.raises(ValueError, match="Nothing is asked"):
+    with pytest.raises(ValueError, match="There is no prompt"):
         predictor.predict()
     with pytest.raises(ValueError, match="outside the image"):
         predictor.predict(point_coords=np.array([[61, 3]]))

@@ -1,4 +1,7 @@
-"""HTML fragments of the page: a session's image, objects, candidate masks and status. stage.js and style.css know them."""
+"""HTML fragments of the page: image, objects, candidate masks and status of a session.
+
+Their classes and attributes are those that stage.js and style.css use.
+"""
 
 import base64
 import html

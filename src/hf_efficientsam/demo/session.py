@@ -108,8 +108,12 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """`objects`; the one that clicks go to, where `len(objects)` is one that begins with the next click; and the
-    first corner (x, y) of a box whose second is to come."""
+    """
+    Attributes:
+        objects: all objects.
+        current: index of the object that clicks go to; `len(objects)`: the next click begins a new one.
+        corner: first corner (x, y) of a box whose second is still missing.
+    """
 
     objects: tuple[SceneObject, ...] = ()
     current: int = 0
@@ -118,19 +122,21 @@ class Scene:
 
 class Session:
     """
+    One visitor's image, objects, and steps to undo.
+
     Args:
         predictor: for this visitor alone; it may share its model with others.
-        checkpoint: what it was loaded from, for `code`; `None` is the bundled one.
-        file_name: the picture's.
+        checkpoint: its directory or Hub name, for `code`; `None` is the bundled one.
+        file_name: of the image.
         image: as the predictor takes it.
 
     Raises:
-        ValueError: a picture that the predictor refuses. So do all methods that take prompts, for those.
+        ValueError: an image that the predictor refuses. Methods that take prompts raise it for wrong prompts.
     """
 
     def __init__(self, predictor: EfficientSamPredictor, checkpoint: str | None, file_name: str, image):
         self.predictor, self.checkpoint, self.file_name = predictor, checkpoint, file_name
-        self.lock = Lock()  # held by whoever reads or changes the session: clicks may come faster than answers
+        self.lock = Lock()  # held while the session is read or changed: clicks may come faster than answers
         self.scene, self.past, self.future = Scene(), [], []
         start = perf_counter()
         predictor.set_image(image)
@@ -200,7 +206,7 @@ class Session:
     # ---------------------------------------------------------------------------------------------- prompts
 
     def add_point(self, x: float, y: float, label: int = 1) -> None:
-        """A point at shares `x` of the width and `y` of the height (0 to 1), on the object (1) or not (0)."""
+        """A point at the ratio `x` of the width and `y` of the height (0 to 1), on the object (1) or not (0)."""
         one = self._prompted()
         self._answer(replace(one, points=(*one.points, self._pixel(x, y)), labels=(*one.labels, int(label))))
 
@@ -227,7 +233,7 @@ class Session:
         )
 
     def _prompted(self) -> SceneObject:
-        """The object that prompts are added to; one that was found without prompts is left as it is."""
+        """The object that prompts are added to: not one that was found without prompts, but a new one instead."""
         if self.current is not None and self.current.finding is not None:
             self.select(len(self.objects))
         return self.current or SceneObject()
@@ -235,7 +241,7 @@ class Session:
     def _answer(self, one: SceneObject) -> None:
         start = perf_counter()
         candidates, scores = (), ()
-        if 1 in one.labels or one.box is not None:  # background points alone say nothing
+        if 1 in one.labels or one.box is not None:  # background points alone are no prompt
             check_objects([vars(one)], (self.width, self.height), self.predictor.model, self.predictor.processor)
             masks, scores, _ = self.predictor.predict(**_as_arguments(one))
             candidates, scores = tuple(mask_rles(masks)), tuple(scores.clip(0, 1).tolist())
@@ -246,7 +252,7 @@ class Session:
     # ---------------------------------------------------------------------------------------------- findings
 
     def find_everything(self, **options) -> None:
-        """All objects, in place of those that are there; `options` are [`EfficientSamMaskGenerator`]'s."""
+        """Finds all objects, which replace those there; `options` are those of [`EfficientSamMaskGenerator`]."""
         start = perf_counter()
         model, processor = self.predictor.model, self.predictor.processor
         generator = EfficientSamMaskGenerator(model, processor, output_mode="coco_rle", **options)
@@ -257,11 +263,11 @@ class Session:
 
     def find(self, finding: Finding, prompter, *question) -> None:
         """
-        What a prompter of `hf_efficientsam.inference.prompters` finds, in place of the objects that are there.
+        Takes what a prompter of `hf_efficientsam.inference.prompters` finds, which replaces the objects there.
 
         Args:
             finding: how to write it in `code`.
-            prompter: called with `question`, it returns a [`SegmentationResult`] of the predictor's picture.
+            prompter: called with `question`, it returns a [`SegmentationResult`] of the predictor's image.
         """
         start = perf_counter()
         result = prompter(*question)
@@ -285,7 +291,7 @@ class Session:
             raise NothingFound("nothing was found; lower the thresholds, or point at the object.")
         self._step(Scene(tuple(objects), 0))
 
-    # ---------------------------------------------------------------------------------------------- what comes out
+    # ---------------------------------------------------------------------------------------------- outputs
 
     def result(self) -> SegmentationResult:
         """The chosen masks of all objects that have one."""
@@ -299,7 +305,7 @@ class Session:
         return SegmentationResult(masks, scores, ious, boxes, [one.name for one in done])
 
     def draw(self) -> Image.Image:
-        """The picture, small enough for a page, with all objects and their prompts."""
+        """The image, small enough for a page, with all objects and their prompts."""
         scale = self.shown.width / self.width
         masks = [self._shown_mask(one) for one in self.objects]
         points = [[(scale * x, scale * y) for x, y in one.points] for one in self.objects]
@@ -311,7 +317,7 @@ class Session:
         return draw_masks(self.shown, masks, points, labels, boxes)
 
     def _shown_mask(self, one: SceneObject, candidate: int | None = None, size=None) -> np.ndarray:
-        """A mask at the size of the picture on the page, or another (width, height); empty before an answer."""
+        """A mask at the size of the image on the page, or another (width, height); empty before an answer."""
         width, height = size or self.shown.size
         if not one.candidates:
             return np.zeros((height, width), dtype=bool)
@@ -320,15 +326,15 @@ class Session:
         return one.mask(candidate)[np.ix_(rows.astype(int), columns.astype(int))]
 
     def thumbnails(self) -> list[Image.Image]:
-        """The candidates of the current object: small pictures that are dark where the mask is not."""
+        """The candidates of the current object: small images that are dark outside the mask."""
         one = self.current
         if one is None or not one.candidates:
             return []
-        picture = self.shown.copy()
-        picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-        dark = picture.point(lambda value: value // 5)
-        masks = [self._shown_mask(one, i, picture.size) for i in range(len(one.candidates))]
-        return [Image.composite(picture, dark, Image.fromarray(mask)) for mask in masks]
+        small = self.shown.copy()
+        small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        dark = small.point(lambda value: value // 5)
+        masks = [self._shown_mask(one, i, small.size) for i in range(len(one.candidates))]
+        return [Image.composite(small, dark, Image.fromarray(mask)) for mask in masks]
 
     def file(self, kind: str) -> tuple[str, bytes]:
         """
@@ -349,17 +355,17 @@ class Session:
                 for label, score, rle in zip(result.labels, result.scores, result.rles(), strict=True)
             ]
             return f"{stem}_rle.json", json.dumps({"image": self.file_name, "objects": objects}).encode()
-        pictures = {
+        drawings = {
             "mask": lambda: Image.fromarray(result.masks.any(axis=0).astype(np.uint8) * 255),
             "cutout": lambda: result.cut_out(self.predictor.image),
             "labels": result.label_map,
         }
         content = io.BytesIO()
-        pictures[kind]().save(content, "PNG")
+        drawings[kind]().save(content, "PNG")
         return f"{stem}_{kind}.png", content.getvalue()
 
     def code(self) -> str:
-        """Python that makes the masks of `result` from the picture's file, as the list `masks`."""
+        """Python that makes the masks of `result` from the image's file, as the list `masks`."""
         done = [one for one in self.objects if one.candidates]
         finding = next((one.finding for one in done if one.finding is not None), None)
         tool, ask, mask_of = FOUND_BY[finding.method] if finding else (None, None, None)

@@ -1,4 +1,4 @@
-"""Pictures of masks with the prompts that led to them, and of features. Needs only PIL and numpy."""
+"""Draws masks with their prompts over images, class maps, and features. Needs only PIL and numpy."""
 
 from collections.abc import Callable, Iterable, Sequence
 from colorsys import hsv_to_rgb
@@ -6,7 +6,7 @@ from colorsys import hsv_to_rgb
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-# Told apart with every kind of colour vision, and against most photographs; after eight objects they start again.
+# Distinct with every kind of colour vision, and against most photographs; after eight objects they repeat.
 PALETTE = (
     (0, 140, 255),  # blue
     (255, 176, 0),  # amber
@@ -32,25 +32,25 @@ def draw_masks(
     scores: Sequence[float] | None = None,
 ) -> Image.Image:
     """
-    Lays each mask over the picture in a colour of its own, with an outline, its prompts, and a tag with its number
-    (where there are several) and score (where given). Lines and text grow with the picture.
+    Draws each mask over the image in a colour of its own, with an outline, its prompts, and a tag with its number
+    (if there are several) and score (if given). Lines and text grow with the image.
 
     Coordinates are (x, y) in pixels of `image`, x to the right and y down. N objects, drawn in order.
 
     Args:
-        image: the picture, upright (an EXIF tag is not looked at); any mode that PIL converts to RGB.
-        masks: N masks of the picture's height and width, true or above 0 inside; arrays or tensors.
+        image: upright (an EXIF tag is ignored), of any mode that PIL converts to RGB.
+        masks: N masks of the image's height and width, true or above 0 inside; arrays or tensors.
         points: for each object a list of its points (x, y), or `None`.
         labels: for each object a list of its points' labels: 1 on the object (circle), 0 on the background (cross),
-            negative for a point to be left out. Without labels every point is on the object.
+            negative: the point is not drawn. Without labels every point is on the object.
         boxes: for each object its box (x1, y1, x2, y2), or `None`.
         scores: for each object its score.
 
     Returns:
-        A new RGB picture of the same size.
+        A new RGB image of the same size.
 
     Raises:
-        ValueError: if a mask is not of the picture's size, or there is not one entry for each mask.
+        ValueError: if a mask is not of the image's size, or there is not one entry for each mask.
     """
     masks = [np.asarray(mask) > 0 for mask in masks]
     for mask in masks:
@@ -84,8 +84,8 @@ def draw_masks(
 
 def lay_masks(image: Image.Image, masks: Iterable[np.ndarray]) -> Image.Image:
     """
-    `draw_masks` without prompts and tags, for many masks: arrays `[height, width]`, bool, that a generator may make
-    one at a time.
+    `draw_masks` without prompts and tags, for many masks: arrays `[height, width]`, bool, which may come from a
+    generator one at a time.
     """
     width = line_width(image.size)
     image = image.convert("RGB")
@@ -99,17 +99,17 @@ def color_of(index: int) -> tuple[int, int, int]:
 
 
 def ink_on(color: tuple[int, int, int]) -> str:
-    """Black or white, whichever can be read on a colour."""
+    """Black or white, whichever is readable on a colour."""
     return "black" if np.dot(color, (0.299, 0.587, 0.114)) > 110 else "white"
 
 
 def line_width(size: tuple[int, int]) -> int:
-    """Width in pixels of an outline that looks the same on pictures of any (width, height)."""
+    """Width in pixels of an outline that looks the same on images of any (width, height)."""
     return max(1, round(max(size) / 280))
 
 
 def _draw_mask(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int], width: int) -> None:
-    """Fill and outline, in place. Only the mask's surroundings are touched, so many small masks are cheap."""
+    """Fill and outline, in place. Only pixels near the mask are computed, so small masks are cheap."""
     if not mask.any():
         return
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -148,7 +148,7 @@ def _top_of(mask: np.ndarray) -> tuple[int, int]:
 
 
 def _draw_tag(draw: ImageDraw.ImageDraw, text: str, anchor: tuple[int, int], color, size: tuple[int, int]) -> None:
-    """Text on a rounded patch that stands on `anchor`, moved where it would leave the picture."""
+    """Text on a rounded patch that stands on `anchor`, moved where it would leave the image."""
     height = max(9, round(max(size) / 36))
     font = ImageFont.load_default(size=height)
     pad = height // 3
@@ -179,7 +179,7 @@ def _draw_point(image: Image.Image, point, label: int, radius: int) -> None:
 
 
 def _stamp(draw_shape: Callable, side: int, enlarge: int = 8) -> Image.Image:
-    """A small RGBA picture, drawn large and shrunk so that its edges are smooth."""
+    """A small RGBA image, drawn large and shrunk so that its edges are smooth."""
     large = Image.new("RGBA", (side * enlarge, side * enlarge), (255, 255, 255, 0))
     draw_shape(ImageDraw.Draw(large), (side * enlarge - 1) / 2)
     return large.resize((side, side), Image.Resampling.BOX)
@@ -187,26 +187,26 @@ def _stamp(draw_shape: Callable, side: int, enlarge: int = 8) -> Image.Image:
 
 def draw_classes(image: Image.Image, classes) -> Image.Image:
     """
-    Lays a colour for each class over the picture, which turns gray below it so that the colour can be recognised: the
-    same one in every picture, and never twice for up to 150 classes.
+    Draws a colour for each class over the image, which turns gray so that colours can be recognised: a class has the
+    same colour in every image, and up to 150 classes have different ones.
 
     Args:
-        image: the picture; any mode that PIL converts to RGB.
-        classes: of each pixel, 0 to 254, and 255 where there is none and the picture shows; `[height, width]`, array
+        image: of any mode that PIL converts to RGB.
+        classes: of each pixel, 0 to 254, and 255 where there is none and the image shows; `[height, width]`, array
             or tensor on the CPU.
 
     Returns:
-        A new RGB picture of the same size.
+        A new RGB image of the same size.
 
     Raises:
-        ValueError: if `classes` is not of the picture's size.
+        ValueError: if `classes` is not of the image's size.
     """
     classes = np.asarray(classes)
     if classes.shape != (image.height, image.width):
         raise ValueError(
             f"The classes have shape {classes.shape}; the image is {image.height} pixels high and {image.width} wide."
         )
-    # Beyond the palette hues at the golden angle, which keeps any number of them apart, in turns light and dark.
+    # Beyond the palette: hues at the golden angle, which keeps any number of them apart, alternately light and dark.
     hues = [(number * 0.618034 % 1, (0.85, 0.55)[number % 2], (1, 0.75, 0.5)[number % 3]) for number in range(255)]
     colors = [*PALETTE, *(tuple(round(255 * part) for part in hsv_to_rgb(*hue)) for hue in hues)][:255]
     colors = np.float32([*colors, (0, 0, 0)])[classes]
@@ -220,14 +220,14 @@ def draw_classes(image: Image.Image, classes) -> Image.Image:
 
 def pca_colors(features, reference=None) -> np.ndarray:
     """
-    Features as colours: red, green and blue are the first three principal components, so what is alike in its
-    features is alike in colour. Each runs from the 2nd to the 98th percentile, as a few odd patches (vision
-    transformers have them) would else take all the contrast.
+    Features as colours: red, green and blue are the first three principal components, so similar features have similar
+    colours. Each is scaled from the 2nd to the 98th percentile, because a few outlier patches (vision transformers
+    have them) would otherwise take all the contrast.
 
     Args:
         features: `[..., C]`, array or tensor on the CPU.
-        reference: features `[..., C]` that components and ranges are taken from, by default `features` themselves;
-            pictures with the same reference can be compared.
+        reference: features `[..., C]` from which components and ranges are computed, by default `features`
+            themselves; images with the same reference can be compared.
 
     Returns:
         uint8 array `[..., 3]`. Where the reference varies in fewer than three directions, the others are mid-grey.
@@ -245,7 +245,7 @@ def pca_colors(features, reference=None) -> np.ndarray:
     mean = rows.mean(axis=0)
     _, strengths, components = np.linalg.svd(rows - mean, full_matrices=False)
     components = components[:3][strengths[:3] > 1e-5 * np.linalg.norm(rows)]
-    components *= np.where(components.sum(axis=1, keepdims=True) < 0, -1, 1)  # an SVD leaves the sign open
+    components *= np.where(components.sum(axis=1, keepdims=True) < 0, -1, 1)  # an SVD has no sign of its own
     colors = np.full((*features.shape[:-1], 3), 0.5, dtype=np.float32)
     colors[..., : len(components)] = _stretch((features - mean) @ components.T, (rows - mean) @ components.T)
     return (255 * colors).round().astype(np.uint8)
@@ -261,15 +261,15 @@ def feature_picture(
     images: Sequence[Image.Image], masks, targets, reconstructions, grid: tuple[int, int], pixels: bool = False
 ) -> Image.Image:
     """
-    What masked pretraining sees and what it makes of it, a row for each image: the input, the input without the
-    removed patches, the target and its reconstruction, both in the colours of all the targets (`pca_colors`).
+    Inputs and outputs of masked pretraining, a row for each image: the input, the input without the removed patches,
+    the target and its reconstruction, both in the colours of all targets (`pca_colors`).
 
     Args:
-        images: B pictures, as the student sees them.
+        images: B images, as the student sees them.
         masks: `[B, N]`, 1 for removed patches.
         targets, reconstructions: `[B, N, C]`, arrays or tensors on the CPU.
         grid: rows and columns of patches, h * w = N, row by row.
-        pixels: targets are no features but pixels, C = 3 * side * side, by channel, row, column, in any range.
+        pixels: targets are pixels instead of features, C = 3 * side * side, by channel, row, column, in any range.
 
     Raises:
         ValueError: if the shapes do not fit, or values are not finite.
@@ -296,7 +296,7 @@ def feature_picture(
 
 
 def picture_table(columns: dict[str, Sequence[Image.Image]]) -> Image.Image:
-    """Pictures of one size side by side, by column, under the columns' names."""
+    """Images of one size in a table, by column, under the columns' names."""
     first = next(iter(columns.values()))
     (width, height), rows, top = first[0].size, len(first), PANEL_SIDE // 8
     gap = PANEL_SIDE // 32
@@ -313,7 +313,7 @@ def picture_table(columns: dict[str, Sequence[Image.Image]]) -> Image.Image:
 def _patch_pictures(
     values: np.ndarray, reference: np.ndarray, grid: tuple[int, int], pixels: bool, size: tuple[int, int]
 ) -> list[Image.Image]:
-    """A picture of `size` for each of `values` `[B, N, C]`, where a patch is one colour or its own pixels."""
+    """An image of `size` for each of `values` `[B, N, C]`, where a patch is one colour or its own pixels."""
     if pixels:
         colors = (255 * _stretch(values[..., None], reference.reshape(-1, 1))).round().astype(np.uint8)
     else:

@@ -73,7 +73,7 @@ def read_config(name: str) -> dict:
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """What goes wrong while `name` is loaded, in one sentence."""
+    """Turns whatever goes wrong while `name` is loaded into a ValueError of one sentence."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
@@ -86,7 +86,7 @@ def loading(name: str) -> Iterator[None]:
 
 
 def check_complete(name: str, loaded: dict) -> None:
-    """Raises a ValueError if weights were made up, as `output_loading_info` of `from_pretrained` tells."""
+    """Raises a ValueError if weights were missing, by the `output_loading_info` of `from_pretrained`."""
     if missing := loaded["missing_keys"]:
         raise ValueError(f"{name} lacks {len(missing)} of the model's weights, such as {min(missing)}.")
 
@@ -101,7 +101,7 @@ def stored_dtype(directory: Path) -> torch.dtype:
 
 
 def load_head(name: str, dtype: torch.dtype | str = torch.float32, subfolder: str = "") -> EfficientSamSaliencyHead:
-    """A saliency head, in a `dtype` as of `load_model`, on the CPU."""
+    """A saliency head on the CPU; `dtype` as of `load_model`."""
     with loading(name):
         head, loaded = EfficientSamSaliencyHead.from_pretrained(
             name, subfolder=subfolder, dtype=dtype, output_loading_info=True
@@ -111,12 +111,20 @@ def load_head(name: str, dtype: torch.dtype | str = torch.float32, subfolder: st
 
 
 def load_model(name: str, dtype: torch.dtype | str = torch.float32) -> tuple[EfficientSamModel, EfficientSamProcessor]:
-    """In float32 whatever was stored, for half precision is slow on CPUs; or in another `dtype`."""
+    """
+    Model and processor of a directory or Hub name, the model on a GPU if there is one.
+
+    Args:
+        dtype: float32 by default, because half precision is slow on CPUs.
+
+    Raises:
+        ValueError: a checkpoint that cannot be loaded, lacks weights, or has weights that are no finite numbers.
+    """
     with loading(name):
         processor = EfficientSamProcessor.from_pretrained(name)
         model, loaded = EfficientSamModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
     check_complete(name, loaded)
     for part, weights in model.state_dict().items():
         if not weights.isfinite().all():
-            raise ValueError(f"{name} has weights that are no finite numbers, in {part}; take an earlier checkpoint.")
+            raise ValueError(f"{name} has weights that are no finite numbers, in {part}; use an earlier checkpoint.")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor

@@ -1,6 +1,6 @@
 """EfficientSAM without torch: numpy in, masks out, from the files that `efficientsam export-onnx` writes.
 
-Needs onnxruntime, numpy, PIL and pycocotools; OpenVINO only if asked for.
+Needs onnxruntime, numpy, PIL and pycocotools; with runtime="openvino" also OpenVINO.
 """
 
 import json
@@ -23,23 +23,23 @@ Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]  # inputs by name -> o
 
 
 def file_name(part: str, variant: str) -> str:
-    """Of a part ("encoder", "decoder") in a variant ("float32", "float16", "int8")."""
+    """Name of the file with a part ("encoder", "decoder") in a variant ("float32", "float16", "int8")."""
     return f"{part}.onnx" if variant == "float32" else f"{part}_{variant}.onnx"
 
 
 class EfficientSamOnnxPredictor(PredictorBase):
     """
-    [`EfficientSamPredictor`] for exported models: the same methods, the same results, features as an array.
+    [`EfficientSamPredictor`] for exported models: the same methods and results, but features are an array.
 
     Args:
         folder: with `encoder.onnx` and `decoder.onnx`.
         variant: `"float32"`, or another that was exported: `"float16"`, `"int8"`.
-        runtime: `"onnxruntime"`, or `"openvino"` (on the CPU, with that package; not for int8).
-        providers: where onnxruntime computes, by its own names.
-        num_threads: by default the runtime's own choice.
+        runtime: `"onnxruntime"`, or `"openvino"`: often faster on Intel CPUs; a package of its own; not for int8.
+        providers: execution providers of onnxruntime.
+        num_threads: by default chosen by the runtime.
 
     Raises:
-        ValueError: no such files, or files that `efficientsam export-onnx` did not write.
+        ValueError: missing files, or files that `efficientsam export-onnx` did not write.
         ImportError: the runtime is not installed.
     """
 
@@ -58,7 +58,7 @@ class EfficientSamOnnxPredictor(PredictorBase):
         if runtime not in ("onnxruntime", "openvino"):
             raise ValueError(f'runtime must be "onnxruntime" or "openvino", not {runtime!r}.')
         if runtime == "openvino" and variant == "int8":  # version 2026.4 gives wrong masks, or crashes
-            raise ValueError("OpenVINO does not run the int8 variant rightly; take float32, or onnxruntime.")
+            raise ValueError("OpenVINO does not run the int8 variant correctly; use float32, or onnxruntime.")
         self.description = read_description(decoder)
         self.options: dict = self.description["preprocessing"]
         if runtime == "openvino":
@@ -89,33 +89,33 @@ class EfficientSamOnnxPredictor(PredictorBase):
         for start in range(0, num_prompts, PROMPTS_AT_ONCE):
             part = {name: array[:, start : start + PROMPTS_AT_ONCE] for name, array in prompts.items()}
             part_logits, part_scores = self._run_decoder({"image_embeddings": self.features, **part})
-            wanted = slice(1, None) if multimask_output else slice(0, 1)  # the single mask comes first
-            logits.append(part_logits[0, :, wanted])
-            scores.append(part_scores[0, :, wanted])
+            chosen = slice(1, None) if multimask_output else slice(0, 1)  # the single mask comes first
+            logits.append(part_logits[0, :, chosen])
+            scores.append(part_scores[0, :, chosen])
         return np.concatenate(logits), np.concatenate(scores)
 
     def _fill(self, prompts: dict[str, np.ndarray], num_prompts: int) -> dict[str, np.ndarray]:
-        """All inputs that the decoder has beside the features: padding stands for those that are not asked with."""
+        """All inputs of the decoder but the features, with padding for prompts that are not given."""
         if not self.description["background_points"] and 0 in prompts.get("input_labels", ()):
             raise ValueError("This model takes no background points (label 0); leave them out.")
         if not self.description["mask_prompts"] and "input_masks" in prompts:
             raise ValueError("This model takes no mask prompts; leave mask_input or masks out.")
-        none = {
+        padding = {
             "input_points": np.full((1, num_prompts, 1, 2), PAD_VALUE, np.float32),
             "input_labels": np.full((1, num_prompts, 1), PAD_VALUE, np.int64),
             "input_boxes": np.full((1, num_prompts, 4), PAD_VALUE, np.float32),
         }
         if self.description["mask_prompts"]:
             height, width = (4 * n for n in self.features.shape[-2:])
-            none["input_masks"] = np.zeros((1, num_prompts, height, width), np.float32)
-            none["has_input_masks"] = np.full((1, num_prompts), "input_masks" in prompts)
-            if (given := prompts.get("input_masks", none["input_masks"]).shape[-2:]) != (height, width):
-                raise ValueError(f"A mask prompt must be {height} x {width}, as an earlier answer's, not {given}.")
-        return none | prompts
+            padding["input_masks"] = np.zeros((1, num_prompts, height, width), np.float32)
+            padding["has_input_masks"] = np.full((1, num_prompts), "input_masks" in prompts)
+            if (given := prompts.get("input_masks", padding["input_masks"]).shape[-2:]) != (height, width):
+                raise ValueError(f"A mask prompt must be {height} x {width}, as `predict` returns it, not {given}.")
+        return padding | prompts
 
     def _enlarge(self, logits: np.ndarray, binarize: bool) -> np.ndarray:
         masks = np.empty((*logits.shape[:2], *self.original_size), dtype=bool if binarize else np.float32)
-        for i in np.ndindex(logits.shape[:2]):  # one at a time, as floats take four times the memory of the answer
+        for i in np.ndindex(logits.shape[:2]):  # one at a time, as floats take four times the memory of bool
             mask = enlarge_mask(logits[i], self.original_size, self.input_size)
             masks[i] = mask > 0 if binarize else mask
         return masks
@@ -125,7 +125,7 @@ class EfficientSamOnnxPredictor(PredictorBase):
 
 
 def read_description(file: Path) -> dict:
-    """What the export wrote into a file about the model and its preprocessing."""
+    """The metadata that the export wrote into a file: the model's prompts and preprocessing."""
     session = load_session(file, ["CPUExecutionProvider"], num_threads=1, optimize=False)
     try:
         return json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
@@ -166,13 +166,13 @@ def open_with_openvino(file: Path, num_threads: int | None) -> Run:
     return lambda inputs: list(model(inputs).to_tuple())
 
 
-# ------------------------------------------------------------------------------------------------ pictures and masks
+# ------------------------------------------------------------------------------------------------ pixels and masks
 
 
 def to_pixel_values(pixels: np.ndarray, options: dict) -> tuple[np.ndarray, tuple[int, int]]:
     """
-    A picture `[3, h, w]` -> `[3, H, W]`, float32, as [`EfficientSamImageProcessor`] makes it; the height and width
-    that it has there before padding.
+    An image `[3, h, w]` -> `pixel_values` `[3, H, W]`, float32, as [`EfficientSamImageProcessor`] makes them; the
+    height and width of the image in it before padding.
     """
     size = pixels.shape[-2:]
     if options["do_resize"]:
@@ -191,8 +191,8 @@ def to_pixel_values(pixels: np.ndarray, options: dict) -> tuple[np.ndarray, tupl
 
 def enlarge_mask(logits: np.ndarray, size: tuple[int, int], input_size: tuple[int, int]) -> np.ndarray:
     """
-    Logits `[h, w]` of the padded model input -> `[*size]`, float32, in one bicubic interpolation: a pixel of the
-    picture is `input_size` / `size` pixels of the input, and a quarter of that in the logits.
+    Logits `[h, w]` of the padded model input -> `[*size]`, float32, in one bicubic interpolation: a pixel of the image
+    is `input_size` / `size` pixels of the input, and a quarter of that in the logits.
     """
     return resample(logits, size, [n_in / (4 * n) for n_in, n in zip(input_size, size, strict=True)], cubic_weights)
 
@@ -202,11 +202,11 @@ def resample(values: np.ndarray, size: tuple[int, int], steps: Sequence[float], 
     `[..., h, w]` -> `[..., *size]`, float32, as torch's `interpolate` without antialiasing.
 
     Args:
-        steps: how far apart the pixels of the result are in `values`, down and across.
+        steps: distance of two pixels of the result in `values`, down and across.
         weights: of the neighbours, `linear_weights` or `cubic_weights`.
     """
     for axis, length, step in zip((-2, -1), size, steps, strict=True):
-        # As torch rounds them, which is to be seen in large pictures: the step, and then the place, to float32.
+        # Rounded as torch does, which matters in large images: the step, and then the place, to float32.
         places = (np.float64(np.float32(step)) * (np.arange(length) + 0.5) - 0.5).astype(np.float32)
         first, neighbours = weights(places)
         last = values.shape[axis] - 1

@@ -1,4 +1,4 @@
-"""segment-anything's `SamPredictor` for EfficientSAM: a picture is encoded once and then asked as often as one likes.
+"""segment-anything's `SamPredictor` for EfficientSAM: an image is encoded once, then prompted any number of times.
 
 from hf_efficientsam import EfficientSamPredictor as SamPredictor
 """
@@ -16,10 +16,12 @@ from .predictor_base import PredictorBase
 
 class EfficientSamPredictor(PredictorBase):
     """
+    Predicts masks of one image from points, boxes and masks.
+
     Args:
         model: an [`EfficientSamModel`]; it is put into evaluation mode.
-        processor: its [`EfficientSamProcessor`]; by default that of the repository or directory which the model was
-            loaded from.
+        processor: its [`EfficientSamProcessor`]; by default from the repository or directory that the model was loaded
+            from.
     """
 
     def __init__(self, model: EfficientSamModel, processor: EfficientSamProcessor | None = None):
@@ -29,7 +31,7 @@ class EfficientSamPredictor(PredictorBase):
 
     @classmethod
     def from_pretrained(cls, name: str | None = None) -> "EfficientSamPredictor":
-        """From a directory or Hub name, by default the bundled checkpoint; on a GPU if there is one."""
+        """From a directory, a Hub name or "bundled", the default; on a GPU if there is one."""
         return cls(*load_model(find_checkpoint(name)))
 
     @property

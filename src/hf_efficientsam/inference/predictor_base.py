@@ -15,19 +15,19 @@ from .results import SegmentationResult, boxes_from_masks_np
 
 
 def has(prompts: Any, i: int) -> bool:
-    """Whether there is something for the i-th object."""
+    """Whether there are prompts of a kind for the i-th object."""
     return prompts is not None and i < len(prompts) and prompts[i] is not None and len(prompts[i]) > 0
 
 
 def count_objects(points: Any, boxes: Any, masks: Any) -> int:
-    """How many objects are asked for. ValueError: prompts nested otherwise, or an object without any."""
+    """The number of objects in prompts. ValueError: prompts of another nesting, or an object without prompts."""
     for name, given, form in (("points", points, "[[x, y], ...]"), ("boxes", boxes, "[x1, y1, x2, y2]")):
         if given is not None and not nesting(given, name) <= {form.count("[") + 1}:
             raise ValueError(f"{name} must be a list with {form} for each object, not {given}.")
     num_objects = max((len(given) for given in (points, boxes, masks) if given is not None), default=0)
     for i in range(num_objects):
         if not any(has(given, i) for given in (points, boxes, masks)):
-            raise ValueError(f"Nothing is asked for object {i}; give points, a box or a mask.")
+            raise ValueError(f"There is no prompt for object {i}; give points, a box or a mask.")
     return num_objects
 
 
@@ -125,7 +125,7 @@ class PredictorBase(ABC):
         masks = None if mask_input is None else read_mask(mask_input)
         masks = None if masks is None else masks.reshape(1, *masks.shape[-2:])
         if not count_objects(points, boxes, masks):
-            raise ValueError("Nothing is asked for; give points, a box or a mask.")
+            raise ValueError("There is no prompt; give points, a box or a mask.")
         logits, scores = self._decode(points, labels, boxes, masks, multimask_output)
         masks = self._enlarge(logits, binarize=not return_logits)
         return masks[0], scores[0], logits[0]
