@@ -9,6 +9,7 @@ cells leave undecided are resized. The answer is that of resizing all.
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -18,6 +19,8 @@ from hf_efficientsam.model.mask_operations_efficientsam import (
     resize_masks,
     stability_score,
 )
+
+from .resampling import cubic_weights
 
 NOWHERE = 2**40  # first column or row of an empty mask
 # The absolute weights of a pixel add up to at most 1.375 in one axis, so the negative ones in both to (1.375 ** 2 - 1)
@@ -51,26 +54,13 @@ class CubicAxis:
         """`scale` is the distance of two pixels, in logits."""
         scale = torch.tensor(scale, dtype=torch.float32)
         places = scale * (torch.arange(num_pixels, dtype=torch.float32) + 0.5) - 0.5
-        cells = places.floor()
-        offsets = places - cells
-        cells = cells.long() + 1
+        neighbours, neighbour_weights = cubic_weights(places.numpy())
+        cells = torch.from_numpy(neighbours + 2)
         counts = torch.bincount(cells, minlength=num_logits + 1)
         first = counts.cumsum(0) - counts
         weights = torch.zeros(num_logits + 1, max(1, int(counts.max())), 4)
-        weights[cells, torch.arange(num_pixels) - first[cells]] = keys_weights(offsets)
+        weights[cells, torch.arange(num_pixels) - first[cells]] = torch.from_numpy(np.stack(neighbour_weights, axis=1))
         return cls(*(x.to(device) for x in (first, first + counts - 1, weights)))
-
-
-def keys_weights(offsets: torch.Tensor, a: float = -0.75) -> torch.Tensor:
-    """`[n]` in [0, 1) -> `[n, 4]`. Cubic convolution (Keys 1981) with the constant of torch's bicubic."""
-
-    def near(x):
-        return ((a + 2) * x - (a + 3)) * x * x + 1
-
-    def far(x):
-        return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-
-    return torch.stack([far(offsets + 1), near(offsets), near(1 - offsets), far(2 - offsets)], dim=1)
 
 
 def mask_axes(

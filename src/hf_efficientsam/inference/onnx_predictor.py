@@ -15,6 +15,7 @@ from hf_efficientsam.model.image_reading_efficientsam import image_to_array, res
 from hf_efficientsam.model.prompts_efficientsam import PAD_VALUE, prepare_prompts
 
 from .predictor_base import PredictorBase
+from .resampling import cubic_weights, linear_weights, resample
 
 METADATA_KEY = "efficientsam"  # of the metadata_props of both files; the value is json
 PROMPTS_AT_ONCE = 8  # bounds the memory of many prompts; does not change the numbers
@@ -195,49 +196,6 @@ def enlarge_mask(logits: np.ndarray, size: tuple[int, int], input_size: tuple[in
     is `input_size` / `size` pixels of the input, and a quarter of that in the logits.
     """
     return resample(logits, size, [n_in / (4 * n) for n_in, n in zip(input_size, size, strict=True)], cubic_weights)
-
-
-def resample(values: np.ndarray, size: tuple[int, int], steps: Sequence[float], weights: Callable) -> np.ndarray:
-    """
-    `[..., h, w]` -> `[..., *size]`, float32, as torch's `interpolate` without antialiasing.
-
-    Args:
-        steps: distance of two pixels of the result in `values`, down and across.
-        weights: of the neighbours, `linear_weights` or `cubic_weights`.
-    """
-    for axis, length, step in zip((-2, -1), size, steps, strict=True):
-        # Rounded as torch does, which matters in large images: the step, and then the place, to float32.
-        places = (np.float64(np.float32(step)) * (np.arange(length) + 0.5) - 0.5).astype(np.float32)
-        first, neighbours = weights(places)
-        last = values.shape[axis] - 1
-        values = sum(
-            np.take(values, np.clip(first + i, 0, last), axis) * (weight if axis == -1 else weight[:, None])
-            for i, weight in enumerate(neighbours)
-        )
-    return values
-
-
-def linear_weights(places: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The first neighbour of each place, and the weights of it and the next."""
-    places = places.clip(min=0)
-    first = np.floor(places)
-    second = places - first
-    return first.astype(np.int64), [1 - second, second]
-
-
-def cubic_weights(places: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The first of four neighbours of each place, and their weights (Keys' kernel, a = -0.75)."""
-    a = np.float32(-0.75)
-    whole = np.floor(places)
-    t = places - whole
-
-    def near(x):
-        return ((a + 2) * x - (a + 3)) * x * x + 1
-
-    def far(x):
-        return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-
-    return whole.astype(np.int64) - 1, [far(t + 1), near(t), near(1 - t), far(2 - t)]
 
 
 __all__ = ["EfficientSamOnnxPredictor"]
