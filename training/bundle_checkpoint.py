@@ -67,7 +67,7 @@ def saliency_table(results: dict[str, dict]) -> str:
     """The numbers of `evaluate_saliency.py` as Markdown."""
     names = {
         "own": "the head",
-        "whole": "baseline: all of the picture",
+        "whole": "baseline: all of the image",
         "prior": "baseline: mean of the training masks",
     }
     lines = ["| | map: IoU | best IoU, at | MAE | max F | masks: IoU | MAE |", "|---" * 7 + "|"]

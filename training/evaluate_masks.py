@@ -32,7 +32,7 @@ from matplotlib.patches import Rectangle
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from hf_efficientsam.training.data.coco import CocoMasks, decode, with_folders
+from hf_efficientsam.training.data.coco import CocoMasks, decode_rles, with_folders
 from hf_efficientsam.training.data.sa1b import Sa1bShards
 from hf_efficientsam.training.data.saliency import SaliencyMasks
 from hf_efficientsam.training.engine.config import parse_config
@@ -51,7 +51,7 @@ from hf_efficientsam.training.masks.evaluation import (
     mean_ious,
     num_clicks,
 )
-from hf_efficientsam.training.masks.predictors import Predictor, load_predictor, prepare_image
+from hf_efficientsam.training.masks.predictors import Predictor, load_mask_predictor, prepare_image
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def draw_cases(
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     for axis, (name, (iou, place, number)) in zip(figure.subplots(1, 3), chosen.items(), strict=True):
         sample = batches.find(place)
-        target = torch.from_numpy(decode([sample.rles[number]])).contiguous()
+        target = torch.from_numpy(decode_rles([sample.rles[number]])).contiguous()
         (predict,) = predictor.encode([prepare_image(predictor.processor, sample.image)])
         fixed = fixed_prompts(target, [sample.annotation_ids[number]], [prompt], config.clicks, config.seed)
         ((_, given, (candidates, scores, _)),) = answers(predict, target, fixed, [prompt])
@@ -335,7 +335,7 @@ def report_detections(config: EvaluateMasksConfig, measured: list, source: Detec
 def evaluate(config: EvaluateMasksConfig, accelerator: Accelerator) -> None:
     check(config)
     sources = open_sources(config)
-    predictors = [load_predictor(name, config.device or accelerator.device) for name in config.model]
+    predictors = [load_mask_predictor(name, config.device or accelerator.device) for name in config.model]
     batches = ImageBatches(
         sources,
         [predictor.processor for predictor in predictors],

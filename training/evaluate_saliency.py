@@ -5,7 +5,7 @@
         --saliency own network.onnx whole prior --cases cases.png
 
 Sources are: own, the head of the checkpoint; whatever `efficientsam salient --saliency` takes; and two that look at no
-image: whole, all of the picture, and prior, the mean of the masks of `--prior`, stretched over the picture. The masks
+image: whole, all of the image, and prior, the mean of the masks of `--prior`, stretched over the image. The masks
 are those of `SalientPrompter`, all objects of an image together. IoU and MAE are at the image's own size, mean over
 images.
 """
@@ -24,7 +24,7 @@ from hf_efficientsam import EfficientSamPredictor
 from hf_efficientsam.inference.drawing import draw_masks, picture_table
 from hf_efficientsam.inference.loading import find_checkpoint, load_model
 from hf_efficientsam.inference.prompters import SalientPrompter
-from hf_efficientsam.training.data.coco import decode
+from hf_efficientsam.training.data.coco import decode_rles
 from hf_efficientsam.training.data.saliency import SaliencyMasks, UnitedMasks, open_saliency
 from hf_efficientsam.training.engine.config import parse_config
 from hf_efficientsam.training.engine.reports import write_report
@@ -62,7 +62,7 @@ def mean_mask(source: SaliencyMasks | UnitedMasks) -> np.ndarray:
     """The mean of all masks, each squashed to a square: float32 `[PRIOR_SIDE, PRIOR_SIDE]`, 0 to 1."""
     total = torch.zeros(PRIOR_SIDE, PRIOR_SIDE)
     for index in range(len(source)):
-        mask = torch.from_numpy(decode(source[index].rles)).float()
+        mask = torch.from_numpy(decode_rles(source[index].rles)).float()
         total += F.interpolate(mask[None], (PRIOR_SIDE, PRIOR_SIDE), mode="area")[0, 0]
     return (total / len(source)).numpy()
 
@@ -102,20 +102,20 @@ def draw(source: SaliencyMasks | UnitedMasks, prompters: dict, scores: list[dict
     for index in order[[0, len(order) // 2, -1]]:
         sample = source[index]
         columns["image"].append(sample.image)
-        columns["truth"].append(draw_masks(sample.image, decode(sample.rles)))
+        columns["truth"].append(draw_masks(sample.image, decode_rles(sample.rles)))
         for name, prompter in prompters.items():
             saliency, short = prompter.map(sample.image), Path(name).name
             found = prompter.segment_map(saliency)
             columns.setdefault(f"{short}: map", []).append(Image.fromarray(np.uint8(255 * saliency)))
             columns.setdefault(f"{short}: masks", []).append(draw_masks(sample.image, found.masks))
-    return picture_table({name: [fit(picture) for picture in cells] for name, cells in columns.items()})
+    return picture_table({name: [fit(image) for image in cells] for name, cells in columns.items()})
 
 
-def fit(picture: Image.Image, side: int = 256) -> Image.Image:
-    """A picture inside a white square."""
-    square, picture = Image.new("RGB", (side, side), "white"), picture.convert("RGB")
-    picture.thumbnail((side, side))
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+def fit(image: Image.Image, side: int = 256) -> Image.Image:
+    """An image inside a white square."""
+    square, image = Image.new("RGB", (side, side), "white"), image.convert("RGB")
+    image.thumbnail((side, side))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
 
@@ -142,7 +142,7 @@ def evaluate(config: EvaluateSaliencyConfig) -> None:
     scores = {name: [] for name in prompters}
     for index in tqdm(range(count), unit="image", mininterval=2):
         sample = source[index]
-        truth = decode(sample.rles)[0].astype(bool)
+        truth = decode_rles(sample.rles)[0].astype(bool)
         predictor.set_image(sample.image)  # once for all sources
         for name, prompter in prompters.items():
             scores[name].append(measure(prompter, truth))

@@ -192,7 +192,7 @@ def seed_drop_path(seed: int, step: int, batch: int, process: int) -> None:
 def prepare_batch(batch: dict, num_classes: int, mixes: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalised images `[B, 3, H, W]` and their targets `[B, K]`, mixed with their neighbours if asked for."""
     pixel_values, targets = normalize(batch["pixel_values"]), F.one_hot(batch["labels"], num_classes).float()
-    return mix_neighbors(pixel_values, targets, batch["share"], batch["box"]) if mixes else (pixel_values, targets)
+    return mix_neighbors(pixel_values, targets, batch["ratio"], batch["box"]) if mixes else (pixel_values, targets)
 
 
 @torch.no_grad()
@@ -247,15 +247,15 @@ def write_metrics(config: ClassificationConfig, scores: dict[str, float], step: 
 
 @torch.no_grad()
 def draw(model: EfficientSamForImageClassification, pixel_values: torch.Tensor, targets: torch.Tensor) -> Image.Image:
-    """The first images as the model sees them, their classes by share, and what it says of them."""
+    """The first images as the model sees them, the ratios of their classes, and what it predicts."""
     model.eval()
     logits = model(pixel_values[:SHOWN]).logits
     model.train()
-    columns = {"images": [], "their classes": [], "said to be": []}
-    for pixels, *shares in zip(pixel_values, targets.cpu(), logits.float().softmax(1).cpu(), strict=False):
+    columns = {"images": [], "their classes": [], "predicted": []}
+    for pixels, *ratios in zip(pixel_values, targets.cpu(), logits.float().softmax(1).cpu(), strict=False):
         columns["images"].append(to_image(pixels).resize((192, 192)))
-        for name, share in zip(("their classes", "said to be"), shares, strict=True):
-            likeliest = [(model.config.id2label[i], share[i]) for i in share.topk(2).indices.tolist()]
+        for name, ratio in zip(("their classes", "predicted"), ratios, strict=True):
+            likeliest = [(model.config.id2label[i], ratio[i]) for i in ratio.topk(2).indices.tolist()]
             cell = Image.new("RGB", (192, 192), "white")
             words = "\n".join(f"{label[:20]} {part:.0%}" for label, part in likeliest if part >= 0.005)
             ImageDraw.Draw(cell).text((8, 80), words, font=ImageFont.load_default(size=14), fill="black")

@@ -46,7 +46,7 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from hf_efficientsam import EfficientSamBackbone, EfficientSamBackboneConfig
-from hf_efficientsam.training.data.coco import CocoMasks, decode
+from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
 from hf_efficientsam.training.data.images import to_image
 from hf_efficientsam.training.detection.data import DetectionViews
 from hf_efficientsam.training.detection.evaluation import (
@@ -59,8 +59,8 @@ from hf_efficientsam.training.detection.evaluation import (
 )
 from hf_efficientsam.training.detection.mask_rcnn import (
     STRIDES,
-    Detector,
     DetectorConfig,
+    MaskDetector,
     check_torchvision,
     load_detector,
     save_detector,
@@ -156,7 +156,7 @@ def check(config: DetectionConfig) -> None:
     check_torchvision()
 
 
-def build_model(config: DetectionConfig, categories: list[dict]) -> Detector:
+def build_model(config: DetectionConfig, categories: list[dict]) -> MaskDetector:
     """
     Raises:
         ValueError: if the encoder cannot be loaded, or weights of it are missing.
@@ -173,7 +173,9 @@ def build_model(config: DetectionConfig, categories: list[dict]) -> Detector:
         backbone, _ = load_around_encoder(EfficientSamBackbone, config.encoder, **options)
     backbone.vision_encoder.requires_grad_(not config.freeze_encoder)
     names = ("image_size", "anchor_scale", "sampled_boxes", "min_score")
-    return Detector(backbone, DetectorConfig(categories, **{name: getattr(config, name) for name in names})).train()
+    return MaskDetector(
+        backbone, DetectorConfig(categories, **{name: getattr(config, name) for name in names})
+    ).train()
 
 
 def open_truth(config: DetectionConfig, categories: list[dict]) -> Truth | None:
@@ -187,7 +189,7 @@ def open_truth(config: DetectionConfig, categories: list[dict]) -> Truth | None:
 
 
 def measure(
-    detector: Detector, truth: Truth, config: DetectionConfig, accelerator: Accelerator
+    detector: MaskDetector, truth: Truth, config: DetectionConfig, accelerator: Accelerator
 ) -> tuple[dict, list[dict]]:
     """What the detector finds on all images, and how good that is, on every process."""
     ids, results = match_categories(detector.config.categories, truth), []
@@ -204,7 +206,12 @@ def measure(
 
 
 def write_metrics(
-    detector: Detector, truth: Truth, scores: dict, results: list[dict], config: DetectionConfig, step: int | None
+    detector: MaskDetector,
+    truth: Truth,
+    scores: dict,
+    results: list[dict],
+    config: DetectionConfig,
+    step: int | None,
 ) -> None:
     """`metrics.json`, `detections.json` and, of the first images, `detections.png`."""
     output, detector_config = Path(config.output_dir), detector.config
@@ -222,7 +229,7 @@ def write_metrics(
     write_report(output / "metrics.json", report, libraries)
     replace_text(output / "detections.json", json.dumps(boxes_alone(results)) + "\n")
     samples = [truth[index] for index in range(min(SHOWN, len(truth)))]
-    masks = [decode(sample.rles) if sample.rles else [] for sample in samples]
+    masks = [decode_rles(sample.rles) if sample.rles else [] for sample in samples]
     draw_detections(detector, [sample.image for sample in samples], masks).save(output / "detections.png")
 
 
@@ -240,14 +247,14 @@ def evaluate_saved(config: DetectionConfig) -> None:
     accelerator.end_training()
 
 
-def draw(detector: Detector, items: list[dict]) -> Image.Image:
+def draw(detector: MaskDetector, items: list[dict]) -> Image.Image:
     """The first images of a batch as the detector sees them, their objects, and what it finds."""
     images = [to_image(item["pixel_values"]) for item in items[:SHOWN]]
     return draw_detections(detector, images, [item["masks"].cpu() for item in items[:SHOWN]])
 
 
 def get_optimizer(
-    config: DetectionConfig, detector: Detector, steps: int, warmup_steps: int
+    config: DetectionConfig, detector: MaskDetector, steps: int, warmup_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     layers = detector.backbone.config.num_hidden_layers
     scales = {"num_layers": layers, "layer_decay": config.layer_decay, "encoder_scale": config.encoder_lr_scale}
@@ -257,7 +264,7 @@ def get_optimizer(
     return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
 
 
-def save_model(detector: Detector, folder: Path) -> None:
+def save_model(detector: MaskDetector, folder: Path) -> None:
     with replaced_folder(folder) as writing:
         save_detector(detector, writing)
 

@@ -306,7 +306,7 @@ def draw(model: PreTrainedModel, source: Source, processor, config: SemanticConf
     model.train()
     width, height = columns["images"][0].size
     size = (256 * width // max(width, height), 256 * height // max(width, height))
-    return picture_table({name: [picture.resize(size) for picture in cells] for name, cells in columns.items()})
+    return picture_table({name: [image.resize(size) for image in cells] for name, cells in columns.items()})
 
 
 def training_function(config: SemanticConfig, run: TrainingRun) -> None:

@@ -25,7 +25,7 @@ from hf_efficientsam.training.engine.studies import StudyConfig, run_stage, run_
 
 HERE = Path(__file__).parent
 PRETRAINING, FINETUNING = HERE / "recipes" / "studies" / "sami.yaml", HERE / "recipes" / "studies" / "sami_masks.yaml"
-# What each arm changes in the recipe of pretraining; all but the pixels' have the cached teacher.
+# What each arm changes in the pretraining's recipe; all but the pixels' have the cached teacher.
 ARMS = {
     "scratch": {"base_learning_rate": 0, "epochs": 1, "epoch_images": 64},  # the start that all arms share
     "mae": {"target": "pixels", "decoder_type": "all_token"},

@@ -152,7 +152,7 @@ def draw(head: EfficientSamSaliencyHead, images: EncodedImages) -> Image.Image:
     head.train()
     width, height = columns["images"][0].size
     size = (256 * width // max(width, height), 256 * height // max(width, height))
-    return picture_table({name: [picture.resize(size) for picture in cells] for name, cells in columns.items()})
+    return picture_table({name: [image.resize(size) for image in cells] for name, cells in columns.items()})
 
 
 def write_metrics(config: SaliencyConfig, scores: dict, step: int) -> None:

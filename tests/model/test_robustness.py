@@ -30,7 +30,7 @@ from hf_efficientsam import (
 )
 from hf_efficientsam.cli.app import app
 from hf_efficientsam.export.onnx_export import export_onnx
-from hf_efficientsam.training.data.coco import CocoMasks, decode
+from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
 
 ROOT = Path(__file__).resolve().parents[2]
 FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 0))
@@ -392,7 +392,7 @@ def test_any_annotations(annotations_folder, records, annotations):
     path.write_text(json.dumps({"images": records, "annotations": annotations}, default=str))
     try:
         dataset = CocoMasks(path)
-        masks = [decode(dataset[i].rles) for i in range(len(dataset))]
+        masks = [decode_rles(dataset[i].rles) for i in range(len(dataset))]
     except (ValueError, FileNotFoundError) as error:
         assert str(error)
         return

@@ -12,7 +12,7 @@ from script_runs import TWO_PROCESSES, refuse, run, start
 from transformers import Sam2Config, SamConfig, SamImageProcessor, SamModel, SamProcessor
 
 from hf_efficientsam import EfficientSamVisionConfig, EfficientSamVisionModel
-from hf_efficientsam.training.data.coco import CocoMasks, decode
+from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
 
 SIZE = 64  # of the tiny models' input
 
@@ -74,7 +74,7 @@ def test_a_folder_of_images_and_masks(coco, tiny_model, tmp_path):
     annotations = []
     for record, sample in zip(first, dataset, strict=True):
         sample.image.save(folder / record["file_name"])
-        Image.fromarray(255 * decode(sample.rles[:1])[0]).save(folder / "masks" / f"{record['id']}.png")
+        Image.fromarray(255 * decode_rles(sample.rles[:1])[0]).save(folder / "masks" / f"{record['id']}.png")
         rle = sample.rles[0] | {"counts": sample.rles[0]["counts"].decode()}
         annotations.append({"id": record["id"], "image_id": record["id"], "segmentation": rle})
     (tmp_path / "first.json").write_text(json.dumps({"images": first, "annotations": annotations}))

@@ -32,7 +32,7 @@ from hf_efficientsam import (
     EfficientSamProcessor,
     EfficientSamSamiConfig,
 )
-from hf_efficientsam.training.data.coco import CocoMasks, decode
+from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
 from hf_efficientsam.training.engine.config import parse_config
 
 SIZE = 64  # of the model input
@@ -168,7 +168,7 @@ def test_every_kind_of_data(recipe, coco, shards, tiny_model, tmp_path):
     masks = CocoMasks(coco / "masks.json")
     features = Features({"image": ImageFeature(), "masks": Sequence(ImageFeature())})
     rows = [
-        {"image": masks[i].image, "masks": [Image.fromarray(255 * mask) for mask in decode(masks[i].rles)]}
+        {"image": masks[i].image, "masks": [Image.fromarray(255 * mask) for mask in decode_rles(masks[i].rles)]}
         for i in range(5)
     ]
     Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "dataset")

@@ -23,7 +23,7 @@ from script_runs import (
 
 from hf_efficientsam import EfficientSamSaliencyConfig, EfficientSamSaliencyHead
 from hf_efficientsam.inference.loading import load_model
-from hf_efficientsam.training.data.coco import decode
+from hf_efficientsam.training.data.coco import decode_rles
 from hf_efficientsam.training.data.saliency import SaliencyMasks, UnitedMasks
 from hf_efficientsam.training.saliency.embeddings import EncodedImages, MirroredEmbeddings, whiten
 from hf_efficientsam.training.saliency.evaluation import predict_map
@@ -178,7 +178,7 @@ def test_the_objects_of_a_coco_json_are_salient_together(coco):
     assert len(dataset) == 5
     for united, sample in ((dataset[i], dataset.masks[i]) for i in range(5)):
         assert len(united.rles) == len(united.annotation_ids) == 1 and len(sample.rles) == sample.image_id + 1
-        assert (decode(united.rles)[0] == decode(sample.rles).any(0)).all()
+        assert (decode_rles(united.rles)[0] == decode_rles(sample.rles).any(0)).all()
 
 
 # ----------------------------------------------------------------------------------------------- what it takes

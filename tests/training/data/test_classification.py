@@ -171,7 +171,7 @@ def test_each_augmentation_does_its_part(folder):
     whole = [np.array(ClassFolders(folder)[i][1].resize((32, 32), Image.Resampling.BICUBIC)) for i in range(9)]
     for item, image in zip(views(crop_scale=1, flip=False), whole, strict=True):  # the aspect ratio still varies
         assert np.abs(item["pixel_values"].permute(1, 2, 0).numpy().astype(int) - image).mean() < 40
-        assert item["share"] == 1 and not item["box"].any()
+        assert item["ratio"] == 1 and not item["box"].any()
     plain, flipped = (torch.stack([item["pixel_values"] for item in views(flip=flip)]) for flip in (False, True))
     mirrored = [torch.equal(one.flip(-1), other) for one, other in zip(plain, flipped, strict=True)]
     assert 0 < sum(mirrored) < 9 and sum((plain == flipped).flatten(1).all(1)) == 9 - sum(mirrored)
@@ -188,10 +188,10 @@ def test_mixup_and_cutmix_take_turns():
     boxes = np.array([box for _, box in drawn])
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     assert boxes.min() == 0 and boxes.max() == 64 and (areas >= 0).all()
-    cut = np.array([share == 1 for share, _ in drawn])
+    cut = np.array([ratio == 1 for ratio, _ in drawn])
     assert 0.45 < cut.mean() < 0.55 and not areas[~cut].any() and (areas[cut] > 0).mean() > 0.9
-    shares = np.array([share for share, _ in drawn])[~cut]
-    assert shares.mean() == pytest.approx(0.5, abs=0.03) and shares.std() == pytest.approx(0.31, abs=0.02)  # Beta(0.8)
+    ratios = np.array([ratio for ratio, _ in drawn])[~cut]
+    assert ratios.mean() == pytest.approx(0.5, abs=0.03) and ratios.std() == pytest.approx(0.31, abs=0.02)  # Beta(0.8)
     assert {draw_mixing(ClassViewConfig(size=64, cutmix=0), generator)[1] for _ in range(9)} == {(0, 0, 0, 0)}
     assert {draw_mixing(ClassViewConfig(size=64, mixup=0), generator)[0] for _ in range(9)} == {1}
     assert draw_mixing(ClassViewConfig(mixup=0, cutmix=0), generator) == (1, (0, 0, 0, 0))

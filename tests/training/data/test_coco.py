@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as rle_codec
 
-from hf_efficientsam.training.data.coco import CocoMasks, decode
+from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
 
 
 def write(folder, annotations, size=(8, 6), content=None):
@@ -39,14 +39,14 @@ def square_as(kind):
 @pytest.mark.parametrize("kind", ["polygon", "compressed", "uncompressed"])
 def test_every_kind_of_segmentation_gives_the_same_mask(tmp_path, kind):
     sample = CocoMasks(write(tmp_path, [annotation(square_as(kind), id=3)]))[0]
-    assert np.array_equal(decode(sample.rles), SQUARE[None])
+    assert np.array_equal(decode_rles(sample.rles), SQUARE[None])
     assert (sample.image_id, sample.annotation_ids, sample.source) == (7, [3], tmp_path.name)
     assert sample.image.mode == "RGB" and sample.image.size == (8, 6)
 
 
 def test_polygons_of_one_object_are_united(tmp_path):
     halves = [[2, 1, 4, 1, 4, 4, 2, 4], [4, 1, 6, 1, 6, 4, 4, 4], [0, 0, 5, 5]]
-    assert np.array_equal(decode(CocoMasks(write(tmp_path, [annotation(halves)]))[0].rles), SQUARE[None])
+    assert np.array_equal(decode_rles(CocoMasks(write(tmp_path, [annotation(halves)]))[0].rles), SQUARE[None])
 
 
 def test_what_is_left_out(tmp_path):
@@ -218,7 +218,7 @@ def test_an_image_that_does_not_fit_is_named(tmp_path):
 
 def test_decode_wants_a_mask():
     with pytest.raises(ValueError, match="no mask"):
-        decode([])
+        decode_rles([])
 
 
 @pytest.mark.parametrize(
@@ -234,6 +234,6 @@ def test_real_files(shared, name, images, masks):
     assert len(dataset) == images
     assert sum(len(rles) for rles in dataset.rles) == masks
     sample = dataset[0]
-    pixels = torch.from_numpy(decode(sample.rles))
+    pixels = torch.from_numpy(decode_rles(sample.rles))
     assert pixels.shape == (len(sample.annotation_ids), sample.image.height, sample.image.width)
     assert pixels.unique().tolist() == [0, 1]

@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools import mask as rle_codec
 from torch.utils.data import DataLoader
 
-from hf_efficientsam.training.data.coco import decode
+from hf_efficientsam.training.data.coco import decode_rles
 from hf_efficientsam.training.data.dataset_masks import DatasetMasks
 
 # Two objects in an image of 8 x 6 pixels: 12 pixels and 4 pixels.
@@ -101,7 +101,7 @@ def test_every_kind_of_column_gives_the_same_masks(tmp_path, kind):
     source = DatasetMasks(save(tmp_path, feature, [value, value]))
     assert len(source) == len(list(source)) == 2
     for row, sample in enumerate(source):
-        assert np.array_equal(decode(sample.rles), MASKS)
+        assert np.array_equal(decode_rles(sample.rles), MASKS)
         assert all(isinstance(one["counts"], bytes) and one["size"] == [6, 8] for one in sample.rles)
         assert sample.image.mode == "RGB" and sample.image.size == (8, 6)
         assert (sample.image_id, sample.annotation_ids) == (row, [row * 100_000, row * 100_000 + 1])
@@ -110,13 +110,13 @@ def test_every_kind_of_column_gives_the_same_masks(tmp_path, kind):
 
 def test_a_binary_mask_is_one_object(tmp_path):
     sample = DatasetMasks(save(tmp_path, ImageFeature(), [encoded(MAP > 0)]))[0]
-    assert np.array_equal(decode(sample.rles), [MAP > 0])
+    assert np.array_equal(decode_rles(sample.rles), [MAP > 0])
 
 
 def test_an_image_of_one_object_may_have_several_values(tmp_path):
     values = MASKS[0] * np.arange(256, 256 * 9, 256, dtype=np.uint16)  # neighbours, 0 in 8 bits
     sample = DatasetMasks(save(tmp_path, List(ImageFeature()), [[encoded(values)]]))[0]
-    assert np.array_equal(decode(sample.rles), MASKS[:1])
+    assert np.array_equal(decode_rles(sample.rles), MASKS[:1])
 
 
 def test_parquet_slices_and_other_columns(tmp_path):
@@ -140,7 +140,7 @@ def test_jsonl_of_annotations_as_coco_has_them(tmp_path):
     row = {"image": str(tmp_path / "a.png"), "masks": [crowd, {"segmentation": POLYGONS[1], "iscrowd": 0}]}
     (tmp_path / "own" / "train.jsonl").write_text(json.dumps(row))
     sample = DatasetMasks(str(tmp_path / "own"))[0]
-    assert np.array_equal(decode(sample.rles), MASKS[1:]) and sample.annotation_ids == [1]
+    assert np.array_equal(decode_rles(sample.rles), MASKS[1:]) and sample.annotation_ids == [1]
 
 
 @pytest.mark.parametrize("as_lists", [False, True])
@@ -151,14 +151,14 @@ def test_crowds_are_left_out(tmp_path, as_lists):
         feature = {key: List(inner) for key, inner in feature.items()}
         value = {key: [one[key] for one in value] for key in feature}
     sample = DatasetMasks(save(tmp_path, feature if as_lists else List(feature), [value]))[0]
-    assert np.array_equal(decode(sample.rles), MASKS[:1])
+    assert np.array_equal(decode_rles(sample.rles), MASKS[:1])
 
 
 def test_small_masks_are_left_out(tmp_path):
     name = save(tmp_path, List(POLYGON), [[[], *POLYGONS[::-1]], POLYGONS[1:]])
     assert DatasetMasks(name)[0].annotation_ids == [1, 2], "nothing is drawn in the first"
     source = DatasetMasks(name, min_area=5)
-    assert source[0].annotation_ids == [2] and np.array_equal(decode(source[0].rles), MASKS[:1])
+    assert source[0].annotation_ids == [2] and np.array_equal(decode_rles(source[0].rles), MASKS[:1])
     assert len(source) == 2, "which masks are small shows when they are read"
     with pytest.warns(UserWarning, match="Row 1 of .* has no mask of 5 pixels; the next comes in its place"):
         assert source[1].annotation_ids == [2] and source[1].image_id == 0
@@ -182,7 +182,7 @@ def test_image_and_masks_are_upright(tmp_path):
     exif[0x0112] = 6  # to be turned clockwise
     mask = encoded(np.ascontiguousarray(np.rot90(MAP)), exif=exif)
     sample = DatasetMasks(save(tmp_path, ImageFeature(), [mask], encoded((6, 8), exif=exif)))[0]
-    assert sample.image.size == (8, 6) and np.array_equal(decode(sample.rles), MASKS)
+    assert sample.image.size == (8, 6) and np.array_equal(decode_rles(sample.rles), MASKS)
 
 
 def test_a_column_or_split_that_does_not_fit_is_named(tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools import mask as rle_codec
 from tars import write_shard
 
-from hf_efficientsam.training.data.coco import CocoMasks, decode
+from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
 from hf_efficientsam.training.data.sa1b import Sa1bShards
 
 SQUARE = np.zeros((6, 8), np.uint8)
@@ -75,7 +75,7 @@ def test_a_real_shard_holds_the_masks_of_the_json_it_was_made_of(shared, tmp_pat
     for i, (_, sample) in enumerate(read):
         assert (sample.image_id, sample.source) == (coco[i].image_id, "sa_000000")
         assert sample.annotation_ids == [100 * sample.image_id + n for n in range(len(sample.rles))]
-        assert np.array_equal(decode(sample.rles), decode(coco[i].rles))
+        assert np.array_equal(decode_rles(sample.rles), decode_rles(coco[i].rles))
         assert sample.image.mode == "RGB" and sample.image.tobytes() == coco[i].image.tobytes()
 
 
@@ -90,7 +90,7 @@ def test_counts_may_be_compressed_or_not_and_small_masks_are_left_out(tmp_path):
         sample = dict(Sa1bShards([path], min_area).read(0))["sa_1"]
         assert sample.annotation_ids == ids and sample.source == "sa_000007"
         assert all(isinstance(rle["counts"], bytes) and rle["size"] == [6, 8] for rle in sample.rles)
-        assert np.array_equal(decode(sample.rles)[:2], [SQUARE, SQUARE])
+        assert np.array_equal(decode_rles(sample.rles)[:2], [SQUARE, SQUARE])
     with pytest.warns(UserWarning, match=r"sa_1\.json in .*sa_000007\.tar has no mask of at least 13 pixels"):
         assert dict(Sa1bShards([path], 13).read(0)) == {}
 
@@ -185,4 +185,4 @@ def test_a_shard_by_http(tmp_path, shared):
         server.shutdown()
     assert [key for key, _ in found] == ["sa_0", "sa_1", "sa_2"]
     for i, (_, sample) in enumerate(found):
-        assert np.array_equal(decode(sample.rles), decode(truth[i].rles)) and sample.source == "sa_000000"
+        assert np.array_equal(decode_rles(sample.rles), decode_rles(truth[i].rles)) and sample.source == "sa_000000"

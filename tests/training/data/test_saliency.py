@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_efficientsam.training.data.coco import decode
+from hf_efficientsam.training.data.coco import decode_rles
 from hf_efficientsam.training.data.saliency import SaliencyMasks
 
 
@@ -24,7 +24,7 @@ def test_each_image_has_its_mask(folder):
     for number, sample in enumerate(dataset[i] for i in range(2)):
         expected = np.zeros((10, 20), bool)
         expected[2:5, 3 : 8 + number] = True
-        assert (decode(sample.rles)[0] == expected).all()
+        assert (decode_rles(sample.rles)[0] == expected).all()
         assert sample.image.size == (20, 10) and abs(sample.image.getpixel((0, 0))[0] - 90 * number) < 5
         assert (sample.image_id, sample.annotation_ids, sample.source) == (number, [number], folder.name)
 
@@ -48,4 +48,4 @@ def test_what_is_missing_or_does_not_fit_is_named(folder):
 
 def test_the_shared_data(shared):
     dataset = SaliencyMasks(shared / "data" / "saliency" / "val")
-    assert len(dataset) == 80 and 0 < decode(dataset[0].rles).mean() < 1
+    assert len(dataset) == 80 and 0 < decode_rles(dataset[0].rles).mean() < 1

@@ -100,7 +100,7 @@ def broken(folder, change):
         ("no json", "labels.json is not valid json"),
         ("name", "has the value 3, which has no name; name it or set --ignore_label."),
         ("missing", "b.png is missing; every image needs its labels."),
-        ("no image", "b.png cannot be read as a picture"),
+        ("no image", "b.png cannot be read as an image"),
         ("one class", "must have 2 to 255 classes, and has 1."),
         ("no names", "needs a labels.json"),
         ("no list", "must be a list of names."),

@@ -14,7 +14,7 @@ from hf_efficientsam.training.masks.coco_ap import (
     DetectionSample,
     RleEncoder,
     choose,
-    encode,
+    encode_masks,
     segment_detections,
 )
 from hf_efficientsam.training.masks.metrics import filled_box, inscribed_ellipse
@@ -23,7 +23,7 @@ HEIGHT, WIDTH = 150, 200
 
 
 def rle(mask):
-    return encode(np.ascontiguousarray(mask.T[None]))[0]
+    return encode_masks(np.ascontiguousarray(mask.T[None]))[0]
 
 
 def rectangle(top, left, bottom, right, pixels=None):
@@ -226,7 +226,7 @@ def test_segmented_in_parts(at_once):
     sample = DetectionSample(None, boxes, [4, 5, 6])
     parts = segment_detections(predict, sample, (HEIGHT, WIDTH), "box_iou", at_once)
     assert max(asked) == min(at_once, 3) and sum(asked) == 3
-    rles = [one for part in parts for one in encode(part)]
+    rles = [one for part in parts for one in encode_masks(part)]
     assert rle_codec.area(rles).tolist() == [200, 1600, HEIGHT * WIDTH]
     assert rle_codec.toBbox(rles)[1].tolist() == [50, 40, 40, 40]
 
@@ -238,7 +238,7 @@ def test_masks_are_encoded_in_a_process_as_here():
         assert (
             there(masks.astype(np.uint8)).result()
             == here(masks.astype(np.uint8)).result()
-            == encode(masks.astype(np.uint8))
+            == encode_masks(masks.astype(np.uint8))
         )
 
 

@@ -4,7 +4,7 @@ from pycocotools import mask as rle_codec
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from hf_efficientsam.training.masks.coco_ap import encode
+from hf_efficientsam.training.masks.coco_ap import encode_masks
 from hf_efficientsam.training.masks.coco_ar import NAMES, average_recall
 
 HEIGHT, WIDTH = 150, 200
@@ -15,7 +15,7 @@ def rectangle(top, left, bottom, right, pixels=None):
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     rows, columns = np.mgrid[top:bottom, left:right]
     mask[rows.ravel()[:pixels], columns.ravel()[:pixels]] = 1
-    return encode(np.ascontiguousarray(mask.T[None]))[0]
+    return encode_masks(np.ascontiguousarray(mask.T[None]))[0]
 
 
 def scored(*rles):

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from hf_efficientsam.training.data.coco import CocoMasks, decode
+from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
 from hf_efficientsam.training.masks.metrics import MeanIoU, calibration_error, filled_box, inscribed_ellipse, mask_iou
 from hf_efficientsam.training.masks.prompts import boxes_from_masks
 
@@ -67,7 +67,7 @@ def test_trivial_answers_on_real_masks(shared):
     box, ellipse = MeanIoU(), MeanIoU()
     dataset = CocoMasks(shared / "data/coco-val-dev/instances_val.json")
     for rles in dataset.rles:
-        masks = torch.from_numpy(decode(rles))
+        masks = torch.from_numpy(decode_rles(rles))
         boxes, areas, size = boxes_from_masks(masks), masks.sum((1, 2)), masks.shape[-2:]
         box.update(mask_iou(filled_box(boxes, *size), masks), areas)
         ellipse.update(mask_iou(inscribed_ellipse(boxes, *size), masks), areas)

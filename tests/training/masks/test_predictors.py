@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from hf_efficientsam import EfficientSamImageProcessor, EfficientSamProcessor
-from hf_efficientsam.training.masks.predictors import Predictor, load_predictor, prepare_image
+from hf_efficientsam.training.masks.predictors import Predictor, load_mask_predictor, prepare_image
 
 HEIGHT, WIDTH = 20, 30
 BOXES = torch.tensor([[2.0, 3, 12, 9], [14, 0, 30, 8], [20, 10, 21, 11]])
@@ -151,7 +151,7 @@ def test_sam2_has_embeddings_of_several_scales():
 def test_loading(ours, sam, tmp_path):
     sam.model.save_pretrained(tmp_path / "sam")
     sam.processor.save_pretrained(tmp_path / "sam")
-    loaded = load_predictor(str(tmp_path / "sam"), "cpu")
+    loaded = load_mask_predictor(str(tmp_path / "sam"), "cpu")
     assert isinstance(loaded.model, SamModel) and not loaded.model.training
     image = noise()
     boxes = {"input_boxes": BOXES}
@@ -159,7 +159,7 @@ def test_loading(ours, sam, tmp_path):
 
     ours.model.save_pretrained(tmp_path / "ours")
     ours.processor.save_pretrained(tmp_path / "ours")
-    loaded = load_predictor(str(tmp_path / "ours"), "cpu")
+    loaded = load_mask_predictor(str(tmp_path / "ours"), "cpu")
     # Not bit for bit: loaded weights may lie at another alignment, for which products are summed in another order.
     torch.testing.assert_close(encode(loaded, image)(**boxes)[2], encode(ours, image)(**boxes)[2], rtol=0, atol=1e-5)
 
@@ -168,10 +168,10 @@ def test_what_cannot_be_loaded(sam, tmp_path):
     Sam2Config().save_pretrained(tmp_path / "sam2")
     (tmp_path / "sam2" / "preprocessor_config.json").write_text('{"image_processor_type": "Sam2ImageProcessor"}')
     with pytest.raises(ValueError, match="sam2 cannot be loaded: its processor needs torchvision, which is not inst"):
-        load_predictor(str(tmp_path / "sam2"), "cpu")
+        load_mask_predictor(str(tmp_path / "sam2"), "cpu")
     sam.processor.save_pretrained(tmp_path / "sam")
     sam.model.config.save_pretrained(tmp_path / "sam")
     with pytest.raises(ValueError, match=r"sam cannot be loaded: .*no file named"):
-        load_predictor(str(tmp_path / "sam"), "cpu")
+        load_mask_predictor(str(tmp_path / "sam"), "cpu")
     with pytest.raises(ValueError, match="no such directory"):
-        load_predictor(str(tmp_path / "nothing"), "cpu")
+        load_mask_predictor(str(tmp_path / "nothing"), "cpu")

@@ -4,7 +4,7 @@ import torch
 
 
 def mix_neighbors(
-    pixel_values: torch.Tensor, targets: torch.Tensor, share: torch.Tensor, box: torch.Tensor
+    pixel_values: torch.Tensor, targets: torch.Tensor, ratio: torch.Tensor, box: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Mixes the first image of a batch with the second and the second with the first, the third with the fourth, and so
@@ -14,8 +14,8 @@ def mix_neighbors(
     Args:
         pixel_values: `[B, 3, H, W]`, B even.
         targets: float32 `[B, K]`, 1 for the class of an image.
-        share, box: of `draw_mixing`, `[B]` and `[B, 4]`. Inside its box an image is its neighbour; outside, each
-            pixel is `share` its own and the rest its neighbour's.
+        ratio, box: of `draw_mixing`, `[B]` and `[B, 4]`. Inside its box an image is its neighbour; outside, each
+            pixel is `ratio` its own and the rest its neighbour's.
 
     Returns:
         The mixed images `[B, 3, H, W]`, and targets `[B, K]`, of each class as much as there is of its image.
@@ -25,8 +25,8 @@ def mix_neighbors(
     x = torch.arange(width, device=box.device)
     y = torch.arange(height, device=box.device)[:, None]
     inside = (x >= left) & (x < right) & (y >= top) & (y < bottom)  # [B, 1, H, W]
-    mixed = torch.lerp(_swapped(pixel_values), pixel_values, share[:, None, None, None])
-    kept = share * (1 - inside.float().mean((1, 2, 3)))
+    mixed = torch.lerp(_swapped(pixel_values), pixel_values, ratio[:, None, None, None])
+    kept = ratio * (1 - inside.float().mean((1, 2, 3)))
     return (
         torch.where(inside, _swapped(pixel_values), mixed),
         torch.lerp(_swapped(targets), targets, kept[:, None]),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as rle_codec
 
-from .coco import decode
+from .coco import decode_rles
 
 MIN_KEPT_FRACTION = 0.2  # a crop that shows less of an object than this does not ask for it
 MIN_OUTPUT_PIXELS = 8  # smaller masks are hardly there at a quarter of the resolution, where masks are predicted
@@ -32,7 +32,7 @@ def random_crop_flip(
         rles: compressed COCO RLEs at the image's size, at least one of them.
         size: side S of the output in pixels.
         generator: source of all randomness, on the CPU.
-        scale: least and greatest share of the image's area in the crop; (1, 1) keeps the whole image. The crop's
+        scale: least and greatest ratio of the image's area in the crop; (1, 1) keeps the whole image. The crop's
             aspect ratio is the image's own times 3/4 to 4/3.
         max_masks: at most so many masks are chosen, at random, before any is decoded.
         color_jitter: brightness, contrast and saturation are each multiplied by 1 - color_jitter to 1 + color_jitter.
@@ -46,7 +46,7 @@ def random_crop_flip(
     if not rles:
         raise ValueError("An image without masks cannot be trained on; leave it out.")
     if not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(f"scale is a range of shares of the image, 0 < least <= greatest <= 1: got {scale}.")
+        raise ValueError(f"scale is a range of ratios of the image's area, 0 < least <= greatest <= 1: got {scale}.")
     if max_masks < 1:
         raise ValueError(f"max_masks must be at least 1: got {max_masks}.")
     whole = (0, 0, image.width, image.height)
@@ -69,22 +69,22 @@ def random_resized_crop(
 ) -> tuple[int, int, int, int]:
     """A random box to be resized to a square, for training without masks.
 
-    As in MAE's pretraining (arXiv 2111.06377): its share of the image's area is uniform in `scale`, its aspect ratio
+    As in MAE's pretraining (arXiv 2111.06377): its ratio of the image's area is uniform in `scale`, its aspect ratio
     log-uniform from 3/4 to 4/3, its place uniform. Where ten draws do not fit into a very long image, it is the
     largest centred box whose ratio is in range.
 
     Args:
         width, height: of the image in pixels.
-        scale: least and greatest share of the image's area.
+        scale: least and greatest ratio of the image's area.
         generator: source of all randomness.
 
     Returns:
         (left, top, right, bottom) in pixels, right and bottom exclusive.
     """
-    for share, log_ratio, x, y in generator.random((10, 4)):
-        area = width * height * (scale[0] + share * (scale[1] - scale[0]))
-        ratio = (4 / 3) ** (2 * log_ratio - 1)
-        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    for uniform, log_aspect, x, y in generator.random((10, 4)):
+        area = width * height * (scale[0] + uniform * (scale[1] - scale[0]))
+        aspect = (4 / 3) ** (2 * log_aspect - 1)
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             left, top = int(x * (width - crop_width + 1)), int(y * (height - crop_height + 1))
             return left, top, left + crop_width, top + crop_height
@@ -97,7 +97,7 @@ def _random_crop(width: int, height: int, scale: tuple[float, float], generator:
     """A box (left, top, right, bottom) in pixels, right and bottom exclusive."""
     area, log_ratio, x, y = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
     area = scale[0] + area * (scale[1] - scale[0])
-    # Ratios that would not fit into the image are not drawn, so a share of 1 is the whole image.
+    # Ratios that would not fit into the image are not drawn, so a ratio of 1 is the whole image.
     lowest, highest = math.log(max(3 / 4, area)), math.log(min(4 / 3, 1 / area))
     ratio = math.exp(lowest + log_ratio * (highest - lowest))
     crop_width = min(width, max(1, round(width * math.sqrt(area * ratio))))
@@ -112,7 +112,7 @@ def _choose_masks(
     """uint8 [N,S,S], N from 0 to max_masks, of those masks that the crop still shows."""
     left, top, right, bottom = box
     crop = rle_codec.frPyObjects(np.array([[left, top, right - left, bottom - top]], float), *rles[0]["size"])
-    # "Crowd" IoU is the intersection over the mask's own area: the share inside the crop, without decoding.
+    # "Crowd" IoU is the intersection over the mask's own area: the ratio inside the crop, without decoding.
     shown = rle_codec.iou(rles, crop, [True])[:, 0]
     output_pixels = shown * rle_codec.area(rles) * size**2 / ((right - left) * (bottom - top))
     large_enough = (shown >= MIN_KEPT_FRACTION) & (output_pixels >= MIN_OUTPUT_PIXELS)
@@ -120,7 +120,7 @@ def _choose_masks(
     if not len(candidates):
         return torch.zeros(0, size, size, dtype=torch.uint8)
     order = torch.randperm(len(candidates), generator=generator)[:max_masks].tolist()
-    masks = torch.from_numpy(decode([rles[candidates[i]] for i in order]))[:, top:bottom, left:right]
+    masks = torch.from_numpy(decode_rles([rles[candidates[i]] for i in order]))[:, top:bottom, left:right]
     # In bytes: three times as fast as in floats.
     masks = F.interpolate(masks[:, None] * 255, (size, size), mode="bilinear", antialias=True)[:, 0] >= 128
     return masks[masks.sum((1, 2), dtype=torch.int32) >= MIN_OUTPUT_PIXELS].byte()
@@ -129,7 +129,7 @@ def _choose_masks(
 def _any_masks(rles: list[dict], size: int, max_masks: int, generator: torch.Generator) -> torch.Tensor:
     """uint8 [N,S,S], N from 1 to max_masks, of the whole image: the last resort, whatever the size of the masks."""
     order = torch.randperm(len(rles), generator=generator)[:max_masks].tolist()
-    masks = torch.from_numpy(decode([rles[i] for i in order]))
+    masks = torch.from_numpy(decode_rles([rles[i] for i in order]))
     # Any coverage counts, so that even a single pixel of a large image is still there.
     return (F.interpolate(masks[:, None].float(), (size, size), mode="area")[:, 0] > 0).byte()
 

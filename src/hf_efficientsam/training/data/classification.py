@@ -27,7 +27,7 @@ from hf_efficientsam.training.engine.config import NotNegativeFloat, NotNegative
 
 from .augment import random_resized_crop
 from .images import DatasetImages, FolderImages, hash_key, load_split
-from .reading import IMAGE_SUFFIXES, read_image
+from .reading import IMAGE_SUFFIXES, decode_image
 from .shards import Shards, Streamed, shared_number
 
 PATTERNS = "patterns"  # in place of a folder's name
@@ -35,7 +35,7 @@ PATTERNS = "patterns"  # in place of a folder's name
 
 @dataclass(frozen=True)
 class ClassSourceConfig:
-    """The fields by which a recipe chooses its images: one of folders, a dataset, shards."""
+    """Where labelled images come from: one of folders, a dataset, shards."""
 
     train: str | None = field(
         default=None, metadata={"help": f"folder with a folder of images for each class, or: {PATTERNS} (made up)"}
@@ -58,7 +58,7 @@ class ClassSourceConfig:
 
 @dataclass(frozen=True)
 class ClassViewConfig:
-    """The fields by which a recipe chooses how its training images are varied."""
+    """How training images are augmented and mixed."""
 
     size: PositiveInt = field(default=224, metadata={"help": "side of the model input in pixels"})
     crop_scale: PositiveRatio = field(
@@ -67,7 +67,7 @@ class ClassViewConfig:
     flip: bool = field(default=True, metadata={"help": "half of the images are mirrored"})
     rand_augment: NotNegativeInt = field(default=2, metadata={"help": "RandAugment's operations an image; 0 for none"})
     rand_augment_magnitude: int = field(default=27, metadata={"help": "their strength, 1 to 29"})
-    erasing: Ratio = field(default=0.25, metadata={"help": "share of the images in which a rectangle is erased"})
+    erasing: Ratio = field(default=0.25, metadata={"help": "ratio of the images in which a rectangle is erased"})
     mixup: NotNegativeFloat = field(
         default=0.8, metadata={"help": "both parameters of mixup's Beta distribution; 0 for none"}
     )
@@ -181,7 +181,7 @@ class ShardClasses(Shards):
             raise ValueError(f"{number_name} in {record['shard']} is not a number.") from error
         if not 0 <= label < len(self.classes):
             raise ValueError(f"{number_name} in {record['shard']} is {label}, of {len(self.classes)} classes.")
-        return read_image(io.BytesIO(encoded), f"{name} in {record['shard']}"), label
+        return decode_image(io.BytesIO(encoded), f"{name} in {record['shard']}"), label
 
 
 class Patterns:
@@ -269,10 +269,10 @@ def read_names(path: str | None) -> list[str]:
 def draw_mixing(options: ClassViewConfig, generator: np.random.Generator) -> tuple[float, tuple[int, int, int, int]]:
     """
     How much of an image is kept when it is mixed with another, see `classification.mix_neighbors`: by mixup (arXiv
-    1710.09412) a share of each pixel, by cutmix (arXiv 1905.04899) all pixels outside a box.
+    1710.09412) a part of each pixel, by cutmix (arXiv 1905.04899) all pixels outside a box.
 
     Returns:
-        the share, and the box (left, top, right, bottom) in pixels, right and bottom exclusive.
+        the ratio that an image keeps, and the box (left, top, right, bottom) in pixels, right and bottom exclusive.
     """
     size, nowhere = options.size, (0, 0, 0, 0)
     if options.cutmix and (not options.mixup or generator.random() < 0.5):
@@ -283,7 +283,7 @@ def draw_mixing(options: ClassViewConfig, generator: np.random.Generator) -> tup
     return (generator.beta(options.mixup, options.mixup), nowhere) if options.mixup else (1.0, nowhere)
 
 
-class _Views:
+class _ClassItems:
     """What both datasets share: their arguments, the epoch, and how an image becomes an item."""
 
     def __init__(self, source: Source, options: ClassViewConfig, seed: int = 0):
@@ -301,7 +301,7 @@ class _Views:
     def make(self, key: str, image: Image.Image, label: int) -> dict:
         size = self.options.size
         generator = np.random.default_rng([self.seed, self.epoch.item(), hash_key(key)])
-        share, box = draw_mixing(self.options, generator)
+        ratio, box = draw_mixing(self.options, generator)
         image = image.crop(random_resized_crop(*image.size, (self.options.crop_scale, 1.0), generator))
         image = image.resize((size, size), Image.Resampling.BICUBIC)
         if self.options.flip and generator.random() < 0.5:
@@ -311,11 +311,11 @@ class _Views:
             with torch.random.fork_rng(devices=[]):  # kornia draws from torch's own generator
                 torch.manual_seed(int(generator.integers(2**63)))
                 pixels = (255 * self.augment(pixels[None] / 255)[0]).round().byte()
-        mixing = {"share": np.float32(share), "box": torch.tensor(box)}
+        mixing = {"ratio": np.float32(ratio), "box": torch.tensor(box)}
         return {"pixel_values": pixels, "labels": label, "key": key} | mixing
 
 
-class ClassViews(_Views, Dataset):
+class ClassViews(_ClassItems, Dataset):
     """Training images: a random resized crop, mirrored half of the time, RandAugment, a rectangle erased.
 
     RandAugment (arXiv 1909.13719) and erasing (arXiv 1708.04896) are kornia's, which is kept up, needs torch alone and
@@ -338,17 +338,17 @@ class ClassViews(_Views, Dataset):
     def __getitem__(self, index: int) -> dict:
         """An item, which torch's default collate makes a batch of B of:
 
-        `pixel_values` uint8 [3,S,S] (RGB, not normalised), `labels` int, `key` str, `share` float32 and `box` int64
+        `pixel_values` uint8 [3,S,S] (RGB, not normalised), `labels` int, `key` str, `ratio` float32 and `box` int64
         [4] of `draw_mixing`.
         """
         return self.make(*self.source[index])
 
 
-class StreamedClassViews(Streamed, _Views):
+class StreamedClassViews(Streamed, _ClassItems):
     """The items of `ClassViews` from `ShardClasses`, without an end; see `Streamed` for order and splitting."""
 
     def __init__(self, source: ShardClasses, options: ClassViewConfig, seed: int = 0, **streaming: int):
-        _Views.__init__(self, source, options, seed)
+        _ClassItems.__init__(self, source, options, seed)
         Streamed.__init__(self, source, seed, **streaming)
 
     def item(self, key: str, decoded: tuple[Image.Image, int]) -> dict:

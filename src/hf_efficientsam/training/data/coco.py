@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools import mask as rle_codec
 from torch.utils.data import Dataset
 
-from .reading import read_image
+from .reading import decode_image
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class CocoMasks(Dataset):
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
         path = self.files[index]
-        image = read_image(path, path)
+        image = decode_image(path, path)
         if image.size != (record["width"], record["height"]):
             raise ValueError(
                 f"{path} is {image.width} x {image.height} pixels when upright, but {self.annotations} says "
@@ -117,7 +117,7 @@ def with_folders(annotations: list[str], images: list[str], option: str) -> list
     return list(zip(annotations, folders * len(annotations) if len(folders) == 1 else folders, strict=True))
 
 
-def decode(rles: list[dict]) -> np.ndarray:
+def decode_rles(rles: list[dict]) -> np.ndarray:
     """RLEs of one image -> uint8 [N,H,W] of 0 and 1 (a view whose memory is column by column, as RLE is)."""
     if not rles:
         raise ValueError("There is no mask to decode; pass at least one RLE.")

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from .coco import Sample, to_rle
 from .images import DatasetImages, load_split
 
-MASKS_PER_ROW = 100_000  # room for the ids of a row's masks
+MASKS_PER_ROW = 100_000  # ids that each row reserves for its masks
 MASK_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 JSON = getattr(datasets, "Json", ())  # which the oldest versions that we allow do not have
 

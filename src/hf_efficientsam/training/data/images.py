@@ -21,13 +21,13 @@ from torch.utils import data
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .augment import random_resized_crop
-from .reading import IMAGE_SUFFIXES, read_image
+from .reading import IMAGE_SUFFIXES, decode_image
 from .shards import Shards, Streamed, hash_lines, shared_number
 
 
 @dataclass(frozen=True)
 class ImageSourceConfig:
-    """The fields by which the recipes of several scripts choose their images: one of folders, a dataset, shards."""
+    """Where images without labels come from: one of folders, a dataset, shards."""
 
     images: list[str] = field(default_factory=list, metadata={"help": "folders of images"})
     dataset: str | None = field(default=None, metadata={"help": "a `datasets` dataset: Hub name or directory"})
@@ -96,7 +96,7 @@ class FolderImages:
 
     def __getitem__(self, index: int) -> tuple[str, Image.Image]:
         path = os.path.join(self.root, self.files[index])
-        return self.files[index], read_image(path, path)
+        return self.files[index], decode_image(path, path)
 
     def fingerprint(self) -> str:
         """Changes with any key and with the size in bytes of any file."""
@@ -138,7 +138,7 @@ class DatasetImages:
     def __getitem__(self, index: int) -> tuple[str, Image.Image]:
         encoded = self.rows[index][self.column] or {"bytes": b""}
         file = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
-        return str(index), read_image(file, f"Row {index} of {self.name}, split {self.split},")
+        return str(index), decode_image(file, f"Row {index} of {self.name}, split {self.split},")
 
     def fingerprint(self) -> str:
         """Changes with the size in bytes of any row, or its file's name where the bytes are not in the dataset."""
@@ -175,7 +175,7 @@ class ShardImages(Shards):
 
     def decode(self, record: dict) -> Image.Image:
         ((name, encoded),) = record["members"]
-        return read_image(io.BytesIO(encoded), f"{name} in {record['shard']}")
+        return decode_image(io.BytesIO(encoded), f"{name} in {record['shard']}")
 
 
 class _Views:
@@ -196,7 +196,9 @@ class _Views:
         if size % patch_size:
             raise ValueError(f"size must be a multiple of the patch's {patch_size} pixels: got {size}.")
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale must be 0 < least <= greatest <= 1, shares of the image: got {crop_scale}.")
+            raise ValueError(
+                f"crop_scale must be 0 < least <= greatest <= 1, ratios of the image's area: got {crop_scale}."
+            )
         if views is not None and views < 1:
             raise ValueError(f"views must be at least 1, or None for new ones in each epoch: got {views}.")
         if cache is not None and (views is None or views > cache.views):
@@ -244,7 +246,7 @@ class ImageViews(_Views, data.Dataset):
         size: side S of the student's square view in pixels.
         patch_size: of the student; N = (S / patch_size)^2 patches.
         teacher_size: side T of the teacher's square view, if it is needed.
-        crop_scale: least and greatest share of the image's area in the crop, see `random_resized_crop`.
+        crop_scale: least and greatest ratio of the image's area in the crop, see `random_resized_crop`.
         views: how many crops of an image there are, repeated epoch by epoch; None for new ones in each epoch.
         seed: of the crops, which a cache shares.
         noise_seed: of the noise, and of the order of a stream; `seed` if not given.
@@ -306,7 +308,7 @@ def normalize(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def to_image(pixels: torch.Tensor) -> Image.Image:
-    """The picture that `normalize` made `[3, H, W]` of."""
+    """The inverse of `normalize`: `[3, H, W]` -> the image."""
     mean, std = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])
     pixels = pixels.float().cpu() * std[:, None, None] + mean[:, None, None]
     return Image.fromarray((255 * pixels).clamp(0, 255).byte().permute(1, 2, 0).numpy())

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-def read_image(file: str | io.BytesIO, name: str) -> Image.Image:
+def decode_image(file: str | io.BytesIO, name: str) -> Image.Image:
     """Upright and RGB; ValueError with `name` if that cannot be."""
     try:
         with Image.open(file) as opened:

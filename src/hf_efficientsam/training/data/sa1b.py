@@ -7,7 +7,7 @@ import os
 from pycocotools import mask as rle_codec
 
 from .coco import Sample, to_rle
-from .reading import IMAGE_SUFFIXES, read_image
+from .reading import IMAGE_SUFFIXES, decode_image
 from .shards import Shards
 
 
@@ -42,7 +42,7 @@ class Sa1bShards(Shards):
             annotations = [(int(entry["id"]), entry["segmentation"]) for entry in content["annotations"]]
         except (KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{name} cannot be read as SA-1B's json ({error!r}).") from error
-        image = read_image(io.BytesIO(encoded), image_name)
+        image = decode_image(io.BytesIO(encoded), image_name)
         if image.size != size:
             raise ValueError(
                 f"{image_name} is {image.width} x {image.height} pixels when upright, but its json says {size[0]} x "

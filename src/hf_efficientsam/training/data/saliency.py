@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from .coco import CocoMasks, Sample
 from .images import FolderImages
-from .reading import read_image
+from .reading import decode_image
 
 
 class SaliencyMasks(Dataset):
@@ -42,7 +42,7 @@ class SaliencyMasks(Dataset):
     def __getitem__(self, index: int) -> Sample:
         _, image = self.images[index]
         path = str(self.masks[index])
-        mask = np.asarray(read_image(path, path).convert("L")) >= 128
+        mask = np.asarray(decode_image(path, path).convert("L")) >= 128
         if mask.shape != (image.height, image.width) or not mask.any():
             size = f"{mask.shape[1]} x {mask.shape[0]} pixels for an image of {image.width} x {image.height}"
             raise ValueError(f"The mask {path} is empty or of another size ({size}); repair or remove it.")

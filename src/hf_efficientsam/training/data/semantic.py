@@ -1,4 +1,4 @@
-"""Images with a class for each pixel: from ADE20K, or from any folder of images and label pictures.
+"""Images with a class for each pixel: from ADE20K, or from any folder of images and label images.
 
 A source gives `(key, image, labels)`: a name that is unique in it, an RGB image, and of each pixel the place of its
 class in the source's `classes`, uint8 `[H, W]` with `NO_CLASS` where there is none. What is random about a training
@@ -27,7 +27,7 @@ NO_CLASS = 255  # of pixels that are neither learnt nor measured
 
 @dataclass(frozen=True)
 class LabelSourceConfig:
-    """The fields by which a recipe chooses its images."""
+    """Where images with labels come from."""
 
     train: str | None = field(
         default=None,
@@ -40,13 +40,13 @@ class LabelSourceConfig:
         default=False, metadata={"help": "classes count from 1 and 0 is no class, as in ADE20K"}
     )
     ignore_label: int | None = field(
-        default=None, metadata={"help": "this value of the label pictures is no class either; 255 never is"}
+        default=None, metadata={"help": "this value of the label images is no class either; 255 never is"}
     )
 
 
 @dataclass(frozen=True)
 class CropConfig:
-    """The fields by which a recipe chooses how its training images are varied."""
+    """How training images are augmented."""
 
     size: PositiveInt = field(
         default=512, metadata={"help": "side of the crops; in evaluation the shorter side of the image"}
@@ -65,7 +65,7 @@ class CropConfig:
 
 
 class LabelledImages:
-    """The images of a folder with a label picture for each: an 8-bit PNG whose values are classes.
+    """The images of a folder with a label image for each: an 8-bit PNG whose values are classes.
 
     Two layouts are known. `images/` and `labels/` hold files of the same names, and `labels.json`, beside them or one
     folder up, the list of the classes' names. ADE20K holds `images/training`, `images/validation`, the same under
@@ -121,7 +121,7 @@ class LabelledImages:
         except MemoryError:
             raise
         except Exception as error:  # damaged bytes make Pillow raise nearly anything
-            raise ValueError(f"{path} cannot be read as a picture ({error!r}).") from error
+            raise ValueError(f"{path} cannot be read as an image ({error!r}).") from error
         if mode not in ("L", "P") or values.shape != (image.height, image.width):
             raise ValueError(
                 f"{path} is {mode} of {values.shape[1]} x {values.shape[0]} pixels; labels are 8-bit, one value a "
@@ -184,8 +184,8 @@ class Shapes:
         for label, color in zip(generator.permutation(3) + 1, colors, strict=True):
             radius = generator.uniform(10, 22)
             x, y = generator.uniform(radius, 96 - radius, 2)
-            for picture, fill in ((image, color), (labels, int(label))):
-                draw, box = ImageDraw.Draw(picture), (x - radius, y - radius, x + radius, y + radius)
+            for target, fill in ((image, color), (labels, int(label))):
+                draw, box = ImageDraw.Draw(target), (x - radius, y - radius, x + radius, y + radius)
                 match self.classes[label]:
                     case "disc":
                         draw.ellipse(box, fill=fill)

@@ -10,7 +10,7 @@ def random_ellipses(uniform: torch.Tensor, size: int, smallest: float = 0.04) ->
     Args:
         uniform: random numbers in [0, 1), `[..., 4]`: the centre's x and y, then what the sides are drawn by.
         size: side of the image in pixels.
-        smallest: least side of an ellipse, as a share of the image's.
+        smallest: least side of an ellipse, as a ratio of the image's.
 
     Returns:
         uint8 `[..., size, size]` of 0 and 1. Sides are log-uniform from `smallest` to 100 % of the image's.

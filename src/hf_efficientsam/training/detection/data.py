@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
-from hf_efficientsam.training.data.coco import CocoMasks, decode
+from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
 from hf_efficientsam.training.data.images import normalize
 from hf_efficientsam.training.data.shards import shared_number
 from hf_efficientsam.training.masks.prompts import boxes_from_masks
@@ -38,7 +38,7 @@ def large_scale_jitter(
         rles: compressed COCO RLEs at the image's size, at least one.
         size: side S of the square in pixels.
         generator: source of all randomness, on the CPU.
-        scale: least and greatest length of the image's longer side, as a share of S; uniform between.
+        scale: least and greatest length of the image's longer side, as a ratio of S; uniform between.
         flip: mirrored half of the time.
 
     Returns:
@@ -47,15 +47,15 @@ def large_scale_jitter(
     """
     if not 0 < scale[0] <= scale[1]:
         raise ValueError(f"scale is a range of sizes, 0 < least <= greatest: got {scale}.")
-    share, x, y, mirror = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-    ratio = (scale[0] + share * (scale[1] - scale[0])) * size / max(image.size)
+    uniform, x, y, mirror = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+    ratio = (scale[0] + uniform * (scale[1] - scale[0])) * size / max(image.size)
     shown = [min(side, max(1, round(size / ratio))) for side in image.size]  # width and height in pixels of the image
     width, height = (min(size, max(1, round(side * ratio))) for side in shown)
     left, top = (int(place * (side - part + 1)) for place, side, part in zip((x, y), image.size, shown, strict=True))
     right, bottom = left + shown[0], top + shown[1]
 
     pixels = _pixels(image.crop((left, top, right, bottom)).resize((width, height), Image.Resampling.BILINEAR))
-    masks = torch.from_numpy(decode(rles))[:, None, top:bottom, left:right]
+    masks = torch.from_numpy(decode_rles(rles))[:, None, top:bottom, left:right]
     masks = F.interpolate(masks * 255, (height, width), mode="bilinear", antialias=True)[:, 0] >= 128
     kept = masks.flatten(1).any(1).nonzero()[:, 0]
     masks = masks[kept].byte()

@@ -6,9 +6,9 @@ import torch
 from PIL import Image, ImageOps
 
 from hf_efficientsam.inference.drawing import draw_masks, picture_table
-from hf_efficientsam.training.masks.coco_ap import Truth, encode
+from hf_efficientsam.training.masks.coco_ap import Truth, encode_masks
 
-from .mask_rcnn import Detector
+from .mask_rcnn import MaskDetector
 
 PROTOCOL = (
     "COCO AP of boxes and of masks through faster-coco-eval; images are resized to {size} pixels on the longer side "
@@ -33,10 +33,10 @@ def match_categories(categories: list[dict], truth: Truth) -> dict[int, int]:
 
 
 def results_of(found: dict[str, torch.Tensor], image_id: int, ids: dict[int, int]) -> list[dict]:
-    """Of an image, what `Detector.detect` gives -> `{image_id, category_id, bbox, score, segmentation}` for each
+    """Of an image, what `MaskDetector.detect` gives -> `{image_id, category_id, bbox, score, segmentation}` for each
     detection whose label is among `ids`."""
     boxes = torch.cat([found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]], 1).tolist()
-    rles = encode(found["masks"].transpose(1, 2).byte().contiguous().numpy())
+    rles = encode_masks(found["masks"].transpose(1, 2).byte().contiguous().numpy())
     return [
         {"image_id": image_id, "category_id": ids[label], "bbox": box, "score": score, "segmentation": rle}
         for label, box, score, rle in zip(found["labels"].tolist(), boxes, found["scores"].tolist(), rles, strict=True)
@@ -56,7 +56,7 @@ def boxes_alone(results: list[dict]) -> list[dict]:
     return [{name: value for name, value in one.items() if name != "segmentation"} for one in results]
 
 
-def draw_detections(detector: Detector, images: Sequence[Image.Image], masks: Sequence) -> Image.Image:
+def draw_detections(detector: MaskDetector, images: Sequence[Image.Image], masks: Sequence) -> Image.Image:
     """A row for each image: itself, its objects (masks `[N, height, width]`), and of what the detector finds the best,
     as many as there are objects, with boxes and scores."""
     columns = {"images": [], "objects": [], "detections": []}

@@ -61,7 +61,7 @@ class DetectorConfig:
     min_score: float = 0.05
 
 
-class Detector(nn.Module):
+class MaskDetector(nn.Module):
     """
     Mask R-CNN with ViTDet's heads (arXiv 2203.16527): two convolutions before the proposals, four with a layer
     normalisation each before boxes and masks.
@@ -157,7 +157,7 @@ class NamedPyramid(nn.Module):
 
 
 def mask_rcnn(backbone: EfficientSamBackbone, config: DetectorConfig) -> nn.Module:
-    """torchvision's `MaskRCNN`; see `Detector`."""
+    """torchvision's `MaskRCNN`; see `MaskDetector`."""
     check_torchvision()
     from torchvision.models.convnext import LayerNorm2d
     from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -208,7 +208,7 @@ def to_cpu(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.cpu() for name, value in values.items()}
 
 
-def save_detector(detector: Detector, folder: Path) -> None:
+def save_detector(detector: MaskDetector, folder: Path) -> None:
     """
     Writes the backbone as `save_pretrained` does, so that the folder is a backbone's for all that takes one, and
     beside it `heads.safetensors` and `detector.json`, which `load_detector` needs too.
@@ -219,7 +219,7 @@ def save_detector(detector: Detector, folder: Path) -> None:
     (folder / "detector.json").write_text(json.dumps(dataclasses.asdict(detector.config), indent=1) + "\n")
 
 
-def load_detector(folder: str | Path) -> Detector:
+def load_detector(folder: str | Path) -> MaskDetector:
     """
     The detector that `save_detector` wrote, ready for `detect`, in float32 on the CPU.
 
@@ -232,7 +232,7 @@ def load_detector(folder: str | Path) -> Detector:
     check_torchvision()
     try:
         config = DetectorConfig(**json.loads(Path(folder, "detector.json").read_text()))
-        detector = Detector(EfficientSamBackbone.from_pretrained(folder, dtype=torch.float32), config)
+        detector = MaskDetector(EfficientSamBackbone.from_pretrained(folder, dtype=torch.float32), config)
         missing, unexpected = detector.load_state_dict(load_file(Path(folder, "heads.safetensors")), strict=False)
     except (OSError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no detector of finetune_detection.py: {error}") from error

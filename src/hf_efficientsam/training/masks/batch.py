@@ -45,7 +45,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class MaskDataConfig:
-    """The fields by which a recipe chooses what masks it trains on, and how they are shown."""
+    """Which masks are trained on, and how their images are augmented."""
 
     train: list[str] = field(
         default_factory=list,

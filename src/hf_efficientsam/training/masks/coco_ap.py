@@ -195,7 +195,7 @@ class RleEncoder:
         if self.pool is not None:
             return self.pool.submit(_encode_bits, np.packbits(masks), masks.shape)
         done = Future()
-        done.set_result(encode(masks))
+        done.set_result(encode_masks(masks))
         return done
 
     def __enter__(self) -> "RleEncoder":
@@ -206,13 +206,13 @@ class RleEncoder:
             self.pool.shutdown(cancel_futures=True)
 
 
-def encode(masks: np.ndarray) -> list[dict]:
+def encode_masks(masks: np.ndarray) -> list[dict]:
     """Masks uint8 [N,W,H] -> COCO RLEs, as they can be written to json."""
     return [rle | {"counts": rle["counts"].decode()} for rle in rle_codec.encode(masks.transpose(2, 1, 0))]
 
 
 def _encode_bits(bits: np.ndarray, shape: tuple[int, int, int]) -> list[dict]:
-    return encode(np.unpackbits(bits, count=math.prod(shape)).reshape(shape))
+    return encode_masks(np.unpackbits(bits, count=math.prod(shape)).reshape(shape))
 
 
 # ------------------------------------------------------------------------------------------ reading

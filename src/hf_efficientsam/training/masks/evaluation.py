@@ -11,7 +11,7 @@ import torch
 from scipy.ndimage import distance_transform_edt
 from torch.utils.data import IterableDataset, get_worker_info
 
-from hf_efficientsam.training.data.coco import Sample, decode
+from hf_efficientsam.training.data.coco import Sample, decode_rles
 from hf_efficientsam.training.data.images import hash_key
 
 from .metrics import MeanIoU, calibration_error, filled_box, inscribed_ellipse, mask_iou
@@ -261,7 +261,7 @@ def evaluate_image(
     parts = []
     for start in range(0, len(sample.rles), step):
         part = slice(start, start + step)
-        masks = torch.from_numpy(decode(sample.rles[part])).contiguous()
+        masks = torch.from_numpy(decode_rles(sample.rles[part])).contiguous()
         fixed = fixed_prompts(masks, sample.annotation_ids[part], prompts, clicks, seed)
         ious = {}
         for model, predict in predictors.items():

@@ -16,20 +16,20 @@ from .prompts import boxes_from_masks, jitter_boxes, sample_error_points, sample
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """The fields of a recipe that say what a mask is asked for by, and how often."""
+    """Which prompts a mask gets, and in how many rounds."""
 
-    box_probability: Ratio = field(default=0.5, metadata={"help": "share of first prompts that are a box alone"})
-    both_probability: Ratio = field(default=0.1, metadata={"help": "share that are a box with clicks"})
-    tight_probability: Ratio = field(default=0.5, metadata={"help": "share of boxes without noise"})
+    box_probability: Ratio = field(default=0.5, metadata={"help": "ratio of first prompts that are a box alone"})
+    both_probability: Ratio = field(default=0.1, metadata={"help": "ratio that are a box with clicks"})
+    tight_probability: Ratio = field(default=0.5, metadata={"help": "ratio of boxes without noise"})
     box_noise: NotNegativeFloat = field(
-        default=0.1, metadata={"help": "standard deviation, as a share of the box's side"}
+        default=0.1, metadata={"help": "standard deviation, as a ratio of the box's side"}
     )
     box_noise_pixels: NotNegativeFloat = field(default=20, metadata={"help": "the noise is cut off at so many pixels"})
     max_clicks: PositiveInt = field(
         default=4, metadata={"help": "half of the clicked first prompts have one click, the others 2 to this many"}
     )
     single_mask_probability: Ratio = field(
-        default=0.25, metadata={"help": "share of steps whose first round asks for one mask, not for candidates"}
+        default=0.25, metadata={"help": "ratio of steps whose first round predicts one mask, not candidates"}
     )
     corrections: NotNegativeInt = field(
         default=1, metadata={"help": "rounds with a click more, where the last mask was wrong"}
@@ -37,9 +37,9 @@ class PromptConfig:
     mask_only_rounds: NotNegativeInt = field(
         default=0, metadata={"help": "rounds without a new click: one is the last, the others anywhere between"}
     )
-    correction_probability: Ratio = field(default=0.5, metadata={"help": "share of steps that have these rounds"})
+    correction_probability: Ratio = field(default=0.5, metadata={"help": "ratio of steps that have these rounds"})
     smallest_ellipse: PositiveRatio = field(
-        default=0.04, metadata={"help": "of steps on ellipses: their least side, as a share of the input's"}
+        default=0.04, metadata={"help": "of steps on ellipses: their least side, as a ratio of the input's"}
     )
     loss_stride: PositiveInt = field(
         default=2, metadata={"help": "masks are compared at this fraction of the input's side: 4 is the decoder's own"}

@@ -131,7 +131,7 @@ def _repeat(embeddings: torch.Tensor | list[torch.Tensor], times: int):
     return [_repeat(level, times) for level in embeddings]
 
 
-def load_predictor(name: str, device: torch.device | str) -> Predictor:
+def load_mask_predictor(name: str, device: torch.device | str) -> Predictor:
     """
     A model and its processor for evaluation, in float32.
 

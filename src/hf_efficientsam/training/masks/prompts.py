@@ -28,7 +28,7 @@ def jitter_boxes(
         boxes: [...,4].
         size: side of the image in pixels; the result stays inside.
         uniform: random numbers [...,4], made normal ones by the inverse of the normal distribution.
-        noise: standard deviation as a share of the box's side.
+        noise: standard deviation as a ratio of the box's side.
         max_pixels: the noise is cut off at so many pixels.
 
     Returns:

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.modeling_saliency import EfficientSamSaliencyHead
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
-from hf_efficientsam.training.data.coco import decode
+from hf_efficientsam.training.data.coco import decode_rles
 
 NOISE_RATIO = 1e-5  # of the embeddings' variance: components of less are not made as large as the others
 
@@ -41,7 +41,7 @@ class EncodedImages(Dataset):
             self.known[index] = {
                 "image_embeddings": embeddings[0].half().cpu(),
                 "sizes": {name: inputs[name] for name in ("original_sizes", "reshaped_input_sizes")},
-                "truth": decode(sample.rles)[0].astype(bool),
+                "truth": decode_rles(sample.rles)[0].astype(bool),
                 "key": f"{sample.source}/{sample.image_id}",
             }
         return self.known[index]

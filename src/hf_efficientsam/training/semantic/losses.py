@@ -77,7 +77,7 @@ class QueryLoss:
             for layer in layers:
                 queries = layer["masks_queries_logits"][one].float(), layer["class_queries_logits"][one].float()
                 parts = self.criterion(*queries, [masks], [classes.long()])
-                # A weighted mean over the image's queries becomes its share of all of them.
+                # A weighted mean over the image's queries becomes its part of the mean over all of them.
                 parts["loss_cross_entropy"] *= self.query_weight(len(classes)) * masks_amount / queries_amount
                 loss = loss + sum(self.weights[name] * part for name, part in parts.items()) / masks_amount
         return loss
