@@ -1,6 +1,6 @@
 """Helpers of the mask generator under the names of segment-anything's `utils/amg.py`.
 
-Those that transformers' pipeline needs too are methods and functions of model/image_processing_efficientsam.py:
+Those that the image processor needs too are functions of model/mask_operations_efficientsam.py:
 
 | segment-anything | there |
 |---|---|
