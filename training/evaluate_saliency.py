@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from hf_efficientsam import EfficientSamPredictor
-from hf_efficientsam.inference.drawing import draw_masks, picture_table
+from hf_efficientsam.inference.drawing import draw_masks, image_table
 from hf_efficientsam.inference.loading import find_checkpoint, load_model
 from hf_efficientsam.inference.prompters import SalientPrompter
 from hf_efficientsam.training.data.coco import decode_rles
@@ -108,7 +108,7 @@ def draw(source: SaliencyMasks | UnitedMasks, prompters: dict, scores: list[dict
             found = prompter.segment_map(saliency)
             columns.setdefault(f"{short}: map", []).append(Image.fromarray(np.uint8(255 * saliency)))
             columns.setdefault(f"{short}: masks", []).append(draw_masks(sample.image, found.masks))
-    return picture_table({name: [fit(image) for image in cells] for name, cells in columns.items()})
+    return image_table({name: [fit(image) for image in cells] for name, cells in columns.items()})
 
 
 def fit(image: Image.Image, side: int = 256) -> Image.Image:

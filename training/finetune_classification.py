@@ -30,7 +30,7 @@ from transformers import AutoImageProcessor, BitImageProcessorPil, get_cosine_sc
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_efficientsam import EfficientSamForImageClassification, EfficientSamVisionConfig
-from hf_efficientsam.inference.drawing import picture_table
+from hf_efficientsam.inference.drawing import image_table
 from hf_efficientsam.training.classification.evaluation import top_accuracy
 from hf_efficientsam.training.classification.mixup import mix_neighbors
 from hf_efficientsam.training.data.classification import (
@@ -260,7 +260,7 @@ def draw(model: EfficientSamForImageClassification, pixel_values: torch.Tensor, 
             words = "\n".join(f"{label[:20]} {part:.0%}" for label, part in likeliest if part >= 0.005)
             ImageDraw.Draw(cell).text((8, 80), words, font=ImageFont.load_default(size=14), fill="black")
             columns[name].append(cell)
-    return picture_table(columns)
+    return image_table(columns)
 
 
 def training_function(config: ClassificationConfig, run: TrainingRun) -> None:

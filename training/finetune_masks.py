@@ -35,7 +35,7 @@ from hf_efficientsam import (
     EfficientSamProcessor,
     EfficientSamVisionConfig,
 )
-from hf_efficientsam.inference.drawing import draw_masks, picture_table
+from hf_efficientsam.inference.drawing import draw_masks, image_table
 from hf_efficientsam.inference.loading import find_checkpoint, load_model
 from hf_efficientsam.training.data.images import to_image
 from hf_efficientsam.training.engine.checkpoints import replaced_folder
@@ -279,7 +279,7 @@ def draw(model: EfficientSamModel, batch: Batch) -> Image.Image:
         columns["images"].append(image)
         columns["their masks"].append(draw_masks(image, true[valid]))
         columns["by their boxes"].append(draw_masks(image, guess[valid], boxes=box[valid].tolist()))
-    return picture_table(columns)
+    return image_table(columns)
 
 
 def training_function(config: MasksConfig, run: TrainingRun) -> None:

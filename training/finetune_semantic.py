@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from hf_efficientsam import EfficientSamBackbone, EfficientSamBackboneConfig
-from hf_efficientsam.inference.drawing import draw_classes, picture_table
+from hf_efficientsam.inference.drawing import draw_classes, image_table
 from hf_efficientsam.training.data.semantic import (
     NO_CLASS,
     CropConfig,
@@ -306,7 +306,7 @@ def draw(model: PreTrainedModel, source: Source, processor, config: SemanticConf
     model.train()
     width, height = columns["images"][0].size
     size = (256 * width // max(width, height), 256 * height // max(width, height))
-    return picture_table({name: [image.resize(size) for image in cells] for name, cells in columns.items()})
+    return image_table({name: [image.resize(size) for image in cells] for name, cells in columns.items()})
 
 
 def training_function(config: SemanticConfig, run: TrainingRun) -> None:

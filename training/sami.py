@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import AutoModel, get_cosine_schedule_with_warmup
 
 from hf_efficientsam import EfficientSamForPreTraining, EfficientSamSamiConfig
-from hf_efficientsam.inference.drawing import feature_picture
+from hf_efficientsam.inference.drawing import draw_features
 from hf_efficientsam.training.data.images import ImageSourceConfig, ImageViews, StreamedViews, normalize, open_images
 from hf_efficientsam.training.engine.checkpoints import replaced_folder
 from hf_efficientsam.training.engine.config import (
@@ -161,7 +161,7 @@ def draw(
     model.train()
     images = [Image.fromarray(pixels) for pixels in batch["pixel_values"][:4].permute(0, 2, 3, 1).cpu().numpy()]
     arrays = (array.float().cpu().numpy() for array in (output.mask, target, output.reconstruction))
-    return feature_picture(images, *arrays, grid=grid, pixels=model.config.target == "pixels")
+    return draw_features(images, *arrays, grid=grid, pixels=model.config.target == "pixels")
 
 
 def get_optimizer(

@@ -29,7 +29,7 @@ from hf_efficientsam import (
     EfficientSamSaliencyConfig,
     EfficientSamSaliencyHead,
 )
-from hf_efficientsam.inference.drawing import picture_table
+from hf_efficientsam.inference.drawing import image_table
 from hf_efficientsam.inference.loading import find_checkpoint, load_model
 from hf_efficientsam.training.data.saliency import open_saliency
 from hf_efficientsam.training.engine.checkpoints import replaced_folder
@@ -152,7 +152,7 @@ def draw(head: EfficientSamSaliencyHead, images: EncodedImages) -> Image.Image:
     head.train()
     width, height = columns["images"][0].size
     size = (256 * width // max(width, height), 256 * height // max(width, height))
-    return picture_table({name: [image.resize(size) for image in cells] for name, cells in columns.items()})
+    return image_table({name: [image.resize(size) for image in cells] for name, cells in columns.items()})
 
 
 def write_metrics(config: SaliencyConfig, scores: dict, step: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from hf_efficientsam import EfficientSamConfig, EfficientSamImageProcessor, EfficientSamModel, EfficientSamProcessor
-from hf_efficientsam.inference.drawing import draw_masks, picture_table
+from hf_efficientsam.inference.drawing import draw_masks, image_table
 from hf_efficientsam.training.masks.initial_weights import set_geometric_weights
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def main() -> None:
         "clicks, one on the background": [draw_masks(image, by_clicks, points=[clicks], labels=[labels])],
         "a mask prompt": [draw_masks(image, answer(input_masks=logits))],
     }
-    picture_table(columns).save(ROOT / "docs" / "initial_weights.jpg", quality=85, optimize=True)
+    image_table(columns).save(ROOT / "docs" / "initial_weights.jpg", quality=85, optimize=True)
 
 
 if __name__ == "__main__":

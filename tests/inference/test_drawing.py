@@ -11,8 +11,8 @@ from hf_efficientsam.inference.drawing import (
     PANEL_SIDE,
     REMOVED_COLOR,
     draw_classes,
+    draw_features,
     draw_masks,
-    feature_picture,
     lay_masks,
     line_width,
     pca_colors,
@@ -233,14 +233,14 @@ def cell(picture: Image.Image, row: int, column: int, grid=(2, 3)) -> np.ndarray
     return pixels[patch // 2 :: patch, patch // 2 :: patch]
 
 
-def test_feature_picture():
+def test_draw_features():
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 255, (2, 2, 3, 3), dtype=np.uint8)  # two images of 2 x 3 patches
     images = [Image.fromarray(block).resize((48, 32), Image.Resampling.NEAREST) for block in blocks]
     masks = np.array([[1, 0, 1, 1, 0, 1], [0, 1, 1, 1, 1, 0]])
     targets = rng.normal(size=(2, 6, 5))
     reconstructions = 0.5 * targets
-    picture = feature_picture(images, torch.from_numpy(masks), targets, torch.from_numpy(reconstructions), (2, 3))
+    picture = draw_features(images, torch.from_numpy(masks), targets, torch.from_numpy(reconstructions), (2, 3))
     for row in (0, 1):
         assert near(cell(picture, row, 0), blocks[row], 2)
         removed = masks[row].reshape(2, 3, 1)
@@ -256,7 +256,7 @@ def test_pixels_are_shown_in_their_places():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
     patches = torch.nn.functional.unfold(pixels, 16, stride=16).transpose(1, 2)
-    picture = feature_picture([image], np.zeros((1, 6)), patches / 100 - 1, patches / 100 - 1, (2, 3), pixels=True)
+    picture = draw_features([image], np.zeros((1, 6)), patches / 100 - 1, patches / 100 - 1, (2, 3), pixels=True)
     plain = image.resize((PANEL_SIDE, PANEL_SIDE * 2 // 3), Image.Resampling.NEAREST)
     gap = PANEL_SIDE // 32
     for column in (2, 3):
@@ -274,6 +274,6 @@ def test_wrong_features():
     with pytest.raises(ValueError, match="not finite"):
         pca_colors(features, features + np.inf)
     with pytest.raises(ValueError, match=r"masks have shape \[1, 3\], but 1 images on a grid of 2 x 2 need \[1, 4"):
-        feature_picture([image], np.zeros((1, 3)), features, features, (2, 2))
+        draw_features([image], np.zeros((1, 3)), features, features, (2, 2))
     with pytest.raises(ValueError, match=r"reconstructions have shape \[2, 4, 5\]"):
-        feature_picture([image], np.zeros((1, 4)), features, np.zeros((2, 4, 5)), (2, 2))
+        draw_features([image], np.zeros((1, 4)), features, np.zeros((2, 4, 5)), (2, 2))

@@ -257,7 +257,7 @@ def _stretch(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return ((values - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
 
 
-def feature_picture(
+def draw_features(
     images: Sequence[Image.Image], masks, targets, reconstructions, grid: tuple[int, int], pixels: bool = False
 ) -> Image.Image:
     """
@@ -289,28 +289,28 @@ def feature_picture(
     columns = {
         "input": images,
         "masked": [Image.composite(gray, image, mask) for image, mask in zip(images, removed, strict=True)],
-        "target": _patch_pictures(targets, targets, grid, pixels, size),
-        "reconstruction": _patch_pictures(reconstructions, targets, grid, pixels, size),
+        "target": _draw_patches(targets, targets, grid, pixels, size),
+        "reconstruction": _draw_patches(reconstructions, targets, grid, pixels, size),
     }
-    return picture_table(columns)
+    return image_table(columns)
 
 
-def picture_table(columns: dict[str, Sequence[Image.Image]]) -> Image.Image:
+def image_table(columns: dict[str, Sequence[Image.Image]]) -> Image.Image:
     """Images of one size in a table, by column, under the columns' names."""
     first = next(iter(columns.values()))
     (width, height), rows, top = first[0].size, len(first), PANEL_SIDE // 8
     gap = PANEL_SIDE // 32
-    picture = Image.new("RGB", (gap + len(columns) * (width + gap), top + rows * (height + gap)), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=top // 2)
+    table = Image.new("RGB", (gap + len(columns) * (width + gap), top + rows * (height + gap)), "white")
+    draw, font = ImageDraw.Draw(table), ImageFont.load_default(size=top // 2)
     for column, (name, cells) in enumerate(columns.items()):
         left = gap + column * (width + gap)
         draw.text((left + width // 2, top // 2), name, font=font, fill="black", anchor="mm")
         for row, cell in enumerate(cells):
-            picture.paste(cell, (left, top + row * (height + gap)))
-    return picture
+            table.paste(cell, (left, top + row * (height + gap)))
+    return table
 
 
-def _patch_pictures(
+def _draw_patches(
     values: np.ndarray, reference: np.ndarray, grid: tuple[int, int], pixels: bool, size: tuple[int, int]
 ) -> list[Image.Image]:
     """An image of `size` for each of `values` `[B, N, C]`, where a patch is one colour or its own pixels."""
@@ -324,4 +324,4 @@ def _patch_pictures(
     return [Image.fromarray(one).resize(size, Image.Resampling.NEAREST) for one in colors]
 
 
-__all__ = ["draw_classes", "draw_masks", "feature_picture", "lay_masks", "pca_colors", "picture_table"]
+__all__ = ["draw_classes", "draw_features", "draw_masks", "image_table", "lay_masks", "pca_colors"]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageOps
 
-from hf_efficientsam.inference.drawing import draw_masks, picture_table
+from hf_efficientsam.inference.drawing import draw_masks, image_table
 from hf_efficientsam.training.masks.coco_ap import Truth, encode_masks
 
 from .mask_rcnn import MaskDetector
@@ -66,4 +66,4 @@ def draw_detections(detector: MaskDetector, images: Sequence[Image.Image], masks
         shown = draw_masks(image, found["masks"][best], boxes=boxes, scores=scores)
         for cells, cell in zip(columns.values(), (image, draw_masks(image, true), shown), strict=True):
             cells.append(ImageOps.pad(cell, (320, 320), Image.Resampling.BICUBIC, "white"))
-    return picture_table(columns)
+    return image_table(columns)
