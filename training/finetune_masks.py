@@ -65,16 +65,14 @@ from hf_efficientsam.training.masks.batch import (
     Batch,
     MaskDataConfig,
     MaskTrainingSet,
+    MaskViews,
     StreamedMasks,
     collate,
     open_masks,
 )
-from hf_efficientsam.training.masks.interactive import (
-    EmbeddingCache,
-    InteractiveSegmentation,
-    PromptConfig,
-    most_confident,
-)
+from hf_efficientsam.training.masks.feature_views import cache_views
+from hf_efficientsam.training.masks.initial_weights import set_geometric_weights
+from hf_efficientsam.training.masks.interactive import InteractiveSegmentation, PromptConfig, most_confident
 from hf_efficientsam.training.masks.losses import MaskLoss
 from hf_efficientsam.training.masks.prompts import boxes_from_masks
 
@@ -99,15 +97,34 @@ class MasksConfig(RunConfig, StepsConfig, LearningRateConfig, StreamConfig, Prom
         default=None, metadata={"help": "takes background points (label 0); by default as --model, and a new one does"}
     )
     mask_prompts: bool | None = field(default=None, metadata={"help": "takes mask prompts; by default likewise"})
+    initial_weights: str = field(
+        default="geometric",
+        metadata={"help": "a new decoder's: geometric (untrained it answers a box with that box) or random"},
+    )
     position_init: str = field(
-        default="axes", metadata={"help": "a new model's Fourier frequencies: gaussian or axes"}
+        default="axes", metadata={"help": "a new random decoder's Fourier frequencies: gaussian or axes"}
     )
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "parts that are not trained: vision_encoder, prompt_encoder, ..."}
     )
+    train_last_layers: NotNegativeInt | None = field(
+        default=None, metadata={"help": "of the encoder train only so many last layers and the neck; by default all"}
+    )
     cache_embeddings: bool = field(
         default=False,
-        metadata={"help": "encode each image once: for a frozen encoder and images that are always shown whole"},
+        metadata={"help": "run the frozen layers of the encoder once for each view of an image, and keep the result"},
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "folder of the cached embeddings; by default OUTPUT_DIR/embeddings"}
+    )
+    views: PositiveInt = field(
+        default=1, metadata={"help": "cached views of an image: 1 whole, 2 also mirrored, 3 and more zoomed"}
+    )
+    cells: NotNegativeInt = field(
+        default=0, metadata={"help": "decode each prompt on so many cells of the image grid, in one round; 0: on all"}
+    )
+    all_cells_ratio: Ratio = field(
+        default=0.1, metadata={"help": "with --cells, this last part of the steps is on all cells all the same"}
     )
     lora: NotNegativeInt = field(
         default=0, metadata={"help": "rank of LoRA updates of the encoder's queries and values, its weights frozen"}
@@ -146,11 +163,24 @@ def check(config: MasksConfig) -> None:
         raise ValueError(f"--freeze {min(unknown)}: there is no such part; choose of {', '.join(PARTS)}.")
     if config.lora and "vision_encoder" in config.freeze:
         raise ValueError("--lora updates the encoder and --freeze vision_encoder forbids it; leave one of them out.")
+    if config.initial_weights not in ("geometric", "random"):
+        raise ValueError(f"--initial_weights {config.initial_weights} is not known; choose geometric or random.")
+    if config.train_last_layers is not None and (config.lora or "vision_encoder" in config.freeze):
+        raise ValueError("--train_last_layers, --lora and --freeze vision_encoder exclude each other; choose one.")
+    check_cache(config)
+
+
+def check_cache(config: MasksConfig) -> None:
+    if not config.cache_embeddings:
+        if config.views > 1:
+            raise ValueError("--views are views of cached images; give --cache_embeddings, too.")
+        return
     varied = config.crop_scale < 1 or config.flip or config.color_jitter
-    if config.cache_embeddings and (varied or config.shards or "vision_encoder" not in config.freeze):
+    frozen = "vision_encoder" in config.freeze or config.train_last_layers is not None
+    if varied or config.shards or not frozen:
         raise ValueError(
-            "--cache_embeddings needs --freeze vision_encoder --crop_scale 1 --flip false --color_jitter 0, and no "
-            "--shards, whose images would not fit into memory."
+            "--cache_embeddings needs --freeze vision_encoder or --train_last_layers, --crop_scale 1 --flip false "
+            "--color_jitter 0 (--views vary the images instead), and no --shards, which are too many to cache."
         )
 
 
@@ -173,9 +203,14 @@ def build_model(config: MasksConfig) -> EfficientSamModel:
             vision = EfficientSamVisionConfig.from_pretrained(config.encoder).to_dict()
         prompt_encoder = {name: wanted is not False for name, wanted in kinds.items()}
         prompt_encoder["position_init"] = config.position_init
+        if config.image_size is not None:
+            vision["image_size"] = config.image_size
         model = EfficientSamModel(EfficientSamConfig(vision_config=vision, prompt_encoder_config=prompt_encoder))
     if config.encoder is not None:
         replace_encoder(model, config.encoder)
+    if config.model is None and config.initial_weights == "geometric":
+        model.config.vision_config.image_size = config.image_size or model.config.vision_config.image_size
+        set_geometric_weights(model)
     return model
 
 
@@ -191,14 +226,23 @@ def replace_encoder(model: EfficientSamModel, name: str) -> None:
     model.vision_encoder, model.config.vision_config = encoder.vision_encoder, encoder.config
 
 
-def choose_trained(model: EfficientSamModel, freeze: list[str], lora_rank: int) -> None:
-    """Freezes what is not to be trained, and inserts low-rank updates of the encoder if their rank is not 0."""
+def choose_trained(
+    model: EfficientSamModel, freeze: list[str], lora_rank: int, last_layers: int | None = None
+) -> None:
+    """Freezes what is not to be trained, such as all but the encoder's last layers and neck if their number is given,
+    and inserts low-rank updates of the encoder if their rank is not 0."""
     if lora_rank:
         layers = r"vision_encoder\.layers\.\d+\.attention\.(q|v)_proj"
         inject_adapter_in_model(LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=layers), model)
         for name, parameter in model.named_parameters():
             in_encoder = name.startswith("vision_encoder.") and ".neck." not in name
             parameter.requires_grad = "lora_" in name or not in_encoder
+    if last_layers is not None:
+        encoder = model.vision_encoder
+        if last_layers > len(encoder.layers):
+            raise ValueError(f"--train_last_layers {last_layers}: the encoder has {len(encoder.layers)} layers.")
+        encoder.embeddings.requires_grad_(False)
+        encoder.layers[: len(encoder.layers) - last_layers].requires_grad_(False)
     for part in freeze:
         getattr(model, part).requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -215,8 +259,10 @@ def merged(model: EfficientSamModel) -> EfficientSamModel:
     return model
 
 
-def build_data(config: MasksConfig) -> MaskTrainingSet | StreamedMasks:
+def build_data(config: MasksConfig) -> MaskTrainingSet | MaskViews | StreamedMasks:
     sources = open_masks(config)
+    if config.cache_embeddings:
+        return MaskViews(sources, config, config.noise_size, config.seed, config.views)
     if not config.shards:
         return MaskTrainingSet(sources, config, config.noise_size, config.seed)
     state = PartialState()
@@ -289,15 +335,20 @@ def training_function(config: MasksConfig, run: TrainingRun) -> None:
         config = dataclasses.replace(config, image_size=segmenter.config.vision_config.image_size)
         check(config)
     loader, epoch_steps, steps = get_loader(config, accelerator)
-    choose_trained(segmenter, config.freeze, config.lora)
+    choose_trained(segmenter, config.freeze, config.lora, config.train_last_layers)
     loss_weights = (config.focal_weight, config.dice_weight, config.iou_weight, config.balanced_bce_weight)
-    task = InteractiveSegmentation(segmenter, MaskLoss(*loss_weights), config)
+    last_layers = config.train_last_layers or 0
+    task = InteractiveSegmentation(segmenter, MaskLoss(*loss_weights), config, last_layers)
     optimizer, scheduler = get_optimizer(config, task.model, steps)
     task, optimizer = accelerator.prepare(task, optimizer)
     average = weight_average(segmenter, config.ema_decay)
     done = run.resume(steps, [scheduler, average])
 
-    embeddings = EmbeddingCache(segmenter) if config.cache_embeddings else None
+    embeddings = None
+    if config.cache_embeddings and done < steps:
+        folder = config.cache_dir or run.output_dir / "embeddings"
+        embeddings = cache_views(segmenter, loader.dataset, folder, last_layers, accelerator, config.num_workers)
+    sampled_steps = steps - round(config.all_cells_ratio * steps) if config.cells else 0
     task.train()
     for step, batches in step_batches(accelerator, loader, done, steps, epoch_steps):
         batches, losses = list(batches), []
@@ -308,10 +359,11 @@ def training_function(config: MasksConfig, run: TrainingRun) -> None:
             batch = batch.to(accelerator.device, non_blocking=True)
             chance, generator = step_chance(config.seed, step - 1)
             synthetic = step <= config.synthetic_steps or chance < config.synthetic_ratio
-            known = None if embeddings is None else embeddings.get(batch.pixel_values, batch.keys)
+            known = None if embeddings is None else embeddings.read(batch.keys, batch.views).to(accelerator.device)
+            num_cells = config.cells if step <= sampled_steps else 0
             with accelerator.accumulate(task):
                 inputs = (batch.pixel_values, batch.masks, batch.valid, batch.noise)
-                parts = task(*inputs, generator, num_prompts, synthetic, known)
+                parts = task(*inputs, generator, num_prompts, synthetic, known, num_cells)
                 accelerator.backward(parts["loss"])
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(task.parameters(), config.max_grad_norm)

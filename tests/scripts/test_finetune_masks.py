@@ -34,6 +34,7 @@ from hf_efficientsam import (
 )
 from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
 from hf_efficientsam.training.engine.config import parse_config
+from hf_efficientsam.training.masks.metrics import filled_box, mask_iou
 
 SIZE = 64  # of the model input
 STEPS = 7
@@ -297,25 +298,41 @@ def test_what_is_trained(arguments, tiny_model, tmp_path, name):
     assert found == expected | neck | {"prompt_encoder", "mask_decoder"}
 
 
-def test_embeddings_that_are_remembered_are_those_of_the_frozen_encoder(arguments, tmp_path):
-    alike = ["--freeze", "vision_encoder", "--crop_scale", 1, "--flip", "false", "--color_jitter", 0]
-    calls, encode = [], EfficientSamModel.get_image_embeddings
+ALIKE = ["--crop_scale", 1, "--flip", "false", "--color_jitter", 0]
 
-    def count(self, pixel_values):
-        calls.append(len(pixel_values))
-        return encode(self, pixel_values)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EfficientSamModel, "get_image_embeddings", count)
-        for name in ("false", "true"):
-            run("finetune_masks", *arguments, *alike, "--cache_embeddings", name, "--output_dir", tmp_path / name)
-            encoded = sum(calls)
-            calls.clear()
-    assert encoded == 5  # images, each once, though they were seen in 7 steps of 4
-    assert_close(tmp_path / "true", tmp_path / "false", curves=0.02, values=0.02)  # half precision between them
-    stopped_after(6, tmp_path / "true", tmp_path / "resumed")
-    run("finetune_masks", *arguments, *alike, "--cache_embeddings", "true", "--output_dir", tmp_path / "resumed")
-    assert_equal(tmp_path / "resumed", tmp_path / "true")
+def test_a_run_on_cells_and_cached_views_resumes_exactly_and_encodes_each_view_once(arguments, tiny_model, tmp_path):
+    sampled = ["--train_last_layers", 1, "--cache_embeddings", "true", "--views", 3, "--cells", 6]
+    given = [*arguments, *ALIKE, *sampled, "--all_cells_ratio", 0.3]
+    run("finetune_masks", *given, "--output_dir", tmp_path / "whole")
+    parts = sorted(path.parent.name for path in (tmp_path / "whole" / "embeddings").glob("view_*/part_*"))
+    assert parts == ["view_0000", "view_0001", "view_0002"]
+    names = changed(tmp_path / "whole", tiny_model)
+    assert names == {"vision_encoder.layers", "vision_encoder.neck", "prompt_encoder", "mask_decoder"}
+    assert all(row["loss"] > 0 for row in curve(tmp_path / "whole"))
+
+    (tmp_path / "killed.py").write_text(KILLED)
+    resumed = [*given, "--output_dir", tmp_path / "resumed"]
+    killed = start("finetune_masks", *resumed, python=[tmp_path / "killed.py"])
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert "encoding" in killed.stderr
+    run("finetune_masks", *resumed)
+    assert_equal(tmp_path / "resumed", tmp_path / "whole")
+    run("finetune_masks", *given, "--batch_size", 2, "--output_dir", tmp_path / "accumulated")
+    assert_close(tmp_path / "accumulated", tmp_path / "whole", curves=1e-4, values=1e-4)
+
+
+def test_a_new_decoder_starts_with_geometric_weights(recipe, coco, tmp_path):
+    given = ["--config", recipe, "--train", coco / "masks.json", "--hidden_size", 32, "--num_attention_heads", 2]
+    given += ["--steps", 1, "--max_masks", 1, "--learning_rate", 1e-9, "--global_batch_size", 1, "--image_size", 128]
+    for name in ("geometric", "random"):
+        run("finetune_masks", *given, "--initial_weights", name, "--output_dir", tmp_path / name)
+    models = (EfficientSamModel.from_pretrained(tmp_path / name / "model") for name in ("geometric", "random"))
+    boxes = torch.tensor([[[16.0, 24.0, 80.0, 104.0]]])
+    pixels = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    geometric, random = ((model.eval()(pixels, input_boxes=boxes).pred_masks > 0)[0, 0] for model in models)
+    box = filled_box(boxes / 4, 32, 32)[0]
+    assert mask_iou(geometric, box).min() > 0.7 > mask_iou(random, box).max()
 
 
 def test_low_rank_updates_are_merged_and_resume(arguments, tiny_model, tmp_path):
@@ -364,7 +381,11 @@ def test_a_bad_config_is_refused(tmp_path, text, sentence):
         (["--freeze", "neck"], "--freeze neck: there is no such part"),
         (["--freeze", "vision_encoder", "prompt_encoder", "mask_decoder"], "leaves nothing to train"),
         (["--freeze", "vision_encoder", "--lora", 2], "leave one of them out"),
-        (["--cache_embeddings", "true"], "--cache_embeddings needs --freeze vision_encoder --crop_scale 1"),
+        (["--cache_embeddings", "true"], "--cache_embeddings needs --freeze vision_encoder or --train_last_layers"),
+        (["--views", 3], "give --cache_embeddings, too"),
+        (["--train_last_layers", 1, "--lora", 2], "exclude each other"),
+        (["--train_last_layers", 99], "--train_last_layers 99: the encoder has"),
+        (["--initial_weights", "good"], "choose geometric or random"),
         (["--ema_decay", 1], "--ema_decay is 1.0"),
         (["--crop_scale", 1.5], "--crop_scale is 1.5; it must be between 0 and 1."),
         (["--epochs", 0.1], "--epochs 0.1 is less than one step of 2 an epoch"),

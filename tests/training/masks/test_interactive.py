@@ -4,7 +4,8 @@ import pytest
 import tiny
 import torch
 
-from hf_efficientsam.training.masks.interactive import EmbeddingCache, InteractiveSegmentation, PromptConfig
+from hf_efficientsam.training.masks.feature_views import encode_frozen
+from hf_efficientsam.training.masks.interactive import InteractiveSegmentation, PromptConfig
 from hf_efficientsam.training.masks.losses import MaskLoss
 from hf_efficientsam.training.masks.prompts import boxes_from_masks
 
@@ -251,16 +252,26 @@ def test_a_synthetic_step_asks_for_ellipses_and_leaves_the_encoder_alone(make_ta
     assert torch.equal(loss, task(pixel_values, masks.flip(1), valid, numbers, generator(), synthetic=True)["loss"])
 
 
-def test_a_cached_image_is_not_encoded_again():
-    model = tiny.one_layer_model()
-    cache = EmbeddingCache(model)
-    pixel_values = torch.randn(3, 3, SIZE, SIZE, generator=generator(7))
-    first = cache.get(pixel_values, ["a", "b", "c"])
-    expected = model.get_image_embeddings(pixel_values)
-    assert first.dtype == torch.float32 and not first.requires_grad
-    assert torch.equal(first, first.half().float()) and (first - expected).abs().max() < 0.01
-    again = cache.get(torch.zeros(2, 3, SIZE, SIZE), ["c", "a"])  # not looked at
-    assert torch.equal(again, first[[2, 0]])
+def test_hidden_states_stand_for_pixels(make_task):
+    task, (pixel_values, masks, valid, numbers) = make_task(correction_probability=0.0), batch()
+    hidden_states = encode_frozen(task.model.vision_encoder, pixel_values, 0).detach()
+    expected = task(pixel_values, masks, valid, numbers, generator())["loss"]
+    found = task(0 * pixel_values, masks, valid, numbers, generator(), hidden_states=hidden_states)["loss"]
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_sampled_round_trains_every_part_and_does_not_depend_on_the_batch(make_task):
+    task, (pixel_values, masks, valid, numbers) = make_task(), batch()
+    parts = task(pixel_values, masks, valid, numbers, generator(), num_prompts=1, num_cells=6)
+    parts["loss"].backward()
+    missing = {name for name, parameter in task.model.named_parameters() if parameter.grad is None}
+    assert not {name.split(".")[0] for name in missing} & {"vision_encoder", "mask_decoder"}, missing
+    alone = [
+        task(*(x[one : one + 1] for x in (pixel_values, masks, valid, numbers)), generator(), 1, num_cells=6)["loss"]
+        for one in range(2)
+    ]
+    torch.testing.assert_close(sum(alone), parts["loss"])
+    assert set(parts) == {"loss", "focal", "dice", "bce", "iou"}
 
 
 def test_padding_does_not_count(make_task):

@@ -51,17 +51,24 @@ def random_crop_flip(
         raise ValueError(f"max_masks must be at least 1: got {max_masks}.")
     whole = (0, 0, image.width, image.height)
     for box in (_random_crop(image.width, image.height, scale, generator), whole):
-        masks = _choose_masks(rles, box, size, max_masks, generator)
+        masks = crop_masks(rles, box, size, max_masks, generator)
         if len(masks):
             break
     else:
-        masks = _any_masks(rles, size, max_masks, generator)
-    pixels = _resize_image(image.crop(box), size)
+        masks = any_masks(rles, size, max_masks, generator)
+    pixels = crop_image(image, box, size)
     if flip and torch.rand((), generator=generator) < 0.5:
         pixels, masks = pixels.flip(-1), masks.flip(-1)
     if color_jitter:
         pixels = jitter_color(pixels, color_jitter, generator)
     return pixels, masks
+
+
+def crop_image(image: Image.Image, box: tuple[int, int, int, int], size: int) -> torch.Tensor:
+    """A crop (left, top, right, bottom) float32 [3,S,S] in [0, 1], resized as at inference: bilinear, no antialiasing,
+    no rounding."""
+    pixels = torch.from_numpy(np.array(image.crop(box))).permute(2, 0, 1)[None].float() / 255
+    return F.interpolate(pixels, (size, size), mode="bilinear", align_corners=False)[0]
 
 
 def random_resized_crop(
@@ -106,7 +113,7 @@ def _random_crop(width: int, height: int, scale: tuple[float, float], generator:
     return left, top, left + crop_width, top + crop_height
 
 
-def _choose_masks(
+def crop_masks(
     rles: list[dict], box: tuple[int, int, int, int], size: int, max_masks: int, generator: torch.Generator
 ) -> torch.Tensor:
     """uint8 [N,S,S], N from 0 to max_masks, of those masks that the crop still shows."""
@@ -126,17 +133,12 @@ def _choose_masks(
     return masks[masks.sum((1, 2), dtype=torch.int32) >= MIN_OUTPUT_PIXELS].byte()
 
 
-def _any_masks(rles: list[dict], size: int, max_masks: int, generator: torch.Generator) -> torch.Tensor:
+def any_masks(rles: list[dict], size: int, max_masks: int, generator: torch.Generator) -> torch.Tensor:
     """uint8 [N,S,S], N from 1 to max_masks, of the whole image: the last resort, whatever the size of the masks."""
     order = torch.randperm(len(rles), generator=generator)[:max_masks].tolist()
     masks = torch.from_numpy(decode_rles([rles[i] for i in order]))
     # Any coverage counts, so that even a single pixel of a large image is still there.
     return (F.interpolate(masks[:, None].float(), (size, size), mode="area")[:, 0] > 0).byte()
-
-
-def _resize_image(image: Image.Image, size: int) -> torch.Tensor:
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-    return F.interpolate(pixels, (size, size), mode="bilinear", align_corners=False)[0]
 
 
 def jitter_color(pixels: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:

@@ -12,6 +12,7 @@ from pycocotools import mask as rle_codec
 from torch.utils.data import Dataset
 
 from .reading import decode_image
+from .shards import hash_lines
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,11 @@ class CocoMasks(Dataset):
             )
         source = record.get("source", self.annotations.parent.name)
         return Sample(image, self.rles[index], record["id"], self.annotation_ids[index], source)
+
+    def fingerprint(self) -> str:
+        """Changes with the name or the size in bytes of any image, and with any mask."""
+        lines = (f"{path} {os.path.getsize(path)} {rles}" for path, rles in zip(self.files, self.rles, strict=True))
+        return hash_lines(line.removeprefix(str(self.images)) for line in lines)
 
     def _find(self, record: dict) -> str:
         names = _file_names(record)

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from .coco import Sample, to_rle
 from .images import DatasetImages, load_split
+from .shards import hash_lines
 
 MASKS_PER_ROW = 100_000  # ids that each row reserves for its masks
 MASK_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
@@ -91,6 +92,10 @@ class DatasetMasks(Dataset):
                 stacklevel=2,
             )
         raise ValueError(f"No row of {self.name} has a mask of {self.min_area} pixels; set another mask column.")
+
+    def fingerprint(self) -> str:
+        """Changes with the size in bytes of any image, and with the rows that have masks."""
+        return hash_lines([self.images.fingerprint(), *map(str, self.row_numbers)])
 
     def _read_row(self, row: int) -> Sample | None:
         _, image = self.images[row]

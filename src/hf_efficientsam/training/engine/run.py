@@ -152,7 +152,7 @@ def check_same_run(config: RunConfig, num_processes: int, streamed: bool) -> Non
         ValueError: if a run with another configuration is there, which resuming would mix with this one.
     """
     folder, now = Path(config.output_dir), dataclasses.asdict(config)
-    free = {"save_steps", "log_steps", "image_steps", "trackers", "output_dir"}
+    free = {"save_steps", "log_steps", "image_steps", "trackers", "output_dir", "cache_dir"}
     if streamed:
         now["num_processes"] = num_processes
     else:

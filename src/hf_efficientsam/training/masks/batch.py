@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from hf_efficientsam.training.data.augment import random_crop_flip
+from hf_efficientsam.training.data.augment import any_masks, crop_image, crop_masks, random_crop_flip
 from hf_efficientsam.training.data.coco import CocoMasks, Sample, with_folders
 from hf_efficientsam.training.data.dataset_masks import DatasetMasks
 from hf_efficientsam.training.data.images import hash_key, normalize
 from hf_efficientsam.training.data.sa1b import Sa1bShards
-from hf_efficientsam.training.data.shards import Streamed, shared_number
+from hf_efficientsam.training.data.shards import Streamed, hash_lines, shared_number
 from hf_efficientsam.training.engine.config import NotNegativeFloat, PositiveInt, PositiveRatio
+
+from .views import View, view_of
 
 
 @dataclass
@@ -23,7 +25,8 @@ class Batch:
     """B images with Q masks each; images with fewer are padded with empty masks that are not `valid`.
 
     pixel_values float32 [B,3,S,S] (ImageNet normalised), masks uint8 [B,Q,S,S] of 0 and 1, valid bool [B,Q],
-    noise float32 [B,Q,K] (uniform, for the prompts), keys: B names of images.
+    noise float32 [B,Q,K] (uniform, for the prompts), keys: B names of images, views: which of its fixed views each
+    image is shown in, if it has any.
     """
 
     pixel_values: torch.Tensor
@@ -31,6 +34,7 @@ class Batch:
     valid: torch.Tensor
     noise: torch.Tensor
     keys: list[str]
+    views: list[int] = field(default_factory=list)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -91,14 +95,17 @@ class _Items:
         """`pixel_values` float32 [3,S,S], `masks` uint8 [N,S,S] with 1 <= N <= max_masks, `noise` float32 [N,K] and
         `key` of a sample; its chance depends on (seed, epoch, number)."""
         options = self.options
-        state = np.random.SeedSequence([self.seed, self.epoch.item(), number]).generate_state(1)
-        generator = torch.Generator().manual_seed(int(state[0]))
+        generator = self.chance(number)
         image, masks = random_crop_flip(
             sample.image, sample.rles, options.image_size, generator, (options.crop_scale, 1.0), options.max_masks,
             options.color_jitter, options.flip,
         )  # fmt: skip
         noise = torch.rand(len(masks), self.noise_size, generator=generator)
         return {"pixel_values": normalize(image), "masks": masks, "noise": noise, "key": name}
+
+    def chance(self, number: int) -> torch.Generator:
+        state = np.random.SeedSequence([self.seed, self.epoch.item(), number]).generate_state(1)
+        return torch.Generator().manual_seed(int(state[0]))
 
 
 class MaskTrainingSet(_Items, Dataset):
@@ -125,14 +132,70 @@ class MaskTrainingSet(_Items, Dataset):
         return self.ends[-1]
 
     def __getitem__(self, index: int) -> dict:
+        return self.make(*self.sample(index), index)
+
+    def sample(self, index: int) -> tuple[str, Sample]:
+        """Name and sample of an image, as its source has it."""
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} images")
+        first, row = self._place(index)
+        sample = self.sources[first][row]
+        source = sample.source + (f" (file {first + 1})" if first else "")  # folders of one name are two sources
+        return f"{source}/{sample.image_id}", sample
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The number of the source, the first of those that are the same, and the row in it."""
         which = bisect_right(self.ends, index)
         start = self.ends[which - 1] if which else 0
-        sample = self.sources[which][(index - start) * self.options.every]
         first = next(i for i, source in enumerate(self.sources) if source is self.sources[which])
-        source = sample.source + (f" (file {first + 1})" if first else "")  # folders of one name are two sources
-        return self.make(f"{source}/{sample.image_id}", sample, index)
+        return first, (index - start) * self.options.every
+
+
+class MaskViews(MaskTrainingSet):
+    """
+    The items of `MaskTrainingSet` with each image in one of its fixed views, drawn anew in every epoch, in place of a
+    random crop; an item has the number of its `view`.
+
+    Args:
+        sources, options, noise_size, seed: see `MaskTrainingSet`; crops, flips and colours are not used.
+        views: how many each image has, see `view_of`.
+    """
+
+    def __init__(self, sources: Sequence, options: MaskDataConfig, noise_size: int = 0, seed: int = 0, views: int = 1):
+        super().__init__(sources, options, noise_size, seed)
+        self.views = views
+
+    def make(self, name: str, sample: Sample, number: int) -> dict:
+        generator = self.chance(number)
+        number = int(torch.randint(self.views, (), generator=generator))
+        size, max_masks = self.options.image_size, self.options.max_masks
+        view = view_of(name, number, sample.image.size, sample.rles)
+        masks = crop_masks(sample.rles, view.box, size, max_masks, generator)
+        if not len(masks):  # of an image whose masks are all too small or too large
+            number = min(number, 1)
+            view = view_of(name, number, sample.image.size, sample.rles)
+            masks = any_masks(sample.rles, size, max_masks, generator)
+        masks = masks.flip(-1) if view.is_mirrored else masks
+        noise = torch.rand(len(masks), self.noise_size, generator=generator)
+        pixel_values = self._pixels(sample, view)
+        return {"pixel_values": pixel_values, "masks": masks, "noise": noise, "key": name, "view": number}
+
+    def view_pixels(self, index: int, number: int) -> tuple[str, torch.Tensor]:
+        """Name and pixels float32 [3,S,S] of a view of an image."""
+        name, sample = self.sample(index)
+        return name, self._pixels(sample, view_of(name, number, sample.image.size, sample.rles))
+
+    def _pixels(self, sample: Sample, view: View) -> torch.Tensor:
+        pixels = normalize(crop_image(sample.image, view.box, self.options.image_size))
+        return pixels.flip(-1) if view.is_mirrored else pixels
+
+    def distinct_images(self) -> list[int]:
+        """An index for each image, though some sources come twice."""
+        return list({self._place(index): index for index in reversed(range(len(self)))}.values())[::-1]
+
+    def fingerprint(self) -> str:
+        """Changes with the images and the masks."""
+        return hash_lines([*(source.fingerprint() for source in self.sources), str(self.options.every)])
 
 
 class StreamedMasks(Streamed, _Items):
@@ -187,4 +250,5 @@ def collate(items: list[dict]) -> Batch:
         valid=torch.arange(masks.shape[1]) < counts[:, None],
         noise=padded("noise"),
         keys=[item["key"] for item in items],
+        views=[item["view"] for item in items if "view" in item],
     )

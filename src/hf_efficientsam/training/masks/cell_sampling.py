@@ -24,6 +24,8 @@ from hf_efficientsam.model.modeling_efficientsam import (
     EfficientSamTwoWayLayer,
 )
 
+BCE_WEIGHT, SINGLE_WEIGHT = 0.5, 0.5  # of the cross-entropy beside dice; of the single mask beside the candidates
+BCE_LIMIT = 20.0  # a cross-entropy above this is cut off: a small object would drown all others
 NEAR_RATIO = 0.6  # of the K cells, at most this part is around the object if there are enough others
 
 
@@ -69,6 +71,20 @@ def choose_cells(occupied: torch.Tensor, count: int, noise: torch.Tensor) -> Cel
     index = order.gather(-1, torch.where(is_near, place, place - near_chosen + num_near))
     weight = torch.where(is_near, num_near / near_chosen.clamp(min=1), num_far / far_chosen.clamp(min=1))
     return Cells(index, weight)
+
+
+def noise_of_cells(noise: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    """Uniform random numbers `[B, Q, N]` for `choose_cells`, from those of each prompt `[B, Q, K]` alone: they are the
+    same however the masks are gathered in batches."""
+    # Bits of float32 uniform numbers; sums of multiples of different odd numbers modulo 2^31 are a seed.
+    integers = (noise.double().cpu() * 2**24).long()
+    factors = 2 * torch.arange(noise.shape[-1]) ** 2 + 40503
+    seeds = (integers * factors).sum(-1) % 2**31
+    rows = [
+        torch.rand(grid_size[0] * grid_size[1], generator=torch.Generator().manual_seed(seed))
+        for seed in seeds.flatten().tolist()
+    ]
+    return torch.stack(rows).unflatten(0, noise.shape[:2]).to(noise.device)
 
 
 def _between_first_and_last(occupied: torch.Tensor) -> torch.Tensor:
@@ -192,3 +208,38 @@ def cell_losses(
         inside, target = logits > 0, targets > 0.5
         iou = total(inside & target) / total(inside | target).clamp(min=1e-6)
     return {"bce": total(entropy) / (2 * areas), "dice": dice, "iou": iou}
+
+
+def total_cell_loss(
+    parts: dict[str, torch.Tensor],
+    scores: torch.Tensor,
+    is_box: torch.Tensor,
+    valid: torch.Tensor,
+    num_prompts: torch.Tensor | float | None = None,
+) -> dict[str, torch.Tensor]:
+    """
+    The loss of a round from the losses of its masks.
+
+    For clicks, which can mean several things, the least of the candidates' losses counts, for boxes their mean; beside
+    it the single mask's, and the squared error of all predicted IoUs.
+
+    Args:
+        parts: of `cell_losses`, `[B, Q, 1 + candidates]` each, the single mask first.
+        scores: predicted IoUs, of the same shape.
+        is_box, valid: `[B, Q]` bool; prompts that are not valid are padding.
+        num_prompts: what the sum is divided by, as in `MaskLoss`.
+
+    Returns:
+        `loss`, and without gradient its parts under the names of `MaskLoss`, of which `focal` is 0.
+    """
+    divisor = valid.sum().clamp(min=1) if num_prompts is None else num_prompts
+
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        return torch.where(valid, values, 0).sum() / divisor
+
+    each = BCE_WEIGHT * parts["bce"].clamp(max=BCE_LIMIT) + parts["dice"]
+    single, candidates = each[..., 0], each[..., 1:]
+    masks = torch.where(is_box, candidates.mean(-1), candidates.amin(-1)) + SINGLE_WEIGHT * single
+    iou = mean((scores - parts["iou"]).square().mean(-1))
+    means = {name: mean(parts[name].mean(-1)).detach() for name in ("dice", "bce")}
+    return {"loss": mean(masks) + iou, "focal": torch.zeros_like(iou), **means, "iou": iou.detach()}

@@ -22,8 +22,8 @@ the logit z = -s step(x - corner) for the left and upper edge and z = s step(x -
 log(number of output tokens); the output tokens (IoU and masks) have logit 0 and all others a very low one. After the
 softmax the corner has weight sigmoid(z). Its value is -1 and the output tokens' 1, so the head writes
 -tanh(z / 2) into its edge channel: positive on the inner side, negative on the outer one, 0 at the edge itself. The
-gain s is proportional to the grid's side, which makes the ramp `LOGITS_PER_CELL` steep in every grid. Without a box
-only output tokens are left and every cell is inside.
+gain s is proportional to the grid's side, which makes the ramp `LOGITS_PER_CELL` steep in every grid (of at least a
+dozen cells a side: below, edges become softer). Without a box only output tokens are left and every cell is inside.
 
 **Votes.** A fifth head gives each click the logit gain (near(dx) + near(dy)) + constant, which crosses that of the
 output tokens at a distance of `DISC_RADIUS`. Values: foreground clicks 4, background clicks -4, output tokens -1, box
@@ -36,7 +36,7 @@ own.
 
 **Upscaling.** The transposed convolutions carry each signal as the pair (v, -v), for
 act(v) - act(-v) = v holds for GELU (and for ReLU, SiLU). An edge channel E is known at the cell's centre; at an offset
-of d cells it is E + tanh(`LOGITS_PER_CELL` * d / 2) K, where K is a channel that is constant, and so the edge lies at
+of d cells it is E + tanh(s step(d cells) / 2) K, where K is a channel that is constant, and so the edge lies at
 the right quarter of a cell. The last convolution makes act(-4 E) of each edge and of the vote, which is large outside
 and 0 inside, and act(K). Each hypernetwork's last bias is the filter that subtracts the first from the second:
 a mask pixel is positive where all edges and the vote are.
@@ -60,6 +60,7 @@ STILL = 8  # frequencies that are 0 on both axes
 DISC_HARMONICS = (1, 2, 3)  # places among the harmonics of those that measure distance: j = 3, 5, 7
 QUIET = 0.005  # scale of the image embedding in the channels that are set here
 LOGITS_PER_CELL = 5.0  # steepness of the attention logit at an edge
+LEAST_GAIN = 4.0  # what the logit at least comes to far from an edge, also where cells are large
 DISC_LOGIT = 6.0  # by so much the logit at a click is above that on its disc's rim
 NEVER = -100.0  # a logit that leaves no weight after the softmax
 SIGNAL = 4.0  # size of a token's signal in units of its other channels' standard deviation
@@ -123,7 +124,7 @@ def set_geometric_weights(model: EfficientSamModel) -> None:
     later = [layer.token_to_image_attention for layer in decoder.layers[1:]]
     for attention in (*later, decoder.final_token_to_image_attention):
         _look_inside(attention, channels)
-    _carry_through_upscaling(decoder.upscaling.convs, channels)
+    _carry_through_upscaling(decoder.upscaling.convs, channels, grid)
     for network in decoder.hypernetworks:
         _set_filter(network.layers[-1])
     if model.prompt_encoder.mask_embed is not None:
@@ -244,10 +245,19 @@ def _set_logits(
         attention.k_proj.weight[row, channel] = value
 
 
+def _step(distance: float) -> float:
+    """The square wave at a distance from the edge, as a fraction of the side; its slope there is 2 * HARMONICS."""
+    harmonics = range(1, 2 * HARMONICS, 2)
+    return 4 / math.pi * sum(math.sin(j * math.pi / 2 * distance) / j for j in harmonics)
+
+
+def _edge_gain(grid: int) -> float:
+    return max(LOGITS_PER_CELL * grid / (2 * HARMONICS), LEAST_GAIN)
+
+
 def _write_edges(attention: EfficientSamAttention, channels: _Channels, grid: int, num_output_tokens: int) -> None:
     """Heads 0 to 3: left, top, right and bottom of a box."""
-    # The square wave's slope is HARMONICS * 4 / pi * pi / 2 a side.
-    gain = LOGITS_PER_CELL * grid / (2 * HARMONICS)
+    gain = _edge_gain(grid)
     for head in range(4):
         axis, sign = head % 2, -1 if head < 2 else 1
         own = channels.top_left if head < 2 else channels.bottom_right
@@ -317,7 +327,7 @@ def _look_inside(attention: EfficientSamAttention, channels: _Channels) -> None:
         _set_logits(attention, head, [], dict.fromkeys([*channels.edges, channels.vote], 0.8))
 
 
-def _carry_through_upscaling(convs: nn.ModuleList, channels: _Channels) -> None:
+def _carry_through_upscaling(convs: nn.ModuleList, channels: _Channels, grid: int) -> None:
     """Pairs 0 to 3 are the edges, 4 the vote, 5 the constant; after the last convolution one channel each."""
     first, last = convs
     first.weight[channels.image] = 0
@@ -326,8 +336,8 @@ def _carry_through_upscaling(convs: nn.ModuleList, channels: _Channels) -> None:
     last.weight[:12] = 0
     last.weight[:, :6] = 0
     last.bias[:6] = 0
-    # Offsets of 3/8 and 1/8 of a cell from the centre are 1/4 +- 1/8, and the ramp is a tanh.
-    far, close = (math.tanh(LOGITS_PER_CELL * offset / 2) for offset in (3 / 8, 1 / 8))
+    # Offsets of 3/8 and 1/8 of a cell from the centre are 1/4 +- 1/8.
+    far, close = (math.tanh(_edge_gain(grid) * _step(offset / grid) / 2) for offset in (3 / 8, 1 / 8))
     quarter, eighth = (SIGNAL_AFTER_LAYER * both / 2 for both in (far + close, far - close))
     # Where an edge is 0, the constant's positive filter would still win, up to E = -INSIDE / OUTSIDE K. So E is moved
     # by that, less a factor for what distinguishes GELU from ReLU: with it untrained boxes are as large as asked for.

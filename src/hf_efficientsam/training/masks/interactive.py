@@ -10,6 +10,15 @@ from hf_efficientsam.model.modeling_efficientsam import MISSING_BOX, PADDING, Ef
 from hf_efficientsam.training.data.synthetic import random_ellipses
 from hf_efficientsam.training.engine.config import NotNegativeFloat, NotNegativeInt, PositiveInt, PositiveRatio, Ratio
 
+from .cell_sampling import (
+    cell_losses,
+    choose_cells,
+    decode_cells,
+    noise_of_cells,
+    split_into_cells,
+    total_cell_loss,
+)
+from .feature_views import encode_rest
 from .losses import MaskLoss
 from .prompts import boxes_from_masks, jitter_boxes, sample_error_points, sample_points
 
@@ -72,13 +81,22 @@ class InteractiveSegmentation(nn.Module):
         options: see [`PromptConfig`]. `loss_stride` 1, the input's size, takes longer than encoder and decoder
             together on a CPU; at the decoder's own size (4) objects below a few pixels lose their shape.
 
+        last_layers: how many layers of the encoder come after the hidden states that `forward` may be given.
+
     Raises:
         ValueError: for rounds that only give a mask back, where the model takes none.
     """
 
-    def __init__(self, model: EfficientSamModel, loss: MaskLoss, options: PromptConfig | None = None):
+    def __init__(
+        self,
+        model: EfficientSamModel,
+        loss: MaskLoss,
+        options: PromptConfig | None = None,
+        last_layers: int = 0,
+    ):
         super().__init__()
         self.model, self.loss, self.options = model, loss, options or PromptConfig()
+        self.last_layers = last_layers
         if self.options.mask_only_rounds and not model.config.prompt_encoder_config.mask_prompts:
             raise ValueError("The model takes no mask prompts; set mask_only_rounds to 0.")
 
@@ -91,7 +109,8 @@ class InteractiveSegmentation(nn.Module):
         generator: torch.Generator,
         num_prompts: torch.Tensor | float | None = None,
         synthetic: bool = False,
-        image_embeddings: torch.Tensor | None = None,
+        hidden_states: torch.Tensor | None = None,
+        num_cells: int = 0,
     ) -> dict[str, torch.Tensor]:
         """
         Args:
@@ -103,7 +122,8 @@ class InteractiveSegmentation(nn.Module):
             generator: CPU source of what the whole step shares; give every process one of the same seed.
             num_prompts: what the loss is normalised by; see [`MaskLoss`].
             synthetic: ask for random ellipses instead of the masks, and leave the encoder without gradients.
-            image_embeddings: what a frozen encoder makes of the pixels, `[B, C, S / 16, S / 16]`, if that is known.
+            hidden_states: what the frozen layers of the encoder make of the pixels, `[B, N, C]`, if that is known.
+            num_cells: one round in which each prompt is decoded on so many cells of the image; 0: on all of them.
 
         Returns:
             `loss` to be differentiated, and its parts averaged over the rounds.
@@ -112,9 +132,14 @@ class InteractiveSegmentation(nn.Module):
         kind, box, clicks, corrections, ellipse = noise.split(self.options.noise_columns, dim=-1)
         if synthetic:
             masks = random_ellipses(ellipse, pixel_values.shape[-1], self.options.smallest_ellipse)
-        if image_embeddings is None:
-            with torch.set_grad_enabled(not synthetic and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(not synthetic and torch.is_grad_enabled()):
+            if hidden_states is None:
                 image_embeddings = self.model.get_image_embeddings(pixel_values)
+            else:
+                image_embeddings = encode_rest(self.model.vision_encoder, hidden_states, self.last_layers)
+        if num_cells:
+            prompt = self.first_prompt(masks, kind, box, clicks)
+            return self.sampled_round(image_embeddings, prompt, masks, valid, noise, num_prompts, num_cells)
         # Of an object too small to fill half a cell, the cells that it fills most: none is lost.
         filled = F.avg_pool2d(masks.float(), self.options.loss_stride)
         targets = filled >= filled.amax((-2, -1), keepdim=True).clamp(max=0.5)
@@ -130,6 +155,32 @@ class InteractiveSegmentation(nn.Module):
             result.pop("best")
             parts.append(result)
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+
+    def sampled_round(
+        self,
+        image_embeddings: torch.Tensor,
+        prompt: dict[str, torch.Tensor],
+        masks: torch.Tensor,
+        valid: torch.Tensor,
+        noise: torch.Tensor,
+        num_prompts: torch.Tensor | float | None,
+        num_cells: int,
+    ) -> dict[str, torch.Tensor]:
+        """The losses of a round in which each prompt is decoded on some cells; see `forward`."""
+        grid_size = image_embeddings.shape[-2:]
+        decoder = self.model.mask_decoder
+        doublings = len(decoder.upscaling.convs)
+        stride = masks.shape[-1] // (grid_size[1] * 2**doublings)
+        targets = split_into_cells(F.avg_pool2d(masks.float(), stride), grid_size, doublings)
+        cells = choose_cells(
+            targets.amax(-1).unflatten(-1, grid_size) > 0, num_cells, noise_of_cells(noise, grid_size)
+        )
+        positions, tokens, multiplicity, dense = self.model.encode_prompts(image_embeddings, **prompt)
+        image = decoder.embed_image(image_embeddings, dense)
+        logits, scores = decode_cells(decoder, image, positions, tokens, multiplicity, cells)
+        parts = cell_losses(logits, cells.gather(targets), cells.weight, targets.sum((-2, -1)))
+        is_box = (prompt["input_boxes"] != MISSING_BOX).any(-1)
+        return total_cell_loss(parts, scores, is_box, valid, num_prompts)
 
     def later_rounds(self, clicks: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor | None]:
         """For each round after the first the random numbers `[B, Q]` of its click, or None for one without."""
@@ -171,30 +222,6 @@ class InteractiveSegmentation(nn.Module):
         if self.model.config.prompt_encoder_config.mask_prompts:
             corrected["input_masks"] = logits.clamp(-20, 20)  # keeps an overconfident mask from drowning the click
         return corrected
-
-
-class EmbeddingCache:
-    """
-    Image embeddings of a frozen encoder by the images' names, in half precision: each image is encoded once.
-
-    For images that are always shown alike. At 512 pixels an image takes half a MiB.
-    """
-
-    def __init__(self, model: EfficientSamModel):
-        self.model = model
-        self.embeddings: dict[str, torch.Tensor] = {}
-
-    @torch.no_grad()
-    def get(self, pixel_values: torch.Tensor, keys: list[str]) -> torch.Tensor:
-        """`[B, C, S / 16, S / 16]` of the images `[B, 3, S, S]`, whose names are `keys`. In half precision even where
-        they have just been encoded, so that a resumed run sees the same numbers."""
-        training = self.model.training
-        self.model.eval()
-        for image, key in zip(pixel_values.split(1), keys, strict=True):
-            if key not in self.embeddings:  # one at a time, so that its batch changes no digit
-                self.embeddings[key] = self.model.get_image_embeddings(image)[0].half().cpu()
-        self.model.train(training)
-        return torch.stack([self.embeddings[key] for key in keys]).to(pixel_values)
 
 
 def most_confident(output, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

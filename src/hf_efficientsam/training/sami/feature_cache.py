@@ -28,7 +28,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from hf_efficientsam.training.data.images import ImageViews, ShardImages, StreamedViews, hash_key
 from hf_efficientsam.training.engine.reports import replace_text
 
-AGAIN = "run training/cache_features.py with the same options again, which keeps what is done"
+AGAIN = "run the same command again, which keeps what is done"
 INFORMATIVE = ("teacher.name", "teacher.dtype")  # a teacher that has moved or runs on another device is the same one
 
 

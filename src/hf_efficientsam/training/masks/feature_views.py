@@ -1,0 +1,153 @@
+"""Hidden states of the frozen part of an encoder, for several fixed views of each training image, on disk.
+
+A frozen layer gives the same numbers for the same pixels, so each image is encoded once. To vary what the decoder sees
+all the same, an image is shown in several views, see `views.py`.
+
+The files are those of `training/sami/feature_cache.py`: parts in half precision, each written whole or not at all,
+with a manifest of what they were made from, and read as a memory map. A start that was interrupted goes on with the
+parts that are missing.
+"""
+
+import hashlib
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
+
+from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel, EfficientSamVisionEncoder
+from hf_efficientsam.training.sami.feature_cache import (
+    FeatureCache,
+    open_manifest,
+    part_path,
+    write_index,
+    write_part,
+)
+
+from .batch import MaskViews
+
+PART_SIZE = 32  # images in a file: what an interruption can lose, and what is held in memory until it is written
+
+
+def encode_frozen(encoder: EfficientSamVisionEncoder, pixel_values: torch.Tensor, last_layers: int) -> torch.Tensor:
+    """Pixels `[B, 3, H, W]` -> what the encoder's last so many layers read, tokens `[B, N, C]`."""
+    hidden_states = encoder.embeddings(pixel_values)
+    for layer in encoder.layers[: len(encoder.layers) - last_layers]:
+        hidden_states = layer(hidden_states)
+    return hidden_states
+
+
+def encode_rest(encoder: EfficientSamVisionEncoder, hidden_states: torch.Tensor, last_layers: int) -> torch.Tensor:
+    """What `encode_frozen` makes of square images, through the last layers and the neck: `[B, C, S / 16, S / 16]`."""
+    for layer in encoder.layers[len(encoder.layers) - last_layers :]:
+        hidden_states = layer(hidden_states)
+    side = round(hidden_states.shape[1] ** 0.5)
+    return encoder.neck(hidden_states, side, side)
+
+
+class CachedViews:
+    """
+    The hidden states that training reads in place of pixels; made by `cache_views`.
+
+    Args:
+        folder: of the cache.
+        manifest: what it must have been made from.
+    """
+
+    def __init__(self, folder: str | Path, manifest: dict):
+        self.cache = FeatureCache(folder, manifest)
+
+    def read(self, keys: list[str], views: list[int]) -> torch.Tensor:
+        """Float32 `[B, N, C]` of images by their keys and the number of the view."""
+        rows = [self.cache.read(key, view) for key, view in zip(keys, views, strict=True)]
+        return torch.stack(rows).float()
+
+
+@torch.no_grad()
+def cache_views(
+    model: EfficientSamModel,
+    data: MaskViews,
+    folder: str | Path,
+    last_layers: int,
+    accelerator: Accelerator,
+    num_workers: int = 0,
+) -> CachedViews:
+    """
+    Encodes what is missing, shared among the processes, and opens the cache.
+
+    Args:
+        model: its encoder up to the last so many layers must not change afterwards.
+        data: the images and their views.
+        folder: of the cache; is made if it is not there.
+        last_layers: how many layers are left out, to be trained.
+        accelerator: of the run.
+        num_workers: processes that read images.
+
+    Raises:
+        ValueError: if the folder holds a cache of something else, or an image is broken.
+    """
+    encoder = model.vision_encoder
+    manifest = {
+        "encoder": _weights_hash(encoder, last_layers),
+        "frozen_layers": len(encoder.layers) - last_layers,
+        "width": encoder.config.hidden_size,
+        "size": data.options.image_size,
+        "views": data.views,
+        "part_size": PART_SIZE,
+        "data": data.fingerprint(),
+    }
+    if accelerator.is_main_process:
+        open_manifest(folder, manifest)
+    accelerator.wait_for_everyone()
+    indices = data.distinct_images()
+    parts = [indices[start : start + PART_SIZE] for start in range(0, len(indices), PART_SIZE)]
+    everything = [(view, part) for view in range(data.views) for part in range(len(parts))]
+    missing = [which for which in everything if not part_path(folder, *which).is_file()]
+    accelerator.wait_for_everyone()  # all have looked before the first of them writes
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    total = sum(len(parts[part]) for _, part in mine)
+    was_training = model.training
+    model.eval()
+    with tqdm(total=total, unit="image", desc="encoding", disable=not accelerator.is_main_process) as progress:
+        for view, part in mine:
+            images = Subset(_ViewPixels(data, view), parts[part])
+            keys, features = [], []
+            for key, pixel_values in DataLoader(images, batch_size=None, num_workers=num_workers):
+                # One at a time, so that its batch changes no digit.
+                hidden_states = encode_frozen(encoder, pixel_values[None].to(accelerator.device), last_layers)
+                keys.append(key)
+                features.append(hidden_states.half().cpu())
+                progress.update()
+            write_part(folder, view, part, keys, torch.cat(features))
+    model.train(was_training)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and not (Path(folder) / "index.safetensors").is_file():
+        write_index(folder, len(parts), data.views)
+    accelerator.wait_for_everyone()
+    return CachedViews(folder, manifest)
+
+
+class _ViewPixels(Dataset):
+    """Name and pixels float32 `[3, S, S]` of a view of each image."""
+
+    def __init__(self, data: MaskViews, view: int):
+        self.data, self.view = data, view
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[str, torch.Tensor]:
+        return self.data.view_pixels(index, self.view)
+
+
+def _weights_hash(encoder: EfficientSamVisionEncoder, last_layers: int) -> str:
+    """Of the weights that the hidden states depend on."""
+    digest = hashlib.sha256()
+    frozen: list[nn.Module] = [encoder.embeddings, *islice(encoder.layers, len(encoder.layers) - last_layers)]
+    for module in frozen:
+        for name, weight in module.state_dict().items():
+            digest.update(name.encode() + weight.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
