@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from hf_efficientsam import EfficientSamForPreTraining, EfficientSamSamiConfig
-from hf_efficientsam.training.sami.feature_cache import FeatureCache, open_manifest, write_index, write_part
+from hf_efficientsam.training.data.feature_cache import FeatureCache, open_manifest, write_index, write_part
 from hf_efficientsam.training.sami.teachers import load_teacher
 
 SAMI_STEP = "SAMI step, cached teacher"

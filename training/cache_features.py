@@ -22,10 +22,10 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from hf_efficientsam.training.data.feature_cache import ViewParts, open_manifest, part_path, write_index, write_part
 from hf_efficientsam.training.data.images import ImageSourceConfig, ImageViews, StreamedViews, open_images
 from hf_efficientsam.training.engine.config import parse_config
 from hf_efficientsam.training.engine.run import run_script
-from hf_efficientsam.training.sami.feature_cache import ViewParts, open_manifest, part_path, write_index, write_part
 from hf_efficientsam.training.sami.teachers import Teacher, load_teacher
 
 

@@ -21,6 +21,7 @@ from transformers import AutoModel, get_cosine_schedule_with_warmup
 
 from hf_efficientsam import EfficientSamForPreTraining, EfficientSamSamiConfig
 from hf_efficientsam.inference.drawing import draw_features
+from hf_efficientsam.training.data.feature_cache import FeatureCache
 from hf_efficientsam.training.data.images import ImageSourceConfig, ImageViews, StreamedViews, normalize, open_images
 from hf_efficientsam.training.engine.checkpoints import replaced_folder
 from hf_efficientsam.training.engine.config import (
@@ -38,7 +39,6 @@ from hf_efficientsam.training.engine.encoder_weights import select_weights
 from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
 from hf_efficientsam.training.engine.optimization import parameter_groups, stop_unless_finite, weight_average
 from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
-from hf_efficientsam.training.sami.feature_cache import FeatureCache
 from hf_efficientsam.training.sami.teachers import Teacher, load_teacher
 
 MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "sami.yaml"

@@ -19,8 +19,8 @@ from script_runs import TRAINING, TWO_PROCESSES, refuse, run, start
 from torch.utils.data import default_collate
 from transformers import Dinov2Config, Dinov2Model
 
+from hf_efficientsam.training.data.feature_cache import FeatureCache
 from hf_efficientsam.training.data.images import DatasetImages, FolderImages, ImageViews, ShardImages
-from hf_efficientsam.training.sami.feature_cache import FeatureCache
 from hf_efficientsam.training.sami.teachers import load_teacher
 
 IMAGES, VIEWS = 11, 2

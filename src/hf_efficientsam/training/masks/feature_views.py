@@ -3,7 +3,7 @@
 A frozen layer gives the same numbers for the same pixels, so each image is encoded once. To vary what the decoder sees
 all the same, an image is shown in several views, see `views.py`.
 
-The files are those of `training/sami/feature_cache.py`: parts in half precision, each written whole or not at all,
+The files are those of `training/data/feature_cache.py`: parts in half precision, each written whole or not at all,
 with a manifest of what they were made from, and read as a memory map. A start that was interrupted goes on with the
 parts that are missing.
 """
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel, EfficientSamVisionEncoder
-from hf_efficientsam.training.sami.feature_cache import (
+from hf_efficientsam.training.data.feature_cache import (
     FeatureCache,
     open_manifest,
     part_path,

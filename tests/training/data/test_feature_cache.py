@@ -12,8 +12,7 @@ from safetensors.torch import save
 from tars import write_shard
 from torch.utils.data import DataLoader
 
-from hf_efficientsam.training.data.images import FolderImages, ImageViews, ShardImages, StreamedViews
-from hf_efficientsam.training.sami.feature_cache import (
+from hf_efficientsam.training.data.feature_cache import (
     FeatureCache,
     ViewParts,
     open_manifest,
@@ -21,6 +20,7 @@ from hf_efficientsam.training.sami.feature_cache import (
     write_index,
     write_part,
 )
+from hf_efficientsam.training.data.images import FolderImages, ImageViews, ShardImages, StreamedViews
 
 TEACHER = {"name": "some/teacher", "weights_hash": "abc", "size": 56, "dtype": "float32"}
 MANIFEST = {"teacher": TEACHER, "width": 3, "crop_scale": 0.2, "views": 2, "view_seed": 0, "data": "def"}
@@ -72,7 +72,7 @@ def test_a_cache_that_is_not_there_or_not_complete_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no feature cache; make one with training/cache_features\.py"):
         FeatureCache(tmp_path, {})
     write_parts(tmp_path)
-    with pytest.raises(ValueError, match="is not complete; run training"):
+    with pytest.raises(ValueError, match="is not complete; run the same command"):
         FeatureCache(tmp_path, {})
 
 

@@ -1,4 +1,4 @@
-"""A teacher's features on disk: of each image and each of its views, on the student's grid, in half precision.
+"""Features of images on disk: of each image and each of its views, in half precision, such as a teacher's.
 
 FOLDER/manifest.json                        what the features depend on; written first
 FOLDER/view_0000/part_000000.safetensors    `features` float16 [n, N, C] and `key_hashes` int64 [n] of n images
