@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from accelerate import Accelerator
 from pycocotools import mask as rle_codec
@@ -22,8 +23,8 @@ def data(coco):
 
 
 @pytest.fixture
-def model(make_model):
-    return make_model(background_points=True, mask_prompts=True)
+def model():
+    return tiny.one_layer_model(background_points=True, mask_prompts=True)
 
 
 def cached(model, data, folder, last_layers=0):
