@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from script_runs import load_script, refuse, run
 
-import hf_efficientsam
 from hf_efficientsam import EfficientSamModel, EfficientSamSaliencyConfig, EfficientSamSaliencyHead
 from hf_efficientsam.inference.loading import find_checkpoint
 
@@ -20,7 +19,7 @@ CARD = "Prose.\n<!-- saliency: begin -->\nold\n<!-- saliency: end -->\nMore pros
 def checkpoint(tiny_model, tmp_path, monkeypatch):
     folder = shutil.copytree(tiny_model, tmp_path / "checkpoint")
     (folder / "README.md").write_text(CARD)
-    monkeypatch.setattr(hf_efficientsam, "bundled_checkpoint", lambda: str(folder))
+    monkeypatch.setattr(load_script("bundle_checkpoint"), "bundled_checkpoint", lambda: str(folder))
     return folder
 
 
