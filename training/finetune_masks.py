@@ -107,6 +107,9 @@ class MasksConfig(RunConfig, StepsConfig, LearningRateConfig, StreamConfig, Prom
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "parts that are not trained: vision_encoder, prompt_encoder, ..."}
     )
+    unfreeze: list[str] = field(
+        default_factory=list, metadata={"help": "modules of frozen parts that are trained, as mask_decoder.iou_head"}
+    )
     train_last_layers: NotNegativeInt | None = field(
         default=None, metadata={"help": "of the encoder train only so many last layers and the neck; by default all"}
     )
@@ -167,6 +170,8 @@ def check(config: MasksConfig) -> None:
         raise ValueError(f"--initial_weights {config.initial_weights} is not known; choose geometric or random.")
     if config.train_last_layers is not None and (config.lora or "vision_encoder" in config.freeze):
         raise ValueError("--train_last_layers, --lora and --freeze vision_encoder exclude each other; choose one.")
+    if encoders := [name for name in config.unfreeze if name.split(".")[0] == "vision_encoder"]:
+        raise ValueError(f"--unfreeze {encoders[0]}: of the encoder choose what is trained by --train_last_layers.")
     check_cache(config)
 
 
@@ -227,7 +232,11 @@ def replace_encoder(model: EfficientSamModel, name: str) -> None:
 
 
 def choose_trained(
-    model: EfficientSamModel, freeze: list[str], lora_rank: int, last_layers: int | None = None
+    model: EfficientSamModel,
+    freeze: list[str],
+    lora_rank: int,
+    last_layers: int | None = None,
+    unfreeze: list[str] | None = None,
 ) -> None:
     """Freezes what is not to be trained, such as all but the encoder's last layers and neck if their number is given,
     and inserts low-rank updates of the encoder if their rank is not 0."""
@@ -245,6 +254,13 @@ def choose_trained(
         encoder.layers[: len(encoder.layers) - last_layers].requires_grad_(False)
     for part in freeze:
         getattr(model, part).requires_grad_(False)
+    for name in unfreeze or []:
+        try:
+            model.get_submodule(name).requires_grad_(True)
+        except AttributeError:
+            raise ValueError(
+                f"--unfreeze {name}: the model has no such module; mask_decoder.iou_head is one."
+            ) from None
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("--freeze leaves nothing to train; name fewer parts.")
 
@@ -335,7 +351,7 @@ def training_function(config: MasksConfig, run: TrainingRun) -> None:
         config = dataclasses.replace(config, image_size=segmenter.config.vision_config.image_size)
         check(config)
     loader, epoch_steps, steps = get_loader(config, accelerator)
-    choose_trained(segmenter, config.freeze, config.lora, config.train_last_layers)
+    choose_trained(segmenter, config.freeze, config.lora, config.train_last_layers, config.unfreeze)
     loss_weights = (config.focal_weight, config.dice_weight, config.iou_weight, config.balanced_bce_weight)
     last_layers = config.train_last_layers or 0
     task = InteractiveSegmentation(segmenter, MaskLoss(*loss_weights), config, last_layers)

@@ -298,6 +298,16 @@ def test_what_is_trained(arguments, tiny_model, tmp_path, name):
     assert found == expected | neck | {"prompt_encoder", "mask_decoder"}
 
 
+def test_the_iou_head_alone_is_calibrated(arguments, tiny_model, tmp_path):
+    parts = ["--freeze", "vision_encoder", "prompt_encoder", "mask_decoder", "--unfreeze", "mask_decoder.iou_head"]
+    given = [*arguments, *parts, "--dice_weight", 0, "--balanced_bce_weight", 0, "--steps", 3]
+    run("finetune_masks", *given, "--output_dir", tmp_path / "run")
+    after = EfficientSamModel.from_pretrained(tmp_path / "run" / "model").state_dict()
+    before = EfficientSamModel.from_pretrained(tiny_model).state_dict()
+    trained = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert trained and all(name.startswith("mask_decoder.iou_head.") for name in trained)
+
+
 ALIKE = ["--crop_scale", 1, "--flip", "false", "--color_jitter", 0]
 
 
@@ -380,6 +390,11 @@ def test_a_bad_config_is_refused(tmp_path, text, sentence):
         (["--schedule", "steep"], "choose cosine, linear or constant."),
         (["--freeze", "neck"], "--freeze neck: there is no such part"),
         (["--freeze", "vision_encoder", "prompt_encoder", "mask_decoder"], "leaves nothing to train"),
+        (
+            ["--freeze", "mask_decoder", "--unfreeze", "mask_decoder.iou"],
+            "--unfreeze mask_decoder.iou: the model has no",
+        ),
+        (["--unfreeze", "vision_encoder.neck"], "of the encoder choose what is trained by --train_last_layers"),
         (["--freeze", "vision_encoder", "--lora", 2], "leave one of them out"),
         (["--cache_embeddings", "true"], "--cache_embeddings needs --freeze vision_encoder or --train_last_layers"),
         (["--views", 3], "give --cache_embeddings, too"),
