@@ -11,7 +11,7 @@ Paper: EfficientSAM, arXiv 2312.00863; the decoder is that of Segment Anything, 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -812,9 +812,13 @@ class EfficientSamMaskDecoder(nn.Module):
         if can_decode_fast(self, image, kwargs.get("output_attentions")):
             return FastMaskDecoder(self).predict(*inputs, grid_size, multimask_output)
 
-        tokens, image = self.attend(*inputs, multimask_output, **kwargs)
-        iou_scores = self.predict_iou(tokens, multimask_output)
-        return self.predict_masks(tokens, image, grid_size, multimask_output), iou_scores
+        masks, iou_scores = [], []
+        for output_tokens, image in self.attend_in_chunks(*inputs, multimask_output, **kwargs):
+            iou_scores.append(self.predict_iou(output_tokens, multimask_output))
+            masks.append(self.predict_masks(output_tokens, image, grid_size, multimask_output))
+        if len(masks) == 1:
+            return masks[0], iou_scores[0]
+        return torch.cat(masks, dim=1), torch.cat(iou_scores, dim=1)
 
     @torch.no_grad()
     def predict_confident(
@@ -840,12 +844,17 @@ class EfficientSamMaskDecoder(nn.Module):
         if can_decode_fast(self, image):
             return FastMaskDecoder(self).predict_confident(*inputs, grid_size, multimask_output, pred_iou_thresh)
 
-        tokens, image = self.attend(*inputs, multimask_output)
-        iou_scores = self.predict_iou(tokens, multimask_output)
-        kept = iou_scores > pred_iou_thresh
-        prompts = kept.any(dim=-1)  # only these are upscaled
-        masks = self.predict_masks(tokens[prompts][None], image[prompts][None], grid_size, multimask_output)
-        return kept, iou_scores[kept], masks[0][kept[prompts]]
+        kept, scores, masks = [], [], []
+        for output_tokens, image in self.attend_in_chunks(*inputs, multimask_output):
+            iou_scores = self.predict_iou(output_tokens, multimask_output)
+            kept.append(iou_scores > pred_iou_thresh)
+            scores.append(iou_scores[kept[-1]])
+            prompts = kept[-1].any(dim=-1)  # only these are upscaled
+            candidates = self.predict_masks(
+                output_tokens[prompts][None], image[prompts][None], grid_size, multimask_output
+            )
+            masks.append(candidates[0][kept[-1][prompts]])
+        return torch.cat(kept, dim=1), torch.cat(scores), torch.cat(masks)
 
     def embed_image(
         self, image_embeddings: torch.Tensor, dense_prompt_embeddings: torch.Tensor | None
@@ -867,6 +876,22 @@ class EfficientSamMaskDecoder(nn.Module):
         tokens = torch.cat([output_tokens, sparse_prompt_embeddings], dim=2)
         token_multiplicity = F.pad(token_multiplicity, (output_tokens.shape[2], 0), value=1)
         return tokens, token_multiplicity.to(tokens.dtype).log()
+
+    def attend_in_chunks(
+        self, image, image_positional_embeddings, tokens, log_multiplicity, multimask_output: bool | None, **kwargs
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """
+        Yields what `attend` returns, of the next `prompts_per_chunk` prompts of each image: memory then does not grow
+        with the number of prompts. Where activations are needed (gradients, attentions), of all prompts at once.
+        """
+        num_prompts, step = tokens.shape[1], self.config.prompts_per_chunk
+        if torch.is_grad_enabled() or kwargs.get("output_attentions"):
+            step = num_prompts
+        for start in range(0, num_prompts, step):
+            part = slice(start, start + step)
+            image_of_part = image if image.shape[1] == 1 else image[:, part]
+            inputs = (image_of_part, image_positional_embeddings, tokens[:, part], log_multiplicity[:, part])
+            yield self.attend(*inputs, multimask_output, **kwargs)
 
     def attend(
         self, image, image_positional_embeddings, tokens, log_multiplicity, multimask_output: bool | None, **kwargs
