@@ -52,7 +52,7 @@ from hf_efficientsam.training.engine.config import (
     check_ranges,
     parse_config,
 )
-from hf_efficientsam.training.engine.encoder_weights import load_encoder
+from hf_efficientsam.training.engine.encoder_weights import load_encoder, load_vit, select_weights
 from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
 from hf_efficientsam.training.engine.optimization import (
     encoder_lr_scale,
@@ -88,6 +88,10 @@ class MasksConfig(RunConfig, StepsConfig, LearningRateConfig, StreamConfig, Prom
     )
     encoder: str | None = field(
         default=None, metadata={"help": "with the encoder that sami.py has pretrained: its model directory"}
+    )
+    select_weights: str | None = field(
+        default=None,
+        metadata={"help": "start a new encoder from this trained ViT (path or Hub name of a Dinov2Model)"},
     )
     hidden_size: PositiveInt = field(
         default=192, metadata={"help": "width of a new encoder: 192 (Ti), 384 (S), 768 (B)"}
@@ -160,6 +164,8 @@ def check(config: MasksConfig) -> None:
     for divisor in (16, config.loss_stride):
         if config.image_size is not None and config.image_size % divisor:
             raise ValueError(f"--image_size {config.image_size} must be a multiple of {divisor} (16, --loss_stride).")
+    if config.select_weights is not None and (config.model is not None or config.encoder is not None):
+        raise ValueError("--select_weights starts a new encoder; leave out --model and --encoder.")
     if config.schedule not in ("cosine", "linear", "constant"):
         raise ValueError(f"--schedule {config.schedule} is not known; choose cosine, linear or constant.")
     if unknown := set(config.freeze) - set(PARTS):
@@ -203,19 +209,29 @@ def build_model(config: MasksConfig) -> EfficientSamModel:
             weights, model = model.state_dict(), EfficientSamModel(model_config)
             model.load_state_dict(weights, strict=False)  # all but the kinds of prompts that come or go
     else:
-        vision = {"hidden_size": config.hidden_size, "num_attention_heads": config.num_attention_heads}
-        if config.encoder is not None:
-            vision = EfficientSamVisionConfig.from_pretrained(config.encoder).to_dict()
-        prompt_encoder = {name: wanted is not False for name, wanted in kinds.items()}
-        prompt_encoder["position_init"] = config.position_init
-        if config.image_size is not None:
-            vision["image_size"] = config.image_size
-        model = EfficientSamModel(EfficientSamConfig(vision_config=vision, prompt_encoder_config=prompt_encoder))
+        model = new_model(config, kinds)
     if config.encoder is not None:
         replace_encoder(model, config.encoder)
     if config.model is None and config.initial_weights == "geometric":
         model.config.vision_config.image_size = config.image_size or model.config.vision_config.image_size
         set_geometric_weights(model)
+    return model
+
+
+def new_model(config: MasksConfig, kinds: dict[str, bool | None]) -> EfficientSamModel:
+    """With a decoder of random weights; the encoder's are random or selected from a trained ViT's."""
+    vision = {"hidden_size": config.hidden_size, "num_attention_heads": config.num_attention_heads}
+    if config.encoder is not None:
+        vision = EfficientSamVisionConfig.from_pretrained(config.encoder).to_dict()
+    if config.image_size is not None:
+        vision["image_size"] = config.image_size
+        if config.select_weights is not None:
+            vision["pretrain_image_size"] = config.image_size  # the ViT's positions are resized once, here
+    prompt_encoder = {name: wanted is not False for name, wanted in kinds.items()}
+    prompt_encoder["position_init"] = config.position_init
+    model = EfficientSamModel(EfficientSamConfig(vision_config=vision, prompt_encoder_config=prompt_encoder))
+    if config.select_weights is not None:
+        select_weights(load_vit(config.select_weights), model.vision_encoder)
     return model
 
 

@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device, set_seed
 from PIL import Image
-from transformers import AutoModel, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
 from hf_efficientsam import EfficientSamForPreTraining, EfficientSamSamiConfig
 from hf_efficientsam.inference.drawing import draw_features
@@ -35,7 +35,7 @@ from hf_efficientsam.training.engine.config import (
     check_ranges,
     parse_config,
 )
-from hf_efficientsam.training.engine.encoder_weights import select_weights
+from hf_efficientsam.training.engine.encoder_weights import load_vit, select_weights
 from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
 from hf_efficientsam.training.engine.optimization import parameter_groups, stop_unless_finite, weight_average
 from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
@@ -144,7 +144,7 @@ def build_model(config: SamiConfig, target_size: int | None) -> EfficientSamForP
     if config.select_weights:
         if config.teacher is None:
             raise ValueError("--select_weights takes them from a teacher; give --teacher.")
-        select_weights(AutoModel.from_pretrained(config.teacher, dtype=torch.float32), model.vision_encoder)
+        select_weights(load_vit(config.teacher), model.vision_encoder)
     return model
 
 

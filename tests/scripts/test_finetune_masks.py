@@ -25,15 +25,18 @@ from script_runs import (
     stopped_after,
     weights,
 )
+from transformers import Dinov2Config, Dinov2Model
 
 from hf_efficientsam import (
     EfficientSamForPreTraining,
     EfficientSamModel,
     EfficientSamProcessor,
     EfficientSamSamiConfig,
+    EfficientSamVisionModel,
 )
 from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
 from hf_efficientsam.training.engine.config import parse_config
+from hf_efficientsam.training.engine.encoder_weights import select_weights
 from hf_efficientsam.training.masks.metrics import filled_box, mask_iou
 
 SIZE = 64  # of the model input
@@ -197,6 +200,28 @@ def test_a_pretrained_encoder(arguments, pretrained, tmp_path):
     model, info = EfficientSamModel.from_pretrained(tmp_path / "run" / "model", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.config.vision_config.output_channels == 32
+
+
+@pytest.fixture
+def vit(tmp_path):
+    """A trained ViT of twice the width and heads that the test asks for, with a patch and a grid of its own."""
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=64, num_attention_heads=4, num_hidden_layers=12, patch_size=14, image_size=70)
+    Dinov2Model(config).save_pretrained(tmp_path / "vit")
+    return tmp_path / "vit"
+
+
+def test_the_encoder_of_a_new_model_is_selected_from_a_trained_vit(recipe, coco, vit, tmp_path):
+    given = ["--config", recipe, "--train", coco / "masks.json", "--select_weights", vit, "--hidden_size", 32]
+    given += ["--num_attention_heads", 2, "--freeze", "vision_encoder", "--steps", 1, "--max_masks", 1]
+    run("finetune_masks", *given, "--output_dir", tmp_path / "run")
+    encoder = EfficientSamModel.from_pretrained(tmp_path / "run" / "model").vision_encoder
+    assert encoder.config.pretrain_image_size == encoder.config.image_size == SIZE
+    selected = EfficientSamVisionModel(encoder.config).vision_encoder
+    select_weights(Dinov2Model.from_pretrained(vit), selected)
+    ours, expected = encoder.state_dict(), selected.state_dict()
+    names = [name for name in expected if not name.startswith("neck.")]
+    assert names and all(torch.equal(ours[name], expected[name]) for name in names)
 
 
 def build(**options):
@@ -414,6 +439,20 @@ def test_a_bad_config_is_refused(tmp_path, text, sentence):
 def test_what_cannot_train_is_refused(arguments, tmp_path, options, sentence):
     assert sentence in refuse("finetune_masks", *arguments, *options, "--output_dir", tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--model", "bundled"], "--select_weights starts a new encoder; leave out --model and --encoder."),
+        (["--encoder", "runs/sami/model"], "--select_weights starts a new encoder; leave out --model and --encoder."),
+        (["--hidden_size", 48, "--num_attention_heads", 3], "has no evenly spaced part of width 48, 3 heads"),
+        (["--select_weights", "absent"], "The trained ViT absent cannot be loaded"),
+    ],
+)
+def test_an_encoder_that_cannot_be_selected_is_refused(recipe, coco, vit, tmp_path, options, sentence):
+    given = ["--config", recipe, "--train", coco / "masks.json", "--select_weights", vit, *options]
+    assert sentence in refuse("finetune_masks", *given, "--output_dir", tmp_path / "run")
 
 
 def test_shards_without_a_length_of_an_epoch_are_refused(recipe, shards, tmp_path):

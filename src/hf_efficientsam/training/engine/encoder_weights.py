@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from hf_efficientsam.inference.loading import bundled_checkpoint, is_bundled
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamVisionEncoder, EfficientSamVisionModel
@@ -75,6 +75,19 @@ def load_encoder(name: str) -> tuple[EfficientSamVisionModel, bool]:
     """
     encoder, new = load_around_encoder(EfficientSamVisionModel, name, drop_path_rate=0.0)
     return encoder, not new
+
+
+def load_vit(name: str) -> PreTrainedModel:
+    """
+    The trained ViT of a directory or Hub repository, in float32, for `select_weights`.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
+    try:
+        return AutoModel.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"The trained ViT {name} cannot be loaded: {' '.join(str(error).split())}") from None
 
 
 @torch.no_grad()
