@@ -17,31 +17,34 @@ lint:
 docs:
 	mkdocs build --strict
 
-# Trains the bundled checkpoint anew and puts it in place, with its numbers. Each stage resumes if it was stopped.
+# Trains the bundled checkpoint anew and puts it in place, with its numbers, on images whose terms allow it. Each stage
+# resumes if it was stopped. COCO weighs four times; thresholds are chosen by what they find in examples/.
+CLEARED = runs/cleared/instances.json
 COCO = $(DATA)/coco-train/instances_train.json
-MASKS = --train $(DATA)/train-seg/instances_train.json $(COCO) $(COCO)
-checkpoint:
-	accelerate launch training/sami.py --config training/recipes/bundled/0_encoder.yaml --teacher $(TEACHER) --output_dir runs/encoder \
-	  --images $(DATA)/train-seg/images $(DATA)/coco-train/images $(DATA)/unlabelled/images $(DATA)/saliency/train/images
-	accelerate launch training/finetune_masks.py --config training/recipes/bundled/1_ellipses.yaml $(MASKS) \
-	  --encoder runs/encoder/model --output_dir runs/geometry
-	accelerate launch training/finetune_masks.py --config training/recipes/bundled/2_at_256.yaml $(MASKS) \
-	  --model runs/geometry/model --output_dir runs/at_256
-	accelerate launch training/finetune_masks.py --config training/recipes/bundled/3_masks.yaml $(MASKS) \
-	  --model runs/at_256/model --output_dir runs/masks
-	accelerate launch training/finetune_masks.py --config training/recipes/bundled/4_decoder_at_512.yaml $(MASKS) $(COCO) \
-	  --model runs/masks/model --output_dir runs/decoder_at_512
-	accelerate launch training/finetune_masks.py --config training/recipes/bundled/5_small_objects.yaml $(MASKS) $(COCO) \
-	  --model runs/decoder_at_512/model --output_dir runs/small_objects
-	accelerate launch training/train_saliency.py --config training/recipes/bundled/6_saliency.yaml --model runs/small_objects/model \
+MASKS = --train $(CLEARED) $(DATA)/extra-seg/instances_train.json $(COCO) $(COCO) $(COCO) $(COCO)
+THRESHOLDS = --pred_iou_thresh 0.6 --stability_score_thresh 0.8 --stability_score_offset 1
+$(CLEARED):
+	python training/filter_annotations.py --annotations $(DATA)/train-seg/instances_train.json --output $@ \
+	  --sources clothing-co-parsing oxford-iiit-pet feral-cat building-facade
+checkpoint: $(CLEARED) runs/salient/instances.json
+	accelerate launch training/finetune_masks.py --config training/recipes/bundled/s_512_1_frozen_encoder.yaml $(MASKS) \
+	  --select_weights $(TEACHER) --output_dir runs/s_512_1
+	accelerate launch training/finetune_masks.py --config training/recipes/bundled/s_512_2_last_layers.yaml $(MASKS) \
+	  --model runs/s_512_1/model --output_dir runs/s_512_2
+	accelerate launch training/finetune_masks.py --config training/recipes/bundled/calibration.yaml --train $(COCO) \
+	  --model runs/s_512_2/model --output_dir runs/calibrated
+	accelerate launch training/train_saliency.py --config training/recipes/bundled/6_saliency.yaml --model runs/calibrated/model \
 	  $(SALIENCY) --output_dir runs/saliency
-	python training/bundle_checkpoint.py --model runs/small_objects/model --saliency runs/saliency/model \
+	python training/bundle_checkpoint.py --model runs/calibrated/model --saliency runs/saliency/model $(THRESHOLDS) \
 	  --annotations $(DATA)/coco-val-dev/instances_val.json --salient $(DATA)/saliency \
-	  --curves runs/encoder runs/geometry runs/at_256 runs/masks runs/decoder_at_512 runs/small_objects runs/saliency
+	  --curves runs/s_512_1 runs/s_512_2 runs/calibrated runs/saliency
 
 # Only a new saliency head for the checkpoint that is there.
-SALIENCY = --train $(DATA)/saliency/train --val $(DATA)/saliency/val
-saliency:
+SALIENCY = --train runs/salient/instances.json --val $(DATA)/saliency/val
+runs/salient/instances.json:
+	python training/filter_annotations.py --annotations $(DATA)/train-seg/instances_train.json --output $@ \
+	  --sources clothing-co-parsing oxford-iiit-pet feral-cat --limit 300
+saliency: runs/salient/instances.json
 	accelerate launch training/train_saliency.py --config training/recipes/bundled/6_saliency.yaml $(SALIENCY) \
 	  --output_dir runs/new_head/saliency
 	python training/bundle_checkpoint.py --saliency runs/new_head/saliency/model --salient $(DATA)/saliency \

@@ -470,9 +470,7 @@ def test_every_option_is_read(sami):
     assert unread == []
 
 
-RECIPES = [
-    TRAINING / "recipes" / name for name in ("miniature/sami.yaml", "studies/sami.yaml", "bundled/0_encoder.yaml")
-]
+RECIPES = [TRAINING / "recipes" / name for name in ("miniature/sami.yaml", "studies/sami.yaml")]
 
 
 @pytest.mark.parametrize(
