@@ -20,7 +20,7 @@ docs:
 # Trains the bundled checkpoint anew and puts it in place, with its numbers. Each stage resumes if it was stopped.
 COCO = $(DATA)/coco-train/instances_train.json
 MASKS = --train $(DATA)/train-seg/instances_train.json $(COCO) $(COCO)
-checkpoint:
+checkpoint: runs/salient/instances.json
 	accelerate launch training/sami.py --config training/recipes/bundled/0_encoder.yaml --teacher $(TEACHER) --output_dir runs/encoder \
 	  --images $(DATA)/train-seg/images $(DATA)/coco-train/images $(DATA)/unlabelled/images $(DATA)/saliency/train/images
 	accelerate launch training/finetune_masks.py --config training/recipes/bundled/1_ellipses.yaml $(MASKS) \
@@ -40,8 +40,11 @@ checkpoint:
 	  --curves runs/encoder runs/geometry runs/at_256 runs/masks runs/decoder_at_512 runs/small_objects runs/saliency
 
 # Only a new saliency head for the checkpoint that is there.
-SALIENCY = --train $(DATA)/saliency/train --val $(DATA)/saliency/val
-saliency:
+SALIENCY = --train runs/salient/instances.json --val $(DATA)/saliency/val
+runs/salient/instances.json:
+	python training/filter_annotations.py --annotations $(DATA)/train-seg/instances_train.json --output $@ \
+	  --sources clothing-co-parsing oxford-iiit-pet feral-cat --limit 300
+saliency: runs/salient/instances.json
 	accelerate launch training/train_saliency.py --config training/recipes/bundled/6_saliency.yaml $(SALIENCY) \
 	  --output_dir runs/new_head/saliency
 	python training/bundle_checkpoint.py --saliency runs/new_head/saliency/model --salient $(DATA)/saliency \
