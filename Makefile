@@ -22,7 +22,7 @@ docs:
 CLEARED = runs/cleared/instances.json
 COCO = $(DATA)/coco-train/instances_train.json
 MASKS = --train $(CLEARED) $(DATA)/extra-seg/instances_train.json $(COCO) $(COCO) $(COCO) $(COCO)
-THRESHOLDS = --pred_iou_thresh 0.6 --stability_score_thresh 0.8 --stability_score_offset 1
+THRESHOLDS = --pred_iou_thresh 0.3 --stability_score_thresh 0.5 --stability_score_offset 1
 $(CLEARED):
 	python training/filter_annotations.py --annotations $(DATA)/train-seg/instances_train.json --output $@ \
 	  --sources clothing-co-parsing oxford-iiit-pet feral-cat building-facade
