@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = {
     "README.md": "index.md",
     "training/README.md": "training.md",
-    "src/hf_efficientsam/checkpoints/efficientsam-ti/README.md": "checkpoint.md",
+    "src/hf_efficientsam/checkpoints/efficientsam-s/README.md": "checkpoint.md",
     "spaces/README.md": "demo.md",
     "examples/README.md": "examples.md",
     "CHANGELOG.md": "changelog.md",

@@ -323,11 +323,19 @@ def test_a_pipeline_runs_half_precision_as_float32_where_the_config_or_its_user_
 # --------------------------------------------------------------------------------------------- the bundled checkpoint
 
 
+def test_only_s_comes_with_the_package():
+    assert bundled_checkpoint() == bundled_checkpoint("s")
+    with pytest.raises(ValueError, match=r"only EfficientSAM-S .*, not 'ti'; .* efficientsam convert"):
+        bundled_checkpoint("ti")
+
+
 def test_bundled_checkpoint_is_whole_half_precision_and_small():
     folder = Path(bundled_checkpoint())
-    weights = load_file(folder / "model.safetensors")
+    files = sorted(folder.glob("*.safetensors"))
+    assert [file.name for file in files] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    weights = load_file(files[0]) | load_file(files[1])
     assert {tensor.dtype for name, tensor in weights.items() if "frequencies" not in name} == {torch.float16}
-    assert (folder / "model.safetensors").stat().st_size < 25e6
+    assert files[0].stat().st_size < 36e6 and files[1].stat().st_size < 21e6  # what stays, what an edition changes
     model, info = EfficientSamModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.config.prompt_encoder_config.background_points and model.config.prompt_encoder_config.mask_prompts

@@ -35,8 +35,8 @@ THEME = gr.themes.Soft(
 )
 INTRODUCTION = "Cut objects out of a picture: click on them, draw a box, or let the model look for itself."
 BUNDLED_NOTE = (
-    " This is the small demonstration model that comes with the package: boxes around large objects work best, and "
-    "single clicks often miss."
+    " This is the model that comes with the package, trained on few images: boxes work best, and single clicks often "
+    "miss."
 )
 CLICKS_MARK = "Clicks on the picture mark the object that is there."
 ON_OBJECT, ON_BACKGROUND = "on the object", "on the background"

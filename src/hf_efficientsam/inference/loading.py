@@ -16,13 +16,24 @@ from hf_efficientsam.model.modeling_saliency import EfficientSamSaliencyHead
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
 
 
-def bundled_checkpoint() -> str:
+def bundled_checkpoint(name: str = "s") -> str:
     """
     Directory of the checkpoint that is installed with the package: model and processor, for `from_pretrained`.
 
-    EfficientSAM-Ti at 512 pixels, trained by this project; its README.md says on what and how well it does.
+    EfficientSAM-S at 512 pixels, trained by this project; its README.md says on what and how well it does.
+
+    Args:
+        name: "s"; others do not come with the package.
+
+    Raises:
+        ValueError: another name.
     """
-    return str(Path(__file__).parents[1] / "checkpoints" / "efficientsam-ti")
+    if name != "s":
+        raise ValueError(
+            f"only EfficientSAM-S comes with the package, not {name!r}; for a Ti take the authors' weights, "
+            "https://github.com/yformer/EfficientSAM/tree/main/weights, and convert them: efficientsam convert."
+        )
+    return str(Path(__file__).parents[1] / "checkpoints" / "efficientsam-s")
 
 
 def is_bundled(name: str | None) -> bool:
