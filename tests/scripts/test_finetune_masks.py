@@ -278,7 +278,7 @@ def test_the_encoder_learns_more_slowly_and_its_first_layers_most(tiny_model):
     parts = (
         encoder.layers[0].mlp.fc1,
         encoder.embeddings.projection,
-        encoder.neck.conv1,
+        encoder.neck.conv,
         model.mask_decoder.iou_token,
     )
     assert [rates[id(part.weight)] for part in parts] == pytest.approx([0.4, 0.32, 1, 1])
