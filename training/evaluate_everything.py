@@ -20,7 +20,7 @@ from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.training.data.coco import CocoMasks
 from hf_efficientsam.training.engine.config import parse_config
 from hf_efficientsam.training.engine.reports import replace_text, write_report
-from hf_efficientsam.training.engine.run import run_script
+from hf_efficientsam.training.engine.run import check_device, run_script
 from hf_efficientsam.training.masks.coco_ar import NAMES, PROTOCOL, average_recall
 
 
@@ -39,6 +39,7 @@ class EvaluateEverythingConfig:
 
 
 def check(config: EvaluateEverythingConfig) -> None:
+    check_device(config.device)
     if config.annotations is None:
         raise ValueError("Give --annotations a COCO-style json file.")
     if config.limit is not None and config.limit < 1:

@@ -37,7 +37,7 @@ from hf_efficientsam.training.data.sa1b import Sa1bShards
 from hf_efficientsam.training.data.saliency import SaliencyMasks
 from hf_efficientsam.training.engine.config import parse_config
 from hf_efficientsam.training.engine.reports import replace_text, write_report
-from hf_efficientsam.training.engine.run import run_script
+from hf_efficientsam.training.engine.run import check_device, run_script
 from hf_efficientsam.training.masks.coco_ap import CANDIDATES, Detections, RleEncoder, segment_detections
 from hf_efficientsam.training.masks.evaluation import (
     PROTOCOLS,
@@ -98,6 +98,7 @@ class EvaluateMasksConfig:
 
 
 def check(config: EvaluateMasksConfig) -> None:
+    check_device(config.device)
     if bool(config.annotations) == bool(config.shards):
         raise ValueError("Give --annotations a COCO-style json file or a folder, or --shards tar files of SA-1B.")
     if not config.model or len(set(config.model)) < len(config.model):

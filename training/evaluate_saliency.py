@@ -28,7 +28,7 @@ from hf_efficientsam.training.data.coco import decode_rles
 from hf_efficientsam.training.data.saliency import SaliencyMasks, UnitedMasks, open_saliency
 from hf_efficientsam.training.engine.config import parse_config
 from hf_efficientsam.training.engine.reports import write_report
-from hf_efficientsam.training.engine.run import run_script
+from hf_efficientsam.training.engine.run import check_device, run_script
 from hf_efficientsam.training.saliency.evaluation import mean_scores, score_map
 
 PRIOR_SIDE = 128  # pixels of the mean mask, high and wide
@@ -48,6 +48,7 @@ class EvaluateSaliencyConfig:
 
 
 def check(config: EvaluateSaliencyConfig) -> None:
+    check_device(config.device)
     if config.data is None:
         raise ValueError("Give --data a folder with images/ and masks/, or a COCO-style json file.")
     if config.limit is not None and config.limit < 1:

@@ -197,7 +197,7 @@ def same(mask: np.ndarray, other: np.ndarray) -> bool:
 
 def test_a_click_shows_the_models_mask_where_it_is(visit, predictor):
     page = visit()
-    page.get_by_text("boxes around large objects work best").wait_for()
+    page.get_by_text("boxes work best, and single clicks often miss").wait_for()
     pick_example(page).wait_for()
     click(page, 400, 220)
     masks, scores, _ = predictor.predict([[400, 220]], [1])

@@ -142,6 +142,6 @@ def test_options_out_of_range_are_named():
 def test_epochs_are_whole_steps():
     assert EpochsConfig(epochs=2.5, warmup_epochs=0.5).in_steps(10) == (25, 5)
     with pytest.raises(ValueError, match="--warmup_epochs 4 must be less than --epochs 3"):
-        EpochsConfig(epochs=3, warmup_epochs=4).in_steps(10)
+        check_ranges(EpochsConfig(epochs=3, warmup_epochs=4))
     with pytest.raises(ValueError, match=r"--epochs 0\.1 is less than one step of 2 an epoch; give more"):
         EpochsConfig(epochs=0.1, warmup_epochs=0).in_steps(2)

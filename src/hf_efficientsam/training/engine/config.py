@@ -79,10 +79,8 @@ class EpochsConfig:
         Optimiser steps of the run and of its warm-up.
 
         Raises:
-            ValueError: if there are none, or all are warm-up.
+            ValueError: if there are none.
         """
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"--warmup_epochs {self.warmup_epochs} must be less than --epochs {self.epochs}.")
         if (steps := round(self.epochs * epoch_steps)) == 0:
             raise ValueError(f"--epochs {self.epochs} is less than one step of {epoch_steps} an epoch; give more.")
         return steps, round(self.warmup_epochs * epoch_steps)
@@ -188,7 +186,8 @@ def _read_yaml(parser: argparse.ArgumentParser, path: Path, names: set[str]) -> 
 
 def check_ranges(config: Any) -> None:
     """
-    Checks the fields whose type says what they may hold, such as `PositiveInt`; None always fits.
+    Checks the fields whose type says what they may hold, such as `PositiveInt`; None always fits. And that a run in
+    epochs is not all warm-up.
 
     Raises:
         ValueError: for the first one out of range.
@@ -198,6 +197,8 @@ def check_ranges(config: Any) -> None:
         for allowed in _ranges(hint):
             if value is not None and not allowed.contains(value):
                 raise ValueError(f"--{name} is {value}; it must be {allowed.words}.")
+    if isinstance(config, EpochsConfig) and config.warmup_epochs >= config.epochs:
+        raise ValueError(f"--warmup_epochs {config.warmup_epochs} must be less than --epochs {config.epochs}.")
 
 
 def _ranges(hint: Any) -> Iterator[Range]:

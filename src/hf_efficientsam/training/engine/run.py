@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 
@@ -167,6 +168,17 @@ def check_same_run(config: RunConfig, num_processes: int, streamed: bool) -> Non
         raise ValueError(
             f"{folder} holds a run with another {', '.join(changed)}; choose a new --output_dir, or delete that one."
         )
+
+
+def check_device(name: str | None) -> None:
+    """
+    Raises:
+        ValueError: for a device that torch does not know or this machine lacks; None, for a script's own choice, fits.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def run_script(name: str, main: Callable[[], None]) -> None:
