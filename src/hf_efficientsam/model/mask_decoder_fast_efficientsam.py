@@ -214,7 +214,7 @@ def upscale_masks(
     until the end. The four cells that a cell becomes follow each other.
     """
     for conv, norm in zip(upscaling.convs[:-1], upscaling.norms, strict=True):
-        image = upscaling.activation(normalize(norm, double_cells(conv, image)))
+        image = upscaling.activation(group_normalize(norm, double_cells(conv, image)))
     # The last doubling is the largest by far and nothing is normalised after it: in parts that stay in the cache of a
     # CPU, unless gradients need all of it anyway.
     parts = [image]
@@ -225,7 +225,7 @@ def upscale_masks(
     return lay_out(torch.cat(masks, dim=2), grid_size, doublings=len(upscaling.convs))
 
 
-def normalize(norm: nn.GroupNorm, image: torch.Tensor) -> torch.Tensor:
+def group_normalize(norm: nn.GroupNorm, image: torch.Tensor) -> torch.Tensor:
     """`[P, N, C]`, mean 0 and variance 1 over both N and C, then scaled and shifted by channel."""
     return torch.addcmul(norm.bias, F.layer_norm(image, image.shape[1:], eps=norm.eps), norm.weight)
 

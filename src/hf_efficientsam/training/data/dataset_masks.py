@@ -159,12 +159,12 @@ def _rows_with_masks(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _read_map(mask: Image.Image, width: int, height: int) -> list[dict]:
-    values = _pixels(mask, width, height)
+    values = _mask_values(mask, width, height)
     return [_encode(values == value) for value in np.unique(values) if value != 0]
 
 
 def _read_images(masks: list[Image.Image], width: int, height: int) -> list[dict]:
-    return [_encode(_pixels(mask, width, height) != 0) for mask in masks]
+    return [_encode(_mask_values(mask, width, height) != 0) for mask in masks]
 
 
 def _read_segmentations(segmentations: list, width: int, height: int) -> list[dict | None]:
@@ -182,7 +182,7 @@ def _read_annotation_lists(lists: dict[str, list], width: int, height: int) -> l
     return _read_annotations(annotations, width, height)
 
 
-def _pixels(mask: Image.Image, width: int, height: int) -> np.ndarray:
+def _mask_values(mask: Image.Image, width: int, height: int) -> np.ndarray:
     """The values [H,W] of a mask's image."""
     if mask.mode not in MASK_MODES:
         raise ValueError(f"a mask is an image of mode {mask.mode}, but one channel of 8, 16 or 32 bits is needed")

@@ -17,7 +17,7 @@ def fit(image: Image.Image, size: int) -> tuple[torch.Tensor, tuple[int, int]]:
     width that the image itself takes of that."""
     ratio = size / max(image.size)
     width, height = (max(1, round(side * ratio)) for side in image.size)
-    pixels = _pixels(image.resize((width, height), Image.Resampling.BILINEAR))
+    pixels = _to_tensor(image.resize((width, height), Image.Resampling.BILINEAR))
     return F.pad(pixels, (0, size - width, 0, size - height)), (height, width)
 
 
@@ -54,7 +54,7 @@ def large_scale_jitter(
     left, top = (int(place * (side - part + 1)) for place, side, part in zip((x, y), image.size, shown, strict=True))
     right, bottom = left + shown[0], top + shown[1]
 
-    pixels = _pixels(image.crop((left, top, right, bottom)).resize((width, height), Image.Resampling.BILINEAR))
+    pixels = _to_tensor(image.crop((left, top, right, bottom)).resize((width, height), Image.Resampling.BILINEAR))
     masks = torch.from_numpy(decode_rles(rles))[:, None, top:bottom, left:right]
     masks = F.interpolate(masks * 255, (height, width), mode="bilinear", antialias=True)[:, 0] >= 128
     kept = masks.flatten(1).any(1).nonzero()[:, 0]
@@ -65,7 +65,7 @@ def large_scale_jitter(
     return F.pad(pixels, padding), F.pad(masks, padding), kept
 
 
-def _pixels(image: Image.Image) -> torch.Tensor:
+def _to_tensor(image: Image.Image) -> torch.Tensor:
     return normalize(torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
 

@@ -72,11 +72,11 @@ class MaskLoss(nn.Module):
         """logits [N,M,h,w], scores [N,M], target [N,H,W] -> `loss`, its parts and `best`, each [N]."""
         weights = balance_weights(target) if self.balanced_bce_weight else None
         with torch.no_grad():
-            candidates = _resize(logits, target.shape[-2:])
+            candidates = _resize_logits(logits, target.shape[-2:])
             ious = mask_iou(candidates > 0, target[:, None] > 0.5)
             best = self._mask_losses(candidates, target, weights)["loss"].argmin(1)
         # Only the chosen candidate is computed again with gradients: a third of the memory and of the backward pass.
-        chosen = _resize(logits[torch.arange(len(best), device=best.device), best][:, None], target.shape[-2:])
+        chosen = _resize_logits(logits[torch.arange(len(best), device=best.device), best][:, None], target.shape[-2:])
         losses = {name: part[:, 0] for name, part in self._mask_losses(chosen, target, weights).items()}
         losses["iou"] = (scores - ious).square().mean(1)
         losses["loss"] = losses["loss"] + self.iou_weight * losses["iou"]
@@ -121,7 +121,7 @@ def balance_weights(target: torch.Tensor) -> torch.Tensor:
     return 0.5 * object_mean + 0.5 * background
 
 
-def _resize(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def _resize_logits(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if logits.shape[-2:] == size:
         return logits
     # All masks as channels of one image: twice as fast on the CPU as a batch of three-channel images.
