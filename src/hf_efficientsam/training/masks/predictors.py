@@ -8,7 +8,7 @@ from transformers import AutoModelForMaskGeneration, AutoProcessor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASK_GENERATION_MAPPING_NAMES
 
-from hf_efficientsam.inference.loading import find_checkpoint, load_model
+from hf_efficientsam.inference.loading import find_checkpoint, is_bundled, load_model
 
 MASKS_AT_ONCE = 8  # of a prompt's candidates each, brought to image size: some enlarge them to the model input before
 
@@ -142,7 +142,7 @@ def load_mask_predictor(name: str, device: torch.device | str) -> Predictor:
     Raises:
         ValueError: with one sentence, if it cannot be loaded.
     """
-    if name == "bundled" or _model_type(name) not in MODEL_FOR_MASK_GENERATION_MAPPING_NAMES:
+    if is_bundled(name) or _model_type(name) not in MODEL_FOR_MASK_GENERATION_MAPPING_NAMES:
         model, processor = load_model(find_checkpoint(name))
         return Predictor(name, model.to(device), processor)
     try:
