@@ -6,10 +6,12 @@ options of the configuration. Two sizes: the standard one has two layers in enco
 for tests that train or export.
 """
 
+import json
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import Dinov2Config, Dinov2Model
 
 from hf_efficientsam import (
     EfficientSamBackbone,
@@ -169,6 +171,15 @@ def saliency_head(**options) -> EfficientSamSaliencyHead:
     torch.manual_seed(0)
     options = {"input_channels": CHANNELS, "hidden_size": 24} | options
     return EfficientSamSaliencyHead(EfficientSamSaliencyConfig(**options)).eval()
+
+
+def save_teacher(folder: Path, seed: int = 0, **options) -> Path:
+    """A tiny random `Dinov2Model` for images of 56 pixels and its preprocessing; `options` of its config."""
+    torch.manual_seed(seed)
+    Dinov2Model(Dinov2Config(image_size=56, patch_size=14, **options)).save_pretrained(folder)
+    values = {"size": 56, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    return folder
 
 
 def enlarge_weights(module: nn.Module, std: float = 0.3) -> None:

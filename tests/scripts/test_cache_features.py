@@ -1,6 +1,5 @@
 """`training/cache_features.py`, run as a user does, with a tiny teacher and a handful of images."""
 
-import json
 import os
 import shutil
 import signal
@@ -13,11 +12,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from script_runs import TRAINING, TWO_PROCESSES, refuse, run, start
 from torch.utils.data import default_collate
-from transformers import Dinov2Config, Dinov2Model
 
 from hf_efficientsam.training.data.feature_cache import FeatureCache
 from hf_efficientsam.training.data.images import DatasetImages, FolderImages, ImageViews, ShardImages
@@ -29,20 +28,12 @@ OPTIONS = ["--size", 32, "--views", VIEWS, "--crop_scale", 0.5, "--view_seed", 5
 pytestmark = pytest.mark.slow  # every run of the script begins with importing torch and transformers
 
 
-def save_teacher(folder, seed: int = 0) -> Path:
-    torch.manual_seed(seed)
-    config = Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14, mlp_ratio=2
-    )
-    Dinov2Model(config).save_pretrained(folder)
-    values = {"size": 56, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
-    (folder / "preprocessor_config.json").write_text(json.dumps(values))
-    return folder
+TEACHER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 2}
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    return save_teacher(tmp_path_factory.mktemp("teacher"))
+    return tiny.save_teacher(tmp_path_factory.mktemp("teacher"), **TEACHER)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +152,7 @@ def test_it_refuses_to_mix_caches(images, cached, teacher, tmp_path):
     fewer = shutil.copytree(images, tmp_path / "fewer")
     (fewer / "03.png").unlink()
     for other, sentence in [
-        (["--teacher", save_teacher(tmp_path / "other", seed=1)], "teacher.weights_hash is "),
+        (["--teacher", tiny.save_teacher(tmp_path / "other", seed=1, **TEACHER)], "teacher.weights_hash is "),
         (["--teacher_size", 28], "teacher.size is 56, not 28"),
         (["--size", 48], "size is 32, not 48"),
         (["--crop_scale", 0.4], "crop_scale is 0.5, not 0.4"),

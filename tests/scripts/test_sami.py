@@ -13,6 +13,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
@@ -34,7 +35,7 @@ from script_runs import (
     weights,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import Dinov2Config, Dinov2Model
+from transformers import Dinov2Model
 
 from hf_efficientsam import (
     EfficientSamConfig,
@@ -70,18 +71,12 @@ num_workers: 0
 """
 
 
-def save_teacher(folder: Path, seed: int = 0) -> Path:
-    torch.manual_seed(seed)
-    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14)
-    Dinov2Model(config).save_pretrained(folder)
-    values = {"size": 56, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
-    (folder / "preprocessor_config.json").write_text(json.dumps(values))
-    return folder
+TEACHER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    return save_teacher(tmp_path_factory.mktemp("teacher"))
+    return tiny.save_teacher(tmp_path_factory.mktemp("teacher"), **TEACHER)
 
 
 @pytest.fixture(scope="module")
@@ -439,7 +434,7 @@ def test_what_cannot_train_is_refused_in_a_sentence(recipe, images, shards, teac
     words, sentence = REFUSALS[case]
     places = {"IMAGES": images, "SHARDS": shards, "TEACHER": teacher, "CACHE": cache}
     if "OTHER" in words:
-        places["OTHER"] = save_teacher(tmp_path / "other", seed=1)
+        places["OTHER"] = tiny.save_teacher(tmp_path / "other", seed=1, **TEACHER)
     given = [places.get(word, word) for word in words.split()]
     said = run("sami", "--config", recipe, *given, "--output_dir", tmp_path / "run", code=2).splitlines()
     assert said[-1].startswith("sami: ") and sentence in said[-1] and "Traceback" not in said
