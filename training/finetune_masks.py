@@ -124,8 +124,11 @@ class MasksConfig(RunConfig, StepsConfig, LearningRateConfig, StreamConfig, Prom
     cache_dir: str | None = field(
         default=None, metadata={"help": "folder of the cached embeddings; by default OUTPUT_DIR/embeddings"}
     )
-    views: PositiveInt = field(
-        default=1, metadata={"help": "cached views of an image: 1 whole, 2 also mirrored, 3 and more zoomed"}
+    views: list[int] = field(
+        default_factory=lambda: [1],
+        metadata={
+            "help": "cached views of an image: 1 whole, 2 also mirrored, 3 and more zoomed; or a number for each file"
+        },
     )
     cells: NotNegativeInt = field(
         default=0, metadata={"help": "decode each prompt on so many cells of the image grid, in one round; 0: on all"}
@@ -182,8 +185,10 @@ def check(config: MasksConfig) -> None:
 
 
 def check_cache(config: MasksConfig) -> None:
+    if not config.views or min(config.views) < 1:
+        raise ValueError("--views must be numbers from 1 on.")
     if not config.cache_embeddings:
-        if config.views > 1:
+        if max(config.views) > 1:
             raise ValueError("--views are views of cached images; give --cache_embeddings, too.")
         return
     varied = config.crop_scale < 1 or config.flip or config.color_jitter

@@ -340,7 +340,7 @@ def test_a_run_on_cells_and_cached_views_resumes_exactly_and_encodes_each_view_o
     sampled = ["--train_last_layers", 1, "--cache_embeddings", "true", "--views", 3, "--cells", 6]
     given = [*arguments, *ALIKE, *sampled, "--all_cells_ratio", 0.3]
     run("finetune_masks", *given, "--output_dir", tmp_path / "whole")
-    parts = sorted(path.parent.name for path in (tmp_path / "whole" / "embeddings").glob("view_*/part_*"))
+    parts = sorted(path.parent.name for path in (tmp_path / "whole" / "embeddings").glob("file_1/view_*/part_*"))
     assert parts == ["view_0000", "view_0001", "view_0002"]
     names = changed(tmp_path / "whole", tiny_model)
     assert names == {"vision_encoder.layers", "vision_encoder.neck", "prompt_encoder", "mask_decoder"}

@@ -71,6 +71,9 @@ class FeatureCache:
         """The number of images."""
         return len(self.index["key_hashes"])
 
+    def __contains__(self, key: str) -> bool:
+        return self._position(key) is not None
+
     def read(self, key: str, view: int) -> torch.Tensor:
         """
         The features float16 [N, C] of a view, row by row.
@@ -78,9 +81,8 @@ class FeatureCache:
         Raises:
             ValueError: if it is not in the cache, or its file is gone or damaged.
         """
-        hashes, key_hash = self.index["key_hashes"], _hash_key(key)
-        position = np.searchsorted(hashes, key_hash)
-        if position == len(hashes) or hashes[position] != key_hash or not 0 <= view < self.views:
+        position = self._position(key)
+        if position is None or not 0 <= view < self.views:
             raise ValueError(
                 f"View {view} of {key} is not in {self.folder}, which holds {self.views} view(s) of {len(self)} "
                 "images; run training/cache_features.py on this data."
@@ -89,6 +91,12 @@ class FeatureCache:
         with _open_part(path) as part:
             # A copy, because the slice would keep the whole file in memory.
             return part.get_slice("features")[int(self.index["rows"][position])].clone()
+
+    def _position(self, key: str) -> int | None:
+        """The place of a key in the index, which is sorted."""
+        hashes, key_hash = self.index["key_hashes"], _hash_key(key)
+        position = int(np.searchsorted(hashes, key_hash))
+        return position if position < len(hashes) and hashes[position] == key_hash else None
 
 
 def open_manifest(folder: str | Path, manifest: dict) -> None:

@@ -147,8 +147,11 @@ class MaskTrainingSet(_Items, Dataset):
         """The number of the source, the first of those that are the same, and the row in it."""
         which = bisect_right(self.ends, index)
         start = self.ends[which - 1] if which else 0
-        first = next(i for i, source in enumerate(self.sources) if source is self.sources[which])
-        return first, (index - start) * self.options.every
+        return self._first(which), (index - start) * self.options.every
+
+    def _first(self, which: int) -> int:
+        """The number of the first source that is the same as this one."""
+        return next(i for i, source in enumerate(self.sources) if source is self.sources[which])
 
 
 class MaskViews(MaskTrainingSet):
@@ -158,16 +161,30 @@ class MaskViews(MaskTrainingSet):
 
     Args:
         sources, options, noise_size, seed: see `MaskTrainingSet`; crops, flips and colours are not used.
-        views: how many each image has, see `view_of`.
+        views: how many each image has, see `view_of`; one number, or one for each source.
+
+    Raises:
+        ValueError: if there are not as many numbers as sources, or two of them for one source.
     """
 
-    def __init__(self, sources: Sequence, options: MaskDataConfig, noise_size: int = 0, seed: int = 0, views: int = 1):
+    def __init__(
+        self,
+        sources: Sequence,
+        options: MaskDataConfig,
+        noise_size: int = 0,
+        seed: int = 0,
+        views: Sequence[int] = (1,),
+    ):
         super().__init__(sources, options, noise_size, seed)
-        self.views = views
+        if len(views) not in (1, len(self.sources)):
+            raise ValueError(f"Give --views one number, or one for each of the {len(self.sources)} files of --train.")
+        self.views = list(views) * len(self.sources) if len(views) == 1 else list(views)
+        if any(self.views[self._first(which)] != number for which, number in enumerate(self.views)):
+            raise ValueError("--views gives two numbers to one file of --train; give the same to both.")
 
     def make(self, name: str, sample: Sample, number: int) -> dict:
         generator = self.chance(number)
-        number = int(torch.randint(self.views, (), generator=generator))
+        number = int(torch.randint(self.views[self._place(number)[0]], (), generator=generator))
         size, max_masks = self.options.image_size, self.options.max_masks
         view = view_of(name, number, sample.image.size, sample.rles)
         masks = crop_masks(sample.rles, view.box, size, max_masks, generator)
@@ -189,13 +206,15 @@ class MaskViews(MaskTrainingSet):
         pixels = normalize(crop_image(sample.image, view.box, self.options.image_size))
         return pixels.flip(-1) if view.is_mirrored else pixels
 
-    def distinct_images(self) -> list[int]:
-        """An index for each image, though some sources come twice."""
-        return list({self._place(index): index for index in reversed(range(len(self)))}.values())[::-1]
+    def distinct_sources(self) -> dict[int, range]:
+        """The numbers of the sources, each once though some come twice, and the indices of their images."""
+        starts = [0, *self.ends]
+        numbers = [which for which in range(len(self.sources)) if self._first(which) == which]
+        return {which: range(starts[which], self.ends[which]) for which in numbers}
 
-    def fingerprint(self) -> str:
-        """Changes with the images and the masks."""
-        return hash_lines([*(source.fingerprint() for source in self.sources), str(self.options.every)])
+    def fingerprint(self, which: int) -> str:
+        """Changes with the images and the masks of a source."""
+        return hash_lines([self.sources[which].fingerprint(), str(self.options.every)])
 
 
 class StreamedMasks(Streamed, _Items):

@@ -53,20 +53,21 @@ class CachedViews:
     The hidden states that training reads in place of pixels; made by `cache_views`.
 
     Args:
-        folder: of the cache.
-        manifest: what it must have been made from.
+        caches: one for each source of images.
     """
 
-    def __init__(self, folder: str | Path, manifest: dict):
-        self.cache = FeatureCache(folder, manifest)
+    def __init__(self, caches: list[FeatureCache]):
+        self.caches = caches
 
     def read(self, keys: list[str], views: list[int]) -> torch.Tensor:
         """Float32 `[B, N, C]` of images by their keys and the number of the view."""
-        rows = [self.cache.read(key, view) for key, view in zip(keys, views, strict=True)]
+        rows = [self._cache_of(key).read(key, view) for key, view in zip(keys, views, strict=True)]
         return torch.stack(rows).float()
 
+    def _cache_of(self, key: str) -> FeatureCache:
+        return next((cache for cache in self.caches if key in cache), self.caches[0])  # the first says what is missing
 
-@torch.no_grad()
+
 def cache_views(
     model: EfficientSamModel,
     data: MaskViews,
@@ -76,58 +77,80 @@ def cache_views(
     num_workers: int = 0,
 ) -> CachedViews:
     """
-    Encodes what is missing, shared among the processes, and opens the cache.
+    Encodes what is missing, shared among the processes, and opens the cache: a folder for each source of images, so
+    that another source or other numbers of views leave the rest as they are.
 
     Args:
         model: its encoder up to the last so many layers must not change afterwards.
         data: the images and their views.
         folder: of the cache; is made if it is not there.
         last_layers: how many layers are left out, to be trained.
-        accelerator: of the run.
+        accelerator: of the run; its mixed precision is that of the encoder, too.
         num_workers: processes that read images.
 
     Raises:
         ValueError: if the folder holds a cache of something else, or an image is broken.
     """
     encoder = model.vision_encoder
-    manifest = {
+    was_training = model.training
+    model.eval()
+    encoded = {
         "encoder": _weights_hash(encoder, last_layers),
         "frozen_layers": len(encoder.layers) - last_layers,
+        "precision": accelerator.mixed_precision,
         "width": encoder.config.hidden_size,
         "size": data.options.image_size,
-        "views": data.views,
         "part_size": PART_SIZE,
-        "data": data.fingerprint(),
     }
+    manifests = {
+        which: {**encoded, "views": data.views[which], "data": data.fingerprint(which)}
+        for which in data.distinct_sources()
+    }
+    folders = {which: Path(folder) / f"file_{which + 1}" for which in manifests}
     if accelerator.is_main_process:
-        open_manifest(folder, manifest)
+        for which, manifest in manifests.items():
+            open_manifest(folders[which], manifest)
     accelerator.wait_for_everyone()
-    indices = data.distinct_images()
-    parts = [indices[start : start + PART_SIZE] for start in range(0, len(indices), PART_SIZE)]
-    everything = [(view, part) for view in range(data.views) for part in range(len(parts))]
+    for which, indices in data.distinct_sources().items():
+        parts = [indices[start : start + PART_SIZE] for start in range(0, len(indices), PART_SIZE)]
+        encode_parts(encoder, data, folders[which], parts, data.views[which], last_layers, accelerator, num_workers)
+    model.train(was_training)
+    return CachedViews([FeatureCache(folders[which], manifest) for which, manifest in manifests.items()])
+
+
+@torch.no_grad()
+def encode_parts(
+    encoder: EfficientSamVisionEncoder,
+    data: MaskViews,
+    folder: Path,
+    parts: list[range],
+    views: int,
+    last_layers: int,
+    accelerator: Accelerator,
+    num_workers: int,
+) -> None:
+    """Writes those parts of a source's cache that are missing, a share in each process, and then its index."""
+    everything = [(view, part) for view in range(views) for part in range(len(parts))]
     missing = [which for which in everything if not part_path(folder, *which).is_file()]
     accelerator.wait_for_everyone()  # all have looked before the first of them writes
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     total = sum(len(parts[part]) for _, part in mine)
-    was_training = model.training
-    model.eval()
     with tqdm(total=total, unit="image", desc="encoding", disable=not accelerator.is_main_process) as progress:
         for view, part in mine:
             images = Subset(_ViewPixels(data, view), parts[part])
             keys, features = [], []
             for key, pixel_values in DataLoader(images, batch_size=None, num_workers=num_workers):
                 # One at a time, so that its batch changes no digit.
-                hidden_states = encode_frozen(encoder, pixel_values[None].to(accelerator.device), last_layers)
+                with accelerator.autocast():
+                    hidden_states = encode_frozen(encoder, pixel_values[None].to(accelerator.device), last_layers)
                 keys.append(key)
                 features.append(hidden_states.half().cpu())
                 progress.update()
             write_part(folder, view, part, keys, torch.cat(features))
-    model.train(was_training)
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process and not (Path(folder) / "index.safetensors").is_file():
-        write_index(folder, len(parts), data.views)
+    if accelerator.is_main_process and not (folder / "index.safetensors").is_file():
+        write_index(folder, len(parts), views)
     accelerator.wait_for_everyone()
-    return CachedViews(folder, manifest)
 
 
 class _ViewPixels(Dataset):
