@@ -21,22 +21,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
-from hf_efficientsam import (
-    EfficientSamConfig,
-    EfficientSamImageProcessor,
-    EfficientSamModel,
-    EfficientSamProcessor,
-    EfficientSamVisionConfig,
-)
+from hf_efficientsam import EfficientSamImageProcessor, EfficientSamModel, EfficientSamProcessor
 from hf_efficientsam.inference.drawing import draw_masks, image_table
-from hf_efficientsam.inference.loading import find_checkpoint, load_model
 from hf_efficientsam.training.data.images import to_image
 from hf_efficientsam.training.engine.checkpoints import replaced_folder
 from hf_efficientsam.training.engine.config import (
@@ -52,7 +45,6 @@ from hf_efficientsam.training.engine.config import (
     check_ranges,
     parse_config,
 )
-from hf_efficientsam.training.engine.encoder_weights import load_encoder, load_vit, select_weights
 from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
 from hf_efficientsam.training.engine.optimization import (
     encoder_lr_scale,
@@ -71,9 +63,9 @@ from hf_efficientsam.training.masks.batch import (
     open_masks,
 )
 from hf_efficientsam.training.masks.feature_views import cache_views
-from hf_efficientsam.training.masks.initial_weights import set_geometric_weights
 from hf_efficientsam.training.masks.interactive import InteractiveSegmentation, PromptConfig, most_confident
-from hf_efficientsam.training.masks.losses import MaskLoss
+from hf_efficientsam.training.masks.losses import MaskLoss, MaskLossConfig
+from hf_efficientsam.training.masks.model_building import MaskModelConfig, build_model
 from hf_efficientsam.training.masks.prompts import boxes_from_masks
 
 MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "masks.yaml"
@@ -81,33 +73,17 @@ PARTS = ("vision_encoder", "prompt_encoder", "mask_decoder")
 
 
 @dataclass(frozen=True)
-class MasksConfig(RunConfig, StepsConfig, LearningRateConfig, StreamConfig, PromptConfig, MaskDataConfig):
-    # Model.
-    model: str | None = field(
-        default=None, metadata={"help": "start from this model (path or Hub name, or: bundled); else from a new Ti"}
-    )
-    encoder: str | None = field(
-        default=None, metadata={"help": "with the encoder that sami.py has pretrained: its model directory"}
-    )
-    select_weights: str | None = field(
-        default=None,
-        metadata={"help": "start a new encoder from this trained ViT (path or Hub name of a Dinov2Model)"},
-    )
-    hidden_size: PositiveInt = field(
-        default=192, metadata={"help": "width of a new encoder: 192 (Ti), 384 (S), 768 (B)"}
-    )
-    num_attention_heads: PositiveInt = field(default=3, metadata={"help": "its heads: 3, 6, 12"})
-    background_points: bool | None = field(
-        default=None, metadata={"help": "takes background points (label 0); by default as --model, and a new one does"}
-    )
-    mask_prompts: bool | None = field(default=None, metadata={"help": "takes mask prompts; by default likewise"})
-    initial_weights: str = field(
-        default="geometric",
-        metadata={"help": "a new decoder's: geometric (untrained it answers a box with that box) or random"},
-    )
-    position_init: str = field(
-        default="axes", metadata={"help": "a new random decoder's Fourier frequencies: gaussian or axes"}
-    )
+class MasksConfig(
+    MaskModelConfig,
+    RunConfig,
+    StepsConfig,
+    LearningRateConfig,
+    StreamConfig,
+    PromptConfig,
+    MaskDataConfig,
+    MaskLossConfig,
+):
+    # What is trained.
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "parts that are not trained: vision_encoder, prompt_encoder, ..."}
     )
@@ -142,13 +118,6 @@ class MasksConfig(RunConfig, StepsConfig, LearningRateConfig, StreamConfig, Prom
     # Steps on random ellipses instead of the images' masks, encoder frozen: where a new decoder learns what a box is.
     synthetic_steps: NotNegativeInt = field(default=0, metadata={"help": "so many steps on ellipses first"})
     synthetic_ratio: Ratio = field(default=0.0, metadata={"help": "and this ratio of the later ones"})
-    # Loss. SAM's is 20 : 1 : 1 without cross-entropy; a new decoder then stays at the empty mask for very long.
-    focal_weight: NotNegativeFloat = field(default=0.0, metadata={"help": "weight of the focal loss"})
-    dice_weight: NotNegativeFloat = field(default=1.0, metadata={"help": "weight of the dice loss"})
-    iou_weight: NotNegativeFloat = field(default=1.0, metadata={"help": "weight of the IoU head's squared error"})
-    balanced_bce_weight: NotNegativeFloat = field(
-        default=2.0, metadata={"help": "weight of the balanced cross-entropy"}
-    )
     # Optimisation.
     epochs: PositiveFloat | None = field(default=None, metadata={"help": "times over the data, in place of steps"})
     learning_rate: PositiveFloat = 5e-4
@@ -167,16 +136,13 @@ def check(config: MasksConfig) -> None:
     for divisor in (16, config.loss_stride):
         if config.image_size is not None and config.image_size % divisor:
             raise ValueError(f"--image_size {config.image_size} must be a multiple of {divisor} (16, --loss_stride).")
-    if config.select_weights is not None and (config.model is not None or config.encoder is not None):
-        raise ValueError("--select_weights starts a new encoder; leave out --model and --encoder.")
+    config.check_model()
     if config.schedule not in ("cosine", "linear", "constant"):
         raise ValueError(f"--schedule {config.schedule} is not known; choose cosine, linear or constant.")
     if unknown := set(config.freeze) - set(PARTS):
         raise ValueError(f"--freeze {min(unknown)}: there is no such part; choose of {', '.join(PARTS)}.")
     if config.lora and "vision_encoder" in config.freeze:
         raise ValueError("--lora updates the encoder and --freeze vision_encoder forbids it; leave one of them out.")
-    if config.initial_weights not in ("geometric", "random"):
-        raise ValueError(f"--initial_weights {config.initial_weights} is not known; choose geometric or random.")
     if config.train_last_layers is not None and (config.lora or "vision_encoder" in config.freeze):
         raise ValueError("--train_last_layers, --lora and --freeze vision_encoder exclude each other; choose one.")
     if encoders := [name for name in config.unfreeze if name.split(".")[0] == "vision_encoder"]:
@@ -198,58 +164,6 @@ def check_cache(config: MasksConfig) -> None:
             "--cache_embeddings needs --freeze vision_encoder or --train_last_layers, --crop_scale 1 --flip false "
             "--color_jitter 0 (--views vary the images instead), and no --shards, which are too many to cache."
         )
-
-
-def build_model(config: MasksConfig) -> EfficientSamModel:
-    set_seed(config.seed)  # the same start on every process, whatever was loaded before
-    kinds = {name: getattr(config, name) for name in ("background_points", "mask_prompts")}
-    if config.model is not None:
-        model, _ = load_model(find_checkpoint(config.model))
-        model = model.cpu().train()
-        model_config = copy.deepcopy(model.config)
-        asked = {name: wanted for name, wanted in kinds.items() if wanted is not None}
-        if any(getattr(model_config.prompt_encoder_config, name) != wanted for name, wanted in asked.items()):
-            for name, wanted in asked.items():
-                setattr(model_config.prompt_encoder_config, name, wanted)
-            weights, model = model.state_dict(), EfficientSamModel(model_config)
-            model.load_state_dict(weights, strict=False)  # all but the kinds of prompts that come or go
-    else:
-        model = new_model(config, kinds)
-    if config.encoder is not None:
-        replace_encoder(model, config.encoder)
-    if config.model is None and config.initial_weights == "geometric":
-        model.config.vision_config.image_size = config.image_size or model.config.vision_config.image_size
-        set_geometric_weights(model)
-    return model
-
-
-def new_model(config: MasksConfig, kinds: dict[str, bool | None]) -> EfficientSamModel:
-    """With a decoder of random weights; the encoder's are random or selected from a trained ViT's."""
-    vision = {"hidden_size": config.hidden_size, "num_attention_heads": config.num_attention_heads}
-    if config.encoder is not None:
-        vision = EfficientSamVisionConfig.from_pretrained(config.encoder).to_dict()
-    if config.image_size is not None:
-        vision["image_size"] = config.image_size
-        if config.select_weights is not None:
-            vision["pretrain_image_size"] = config.image_size  # the ViT's positions are resized once, here
-    prompt_encoder = {name: wanted is not False for name, wanted in kinds.items()}
-    prompt_encoder["position_init"] = config.position_init
-    model = EfficientSamModel(EfficientSamConfig(vision_config=vision, prompt_encoder_config=prompt_encoder))
-    if config.select_weights is not None:
-        select_weights(load_vit(config.select_weights), model.vision_encoder)
-    return model
-
-
-def replace_encoder(model: EfficientSamModel, name: str) -> None:
-    """The model's decoder goes on with another encoder; of another width, such as S and Ti, its neck is that one's."""
-    encoder, has_neck = load_encoder(name)
-    if not has_neck and encoder.config.hidden_size == model.config.vision_config.hidden_size:
-        encoder.vision_encoder.neck = model.vision_encoder.neck  # pretraining (sami.py) leaves it out
-        encoder.config.output_channels = model.config.vision_config.output_channels
-    theirs, ours = encoder.config.output_channels, model.config.vision_config.output_channels
-    if theirs != ours:
-        raise ValueError(f"--encoder {name} gives {theirs} channels and --model takes {ours}; choose another.")
-    model.vision_encoder, model.config.vision_config = encoder.vision_encoder, encoder.config
 
 
 def choose_trained(
@@ -367,15 +281,14 @@ def draw(model: EfficientSamModel, batch: Batch) -> Image.Image:
 
 def training_function(config: MasksConfig, run: TrainingRun) -> None:
     accelerator = run.accelerator
-    segmenter = build_model(config)
+    segmenter = build_model(config, config.image_size, config.seed)
     if config.image_size is None:
         config = dataclasses.replace(config, image_size=segmenter.config.vision_config.image_size)
         check(config)
     loader, epoch_steps, steps = get_loader(config, accelerator)
     choose_trained(segmenter, config.freeze, config.lora, config.train_last_layers, config.unfreeze)
-    loss_weights = (config.focal_weight, config.dice_weight, config.iou_weight, config.balanced_bce_weight)
     last_layers = config.train_last_layers or 0
-    task = InteractiveSegmentation(segmenter, MaskLoss(*loss_weights), config, last_layers)
+    task = InteractiveSegmentation(segmenter, MaskLoss(*config.loss_weights), config, last_layers)
     optimizer, scheduler = get_optimizer(config, task.model, steps)
     task, optimizer = accelerator.prepare(task, optimizer)
     average = weight_average(segmenter, config.ema_decay)

@@ -1,11 +1,33 @@
 """The loss of promptable masks: SAM's, with a balanced cross-entropy for the first steps."""
 
+from dataclasses import dataclass, field
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_efficientsam.training.engine.config import NotNegativeFloat
+
 from .metrics import filled_box, mask_iou
 from .prompts import boxes_from_masks
+
+
+@dataclass(frozen=True)
+class MaskLossConfig:
+    """The weights of the loss's parts."""
+
+    # Loss. SAM's is 20 : 1 : 1 without cross-entropy; a new decoder then stays at the empty mask for very long.
+    focal_weight: NotNegativeFloat = field(default=0.0, metadata={"help": "weight of the focal loss"})
+    dice_weight: NotNegativeFloat = field(default=1.0, metadata={"help": "weight of the dice loss"})
+    iou_weight: NotNegativeFloat = field(default=1.0, metadata={"help": "weight of the IoU head's squared error"})
+    balanced_bce_weight: NotNegativeFloat = field(
+        default=2.0, metadata={"help": "weight of the balanced cross-entropy"}
+    )
+
+    @property
+    def loss_weights(self) -> tuple[float, float, float, float]:
+        """As `MaskLoss` takes them."""
+        return self.focal_weight, self.dice_weight, self.iou_weight, self.balanced_bce_weight
 
 
 class MaskLoss(nn.Module):

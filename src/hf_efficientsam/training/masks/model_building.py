@@ -1,0 +1,115 @@
+"""The model that mask training starts from: a trained one, or a new one with weights that are geometric or random."""
+
+import copy
+from dataclasses import dataclass, field
+
+from accelerate.utils import set_seed
+
+from hf_efficientsam.inference.loading import find_checkpoint, load_model
+from hf_efficientsam.model.configuration_efficientsam import EfficientSamConfig, EfficientSamVisionConfig
+from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
+from hf_efficientsam.training.engine.config import PositiveInt
+from hf_efficientsam.training.engine.encoder_weights import load_encoder, load_vit, select_weights
+
+from .initial_weights import set_geometric_weights
+
+
+@dataclass(frozen=True)
+class MaskModelConfig:
+    """Which model is trained."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "start from this model (path or Hub name, or: bundled); else from a new Ti"}
+    )
+    encoder: str | None = field(
+        default=None, metadata={"help": "with the encoder that sami.py has pretrained: its model directory"}
+    )
+    select_weights: str | None = field(
+        default=None,
+        metadata={"help": "start a new encoder from this trained ViT (path or Hub name of a Dinov2Model)"},
+    )
+    hidden_size: PositiveInt = field(
+        default=192, metadata={"help": "width of a new encoder: 192 (Ti), 384 (S), 768 (B)"}
+    )
+    num_attention_heads: PositiveInt = field(default=3, metadata={"help": "its heads: 3, 6, 12"})
+    background_points: bool | None = field(
+        default=None, metadata={"help": "takes background points (label 0); by default as --model, and a new one does"}
+    )
+    mask_prompts: bool | None = field(default=None, metadata={"help": "takes mask prompts; by default likewise"})
+    initial_weights: str = field(
+        default="geometric",
+        metadata={"help": "a new decoder's: geometric (untrained it answers a box with that box) or random"},
+    )
+    position_init: str = field(
+        default="axes", metadata={"help": "a new random decoder's Fourier frequencies: gaussian or axes"}
+    )
+
+    def check_model(self) -> None:
+        """Raises ValueError for options that exclude each other, or are not known."""
+        if self.select_weights is not None and (self.model is not None or self.encoder is not None):
+            raise ValueError("--select_weights starts a new encoder; leave out --model and --encoder.")
+        if self.initial_weights not in ("geometric", "random"):
+            raise ValueError(f"--initial_weights {self.initial_weights} is not known; choose geometric or random.")
+
+
+def build_model(config: MaskModelConfig, image_size: int | None = None, seed: int = 0) -> EfficientSamModel:
+    """
+    The model that a training starts from, on the CPU.
+
+    Args:
+        config: what it is.
+        image_size: side of the input in pixels that geometric initial weights are made for; None: the encoder's.
+        seed: of random weights.
+
+    Raises:
+        ValueError: if something cannot be loaded, or does not fit together.
+    """
+    set_seed(seed)  # the same start on every process, whatever was loaded before
+    kinds = {name: getattr(config, name) for name in ("background_points", "mask_prompts")}
+    if config.model is not None:
+        model, _ = load_model(find_checkpoint(config.model))
+        model = model.cpu().train()
+        model_config = copy.deepcopy(model.config)
+        asked = {name: wanted for name, wanted in kinds.items() if wanted is not None}
+        if any(getattr(model_config.prompt_encoder_config, name) != wanted for name, wanted in asked.items()):
+            for name, wanted in asked.items():
+                setattr(model_config.prompt_encoder_config, name, wanted)
+            weights, model = model.state_dict(), EfficientSamModel(model_config)
+            model.load_state_dict(weights, strict=False)  # all but the kinds of prompts that come or go
+    else:
+        model = new_model(config, image_size, kinds)
+    if config.encoder is not None:
+        replace_encoder(model, config.encoder)
+    if config.model is None and config.initial_weights == "geometric":
+        model.config.vision_image_size = image_size or model.config.vision_image_size
+        set_geometric_weights(model)
+    return model
+
+
+def new_model(config: MaskModelConfig, image_size: int | None, kinds: dict[str, bool | None]) -> EfficientSamModel:
+    """With a decoder of random weights; the encoder's are random or selected from a trained ViT's."""
+    vision = {"hidden_size": config.hidden_size, "num_attention_heads": config.num_attention_heads}
+    if config.encoder is not None:
+        vision = EfficientSamVisionConfig.from_pretrained(config.encoder).to_dict()
+    if image_size is not None:
+        vision["image_size"] = image_size
+        if config.select_weights is not None:
+            vision["pretrain_image_size"] = image_size  # the ViT's positions are resized once, here
+    prompt_encoder = {name: wanted is not False for name, wanted in kinds.items()}
+    prompt_encoder["position_init"] = config.position_init
+    model = EfficientSamModel(EfficientSamConfig(vision_config=vision, prompt_encoder_config=prompt_encoder))
+    if config.select_weights is not None:
+        select_weights(load_vit(config.select_weights), model.vision_encoder)
+    return model
+
+
+def replace_encoder(model: EfficientSamModel, name: str) -> None:
+    """The model's decoder goes on with another encoder; of another width, such as S and Ti, its neck is that one's."""
+    encoder, has_neck = load_encoder(name)
+    if not has_neck and encoder.config.hidden_size == model.config.vision_config.hidden_size:
+        encoder.vision_encoder.neck = model.vision_encoder.neck  # pretraining (sami.py) leaves it out
+        encoder.config.output_channels = model.config.vision_config.output_channels
+    theirs, ours = encoder.config.output_channels, model.config.vision_config.output_channels
+    if theirs != ours:
+        raise ValueError(f"--encoder {name} gives {theirs} channels and --model takes {ours}; choose another.")
+    model.vision_encoder, model.config.vision_config = encoder.vision_encoder, encoder.config
