@@ -7,7 +7,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from hf_efficientsam.training.data.coco import CocoMasks
-from hf_efficientsam.training.masks.batch import Batch, MaskDataConfig, MaskTrainingSet, collate
+from hf_efficientsam.training.masks.batch import Batch, MaskDataConfig, MaskTrainingSet, MaskViews, collate
 
 
 def coco_masks(folder, masks_per_image, first_id=0):
@@ -122,3 +122,30 @@ def test_nothing_to_train_on(tmp_path):
     for sources in ([], [coco_masks(tmp_path, [0])]):
         with pytest.raises(ValueError, match="no image"):
             training_set(sources)
+
+
+def test_each_mask_can_be_prompted_several_times_with_other_random_numbers(two_sets):
+    once, twice = (training_set(two_sets, max_masks=4, prompts_per_mask=n)[2] for n in (1, 2))
+    assert torch.equal(twice["masks"][::2], once["masks"]) and torch.equal(twice["masks"][1::2], once["masks"])
+    assert len(twice["noise"]) == 8 and len(twice["noise"].unique(dim=0)) == 8
+
+
+def views_of(sources, views):
+    return MaskViews(sources, MaskDataConfig(image_size=32, color_jitter=0), noise_size=5, views=views)
+
+
+def test_views_are_one_number_or_one_for_each_file_the_same_wherever_it_is_given(two_sets):
+    one, other = two_sets
+    data = views_of([one, other, one], [1, 4, 1])
+    assert data.distinct_sources() == {0: range(2), 1: range(2, 5)}
+    seen = {"a": set(), "b": set()}
+    for epoch in range(30):
+        data.set_epoch(epoch)
+        for i in range(len(data)):
+            item = data[i]
+            seen["a" if item["key"].split("/")[1] in "01" else "b"].add(item["view"])
+    assert seen == {"a": {0}, "b": {0, 1, 2, 3}}
+    with pytest.raises(ValueError, match="one number, or one for each of the 2 files"):
+        views_of(two_sets, [1, 2, 3])
+    with pytest.raises(ValueError, match="two numbers to one file"):
+        views_of([one, one], [1, 2])

@@ -79,6 +79,7 @@ class MaskDataConfig:
         default=0.2, metadata={"help": "strength of brightness, contrast, saturation changes"}
     )
     max_masks: PositiveInt = field(default=12, metadata={"help": "masks an image and step"})
+    prompts_per_mask: PositiveInt = field(default=1, metadata={"help": "prompts for each mask, each drawn anew"})
 
 
 class _Items:
@@ -92,16 +93,20 @@ class _Items:
         self.epoch.fill_(epoch)
 
     def make(self, name: str, sample: Sample, number: int) -> dict:
-        """`pixel_values` float32 [3,S,S], `masks` uint8 [N,S,S] with 1 <= N <= max_masks, `noise` float32 [N,K] and
-        `key` of a sample; its chance depends on (seed, epoch, number)."""
+        """`pixel_values` float32 [3,S,S], `masks` uint8 [N,S,S] with 1 <= N <= max_masks * prompts_per_mask, `noise`
+        float32 [N,K] and `key` of a sample; its chance depends on (seed, epoch, number)."""
         options = self.options
         generator = self.chance(number)
         image, masks = random_crop_flip(
             sample.image, sample.rles, options.image_size, generator, (options.crop_scale, 1.0), options.max_masks,
             options.color_jitter, options.flip,
         )  # fmt: skip
-        noise = torch.rand(len(masks), self.noise_size, generator=generator)
-        return {"pixel_values": normalize(image), "masks": masks, "noise": noise, "key": name}
+        return {"pixel_values": normalize(image), **self.prompted(masks, generator), "key": name}
+
+    def prompted(self, masks: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """The masks as often as they are prompted, and the uniform random numbers of their prompts."""
+        masks = masks.repeat_interleave(self.options.prompts_per_mask, dim=0)
+        return {"masks": masks, "noise": torch.rand(len(masks), self.noise_size, generator=generator)}
 
     def chance(self, number: int) -> torch.Generator:
         state = np.random.SeedSequence([self.seed, self.epoch.item(), number]).generate_state(1)
@@ -193,9 +198,8 @@ class MaskViews(MaskTrainingSet):
             view = view_of(name, number, sample.image.size, sample.rles)
             masks = any_masks(sample.rles, size, max_masks, generator)
         masks = masks.flip(-1) if view.is_mirrored else masks
-        noise = torch.rand(len(masks), self.noise_size, generator=generator)
         pixel_values = self._pixels(sample, view)
-        return {"pixel_values": pixel_values, "masks": masks, "noise": noise, "key": name, "view": number}
+        return {"pixel_values": pixel_values, **self.prompted(masks, generator), "key": name, "view": number}
 
     def view_pixels(self, index: int, number: int) -> tuple[str, torch.Tensor]:
         """Name and pixels float32 [3,S,S] of a view of an image."""
