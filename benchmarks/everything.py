@@ -53,11 +53,11 @@ from hf_efficientsam.inference.loading import find_checkpoint, load_model
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.model.mask_decoder_fast_efficientsam import FastMaskDecoder
 from hf_efficientsam.model.mask_operations_efficientsam import (
-    mask_to_box,
+    batched_mask_to_box,
+    build_point_grid,
+    calculate_stability_score,
     non_maximum_suppression,
-    point_grid,
     resize_masks,
-    stability_score,
 )
 
 IMAGE = Path(__file__).parents[1] / "examples" / "bus.jpg"
@@ -78,7 +78,7 @@ class Scene:
     @property
     def points(self) -> torch.Tensor:
         """`[n, 2]`, x and y in pixels."""
-        return (self.size * torch.from_numpy(point_grid(self.points_per_side))).float().to(self.model.device)
+        return (self.size * torch.from_numpy(build_point_grid(self.points_per_side))).float().to(self.model.device)
 
     def generator(self, processor, **options) -> EfficientSamMaskGenerator:
         return EfficientSamMaskGenerator(
@@ -135,11 +135,11 @@ def naive(plain: EfficientSamModel, scene: Scene, points_per_batch: int) -> list
         logits, iou = resize_masks(logits, size, size).flatten(0, 1), iou.flatten()
         confident = iou > scene.pred_iou_thresh
         logits, iou = logits[confident], iou[confident]
-        stable = stability_score(logits, 0.0, 1.0) > scene.stability_score_thresh
+        stable = calculate_stability_score(logits, 0.0, 1.0) > scene.stability_score_thresh
         masks.append(logits[stable] > 0)
         scores.append(iou[stable])
     masks, scores = torch.cat(masks), torch.cat(scores)
-    return list(masks[non_maximum_suppression(mask_to_box(masks), scores, 0.7)].cpu().numpy())
+    return list(masks[non_maximum_suppression(batched_mask_to_box(masks), scores, 0.7)].cpu().numpy())
 
 
 @torch.no_grad()
@@ -220,7 +220,8 @@ def choose_thresholds(scene: Scene, logits: torch.Tensor, scores: torch.Tensor, 
     """So that of the prompts the share `prompts` has a confident candidate, and of those candidates `stable` is so."""
     scene.pred_iou_thresh = between(scores.amax(dim=1), 1 - prompts)
     size, confident = (scene.size, scene.size), logits[scores > scene.pred_iou_thresh]
-    stability = [stability_score(resize_masks(one[None, None], size, size)[0], 0.0, 1.0) for one in confident]
+    resized = (resize_masks(one[None, None], size, size)[0] for one in confident)
+    stability = [calculate_stability_score(one, 0.0, 1.0) for one in resized]
     scene.stability_score_thresh = between(torch.cat(stability), 1 - stable)
 
 

@@ -30,6 +30,7 @@ from transformers import get_scheduler
 
 from hf_efficientsam import EfficientSamImageProcessor, EfficientSamModel, EfficientSamProcessor
 from hf_efficientsam.inference.drawing import draw_masks, image_table
+from hf_efficientsam.model.mask_operations_efficientsam import boxes_from_masks
 from hf_efficientsam.training.data.images import to_image
 from hf_efficientsam.training.engine.checkpoints import replaced_folder
 from hf_efficientsam.training.engine.config import (
@@ -66,7 +67,6 @@ from hf_efficientsam.training.masks.feature_views import cache_views
 from hf_efficientsam.training.masks.interactive import InteractiveSegmentation, PromptConfig, most_confident
 from hf_efficientsam.training.masks.losses import MaskLoss, MaskLossConfig
 from hf_efficientsam.training.masks.model_building import MaskModelConfig, build_model
-from hf_efficientsam.training.masks.prompts import boxes_from_masks
 
 MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "masks.yaml"
 PARTS = ("vision_encoder", "prompt_encoder", "mask_decoder")

@@ -21,12 +21,10 @@ from hf_efficientsam.inference.mask_bounds import bound_masks, mask_axes, measur
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.model import mask_decoder_fast_efficientsam
 from hf_efficientsam.model.mask_operations_efficientsam import (
-    mask_to_box,
-    non_maximum_suppression,
+    batched_mask_to_box,
+    calculate_stability_score,
     resize_masks,
     rle_to_mask,
-    stability_score,
-    suppress_duplicates,
 )
 
 
@@ -69,10 +67,10 @@ def test_measured_masks_are_as_if_resized(logits_size, size, input_size, detail)
     for threshold, offset, stability in ((0.0, 1.0, 0.7), (0.5, 2.0, 0.3), (0.0, 1.0, 0.0), (-0.2, 0.1, 0.95)):
         expected = (resized > threshold).flatten(1).any(dim=1)
         if stability > 0:
-            expected &= stability_score(resized, threshold, offset) > stability
+            expected &= calculate_stability_score(resized, threshold, offset) > stability
         good, boxes = measure_masks(logits, size, input_size, threshold, offset, stability)
         assert torch.equal(good, expected)
-        assert torch.equal(boxes[good], mask_to_box(resized[good] > threshold))
+        assert torch.equal(boxes[good], batched_mask_to_box(resized[good] > threshold))
         assert 0 < good.sum() < len(good) or min(size) < 10
 
 
@@ -87,7 +85,7 @@ def test_bounds_hold_and_leave_little_open(logits_size, size, input_size):
     assert (counts[0] <= expected)[:, ~dense].all() and (expected <= counts[1])[:, ~dense].all()
     assert (counts[1] - counts[0])[:, ~dense].float().mean() < 0.5
     seen = ~dense & (resized > 0).flatten(1).any(dim=1) & (counts[0] == counts[1]).all(dim=0)
-    assert torch.equal(boxes[0, seen], mask_to_box(resized[seen] > 0))
+    assert torch.equal(boxes[0, seen], batched_mask_to_box(resized[seen] > 0))
     assert torch.equal(boxes[0, seen], boxes[1, seen])
 
 
@@ -97,45 +95,6 @@ def test_few_masks_are_resized(monkeypatch):
     monkeypatch.setattr(mask_bounds, "resize_masks", lambda *args: sizes.append(args) or resize_masks(*args))
     measure_masks(4 * smooth_logits(100, 128, 128, detail=60), (200, 301), (512, 512), 0.0, 1.0, 0.7)
     assert sum(len(args[0]) for args in sizes) < 10
-
-
-# ------------------------------------------------------------------------------------------------ suppression
-
-
-def one_by_one(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> list[int]:
-    kept = []
-    for i in np.argsort(-scores, kind="stable"):
-        for k in kept:
-            width, height = (min(boxes[i][a + 2], boxes[k][a + 2]) - max(boxes[i][a], boxes[k][a]) for a in (0, 1))
-            common = max(width, 0) * max(height, 0)
-            areas = [(boxes[n][2] - boxes[n][0]) * (boxes[n][3] - boxes[n][1]) for n in (i, k)]
-            if common > threshold * (sum(areas) - common):
-                break
-        else:
-            kept.append(i)
-    return [int(i) for i in kept]
-
-
-@pytest.mark.parametrize("at_once", [1, 7, 1000])
-@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.9])
-def test_suppression_equals_one_by_one(at_once, threshold):
-    generator = np.random.default_rng(0)
-    corners = generator.integers(0, 40, (300, 2))
-    boxes = np.concatenate([corners, corners + generator.integers(0, 30, (300, 2))], axis=1)
-    scores = generator.integers(0, 50, 300) / 50  # with ties
-    keep = non_maximum_suppression(torch.tensor(boxes), torch.tensor(scores), threshold, at_once)
-    assert keep.tolist() == one_by_one(boxes, scores, threshold)
-
-
-def test_smaller_crops_win():
-    boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 9], [30, 30, 40, 40], [0, 0, 10, 10]])
-    scores = torch.tensor([0.9, 0.8, 0.5, 0.1])
-    whole, corner = [0, 0, 50, 50], [0, 0, 20, 20]
-    crops = torch.tensor([whole, whole, whole, corner])
-    assert suppress_duplicates(boxes, scores, crops, 0.5, 0.5).tolist() == [3, 2]
-    assert suppress_duplicates(boxes, scores, crops, 0.5, 1.0).tolist() == [3, 0, 2]
-    assert suppress_duplicates(boxes, scores, crops, 1.0, 1.0).tolist() == [3, 0, 1, 2]
-    assert suppress_duplicates(boxes[:0], scores[:0], crops[:0], 0.5, 0.5).tolist() == []
 
 
 # ------------------------------------------------------------------------------------------------ the decoder
@@ -331,21 +290,6 @@ def test_single_masks_and_own_points_are_taken(model):
     records = EfficientSamMaskGenerator(model, processor, point_grids=grid, **options).generate(small_image(40, 80))
     assert 0 < len(records) <= 2
     assert all(record["point_coords"][0] in ([20, 20], [80, 0]) for record in records)
-
-
-def test_small_holes_and_islands_are_removed():
-    mask = np.zeros((20, 30), dtype=bool)
-    mask[2:15, 2:15] = True
-    mask[5:7, 5:7] = False  # a hole of 4
-    mask[18, 28] = mask[19, 29] = True  # an island of 2, by a corner
-    filled, changed = remove_small_regions(mask, 5, "holes")
-    assert changed and filled[5:7, 5:7].all() and filled.sum() == mask.sum() + 4
-    assert not remove_small_regions(mask, 4, "holes")[1]
-    cleaned, changed = remove_small_regions(mask, 3, "islands")
-    assert changed and not cleaned[18:].any() and cleaned.sum() == mask.sum() - 2
-    assert not remove_small_regions(mask, 2, "islands")[1]
-    largest, changed = remove_small_regions(mask, 10_000, "islands")
-    assert changed and np.array_equal(largest, cleaned)
 
 
 def test_records_have_no_small_regions(model):

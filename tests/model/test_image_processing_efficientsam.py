@@ -13,9 +13,8 @@ from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPi
 from hf_efficientsam.model.configuration_efficientsam import EfficientSamConfig
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
 from hf_efficientsam.model.mask_operations_efficientsam import (
-    mask_to_box,
-    masks_to_rles,
-    non_maximum_suppression,
+    batched_mask_to_box,
+    mask_to_rle_pytorch,
     rle_to_mask,
 )
 
@@ -453,47 +452,11 @@ def test_filter_drops_empty_unstable_and_cut_off_masks():
     assert boxes.shape == (0, 4)
 
 
-def test_rle_by_hand_and_back():
-    mask = torch.tensor([[0, 1, 1], [1, 1, 0]], dtype=torch.bool)
-    assert masks_to_rles(mask[None]) == [{"size": [2, 3], "counts": [1, 4, 1]}]  # down the columns: 0 1 1 1 1 0
-    masks = torch.stack([torch.zeros(3, 4), torch.ones(3, 4), torch.eye(3, 4)]).bool()
-    rles = masks_to_rles(masks)
-    assert [rle["counts"] for rle in rles[:2]] == [[12], [0, 12]]
-    assert all(np.array_equal(rle_to_mask(rle), mask) for rle, mask in zip(rles, masks.numpy(), strict=True))
-
-
-def test_boxes_of_masks():
-    masks = smooth_logits(20, 30, 50) > 3
-    masks = masks[masks.flatten(1).any(dim=1)]
-    expected = [[c.min(), r.min(), c.max(), r.max()] for r, c in (mask.nonzero(as_tuple=True) for mask in masks)]
-    assert mask_to_box(masks).tolist() == [[int(v) for v in box] for box in expected]
-
-
-def test_non_maximum_suppression_equals_the_plain_loop():
-    generator = torch.Generator().manual_seed(0)
-    corners = torch.randint(0, 50, (200, 2), generator=generator)
-    boxes = torch.cat([corners, corners + torch.randint(1, 60, (200, 2), generator=generator)], dim=1)
-    scores = torch.rand(200, generator=generator)
-
-    def iou(a, b):
-        width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-        intersection = max(width, 0) * max(height, 0)
-        areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
-        return intersection / (areas - intersection)
-
-    expected = []
-    for i in scores.argsort(descending=True).tolist():
-        if all(iou(boxes[i].tolist(), boxes[j].tolist()) <= 0.4 for j in expected):
-            expected.append(i)
-    assert 5 < len(expected) < 150
-    assert non_maximum_suppression(boxes, scores, 0.4).tolist() == expected
-
-
 def test_post_process_for_mask_generation():
     processor = EfficientSamImageProcessor()
     masks = torch.zeros(3, 30, 40, dtype=torch.bool)
     masks[0, 5:15, 5:15] = masks[1, 5:15, 5:16] = masks[2, 20:28, 20:35] = True
-    rles, boxes, scores = masks_to_rles(masks), mask_to_box(masks), torch.tensor([0.8, 0.9, 0.7])
+    rles, boxes, scores = mask_to_rle_pytorch(masks), batched_mask_to_box(masks), torch.tensor([0.8, 0.9, 0.7])
     kept, kept_scores, kept_rles, kept_boxes = processor.post_process_for_mask_generation(rles, scores, boxes, 0.7)
     assert [np.array_equal(mask, masks[i]) for mask, i in zip(kept, (1, 2), strict=True)] == [True, True]
     assert torch.equal(kept_scores, scores[[1, 2]])

@@ -1,24 +1,31 @@
-"""Helpers of the mask generator under the names of segment-anything's `utils/amg.py`.
+"""Segment-anything's `utils/amg.py`: the helpers of the mask generator under its names and with its arguments.
 
-Those that the image processor needs too are functions of model/mask_operations_efficientsam.py:
-
-| segment-anything | there |
-|---|---|
-| `build_point_grid` | `point_grid` |
-| `generate_crop_boxes` | `lay_crops` |
-| `calculate_stability_score` | `stability_score` |
-| `batched_mask_to_box` | `mask_to_box` |
-| `is_box_near_crop_edge` | `touches_crop_border` |
-| `mask_to_rle_pytorch`, `rle_to_mask` | `masks_to_rles`, `rle_to_mask` |
-| torchvision's `batched_nms` | `non_maximum_suppression`, `suppress_duplicates` |
+Those that the image processor needs too are defined in model/mask_operations_efficientsam.py, because a Hub repository
+carries model/ alone. In place of torchvision's `batched_nms` stand `non_maximum_suppression` and
+`suppress_duplicates` there, and in place of `coco_encode_rle` stands `mask_rles` of results.py. `MaskData` is the
+`Candidate` of mask_generation.py.
 """
 
 import numpy as np
 from scipy import ndimage
 
 from hf_efficientsam.model.mask_operations_efficientsam import (
-    point_grid,
+    batched_mask_to_box,
+    build_point_grid,
+    calculate_stability_score,
+    generate_crop_boxes,
+    is_box_near_crop_edge,
+    mask_to_rle_pytorch,
+    rle_to_mask,
+    uncrop_boxes_xyxy,
+    uncrop_masks,
 )
+
+
+def box_xyxy_to_xywh(box_xyxy: list[int]) -> list[int]:
+    """(x1, y1, x2, y2) -> (x1, y1, x2 - x1, y2 - y1)."""
+    x1, y1, x2, y2 = box_xyxy
+    return [x1, y1, x2 - x1, y2 - y1]
 
 
 def build_all_layer_point_grids(n_per_side: int, n_layers: int, scale_per_layer: int) -> list[np.ndarray]:
@@ -26,7 +33,7 @@ def build_all_layer_point_grids(n_per_side: int, n_layers: int, scale_per_layer:
     The grids of points `[n, 2]` over the image (layer 0) and over each crop of layers 1 to `n_layers`, x and y from 0
     to 1: layer i has `scale_per_layer` to the power i fewer points a side, but at least one.
     """
-    return [point_grid(max(1, int(n_per_side / scale_per_layer**i))) for i in range(n_layers + 1)]
+    return [build_point_grid(max(1, int(n_per_side / scale_per_layer**i))) for i in range(n_layers + 1)]
 
 
 def remove_small_regions(mask: np.ndarray, area_thresh: int, mode: str) -> tuple[np.ndarray, bool]:
@@ -55,4 +62,17 @@ def remove_small_regions(mask: np.ndarray, area_thresh: int, mode: str) -> tuple
     return mask & ~small[regions], True
 
 
-__all__ = ["build_all_layer_point_grids", "remove_small_regions"]
+__all__ = [
+    "batched_mask_to_box",
+    "box_xyxy_to_xywh",
+    "build_all_layer_point_grids",
+    "build_point_grid",
+    "calculate_stability_score",
+    "generate_crop_boxes",
+    "is_box_near_crop_edge",
+    "mask_to_rle_pytorch",
+    "remove_small_regions",
+    "rle_to_mask",
+    "uncrop_boxes_xyxy",
+    "uncrop_masks",
+]

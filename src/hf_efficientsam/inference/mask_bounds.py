@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 from hf_efficientsam.model.mask_operations_efficientsam import (
     INPUT_PIXELS_PER_MASK_PIXEL,
-    mask_to_box,
+    batched_mask_to_box,
+    calculate_stability_score,
     resize_masks,
-    stability_score,
 )
 
 from .resampling import cubic_weights
@@ -116,8 +116,9 @@ def measure_masks(
             masks = resize_masks(logits[few, None], size, input_size)[:, 0]
             good = (masks > mask_threshold).flatten(1).any(dim=1)
             if stability_score_thresh > 0:
-                good &= stability_score(masks, mask_threshold, stability_score_offset) > stability_score_thresh
-            stable[few[good]], boxes[few[good]] = True, mask_to_box(masks[good] > mask_threshold)
+                stability = calculate_stability_score(masks, mask_threshold, stability_score_offset)
+                good &= stability > stability_score_thresh
+            stable[few[good]], boxes[few[good]] = True, batched_mask_to_box(masks[good] > mask_threshold)
     return stable, boxes
 
 

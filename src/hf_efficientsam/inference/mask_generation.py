@@ -26,19 +26,25 @@ from transformers.image_utils import ImageInput
 
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
 from hf_efficientsam.model.mask_operations_efficientsam import (
-    lay_crops,
-    mask_to_box,
-    masks_to_rles,
     non_maximum_suppression,
     resize_masks,
-    stability_score,
     suppress_duplicates,
-    touches_crop_border,
 )
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
 
-from .amg import build_all_layer_point_grids, remove_small_regions
+from .amg import (
+    batched_mask_to_box,
+    box_xyxy_to_xywh,
+    build_all_layer_point_grids,
+    calculate_stability_score,
+    generate_crop_boxes,
+    is_box_near_crop_edge,
+    mask_to_rle_pytorch,
+    remove_small_regions,
+    uncrop_boxes_xyxy,
+    uncrop_masks,
+)
 from .mask_bounds import measure_masks
 from .results import mask_rles
 
@@ -202,7 +208,7 @@ class EfficientSamMaskGenerator:
                 (number, box, layer)
                 for number, pixels in enumerate(group)
                 for box, layer in zip(
-                    *lay_crops(*pixels.shape[1:], self.crop_n_layers, self.crop_overlap_ratio), strict=True
+                    *generate_crop_boxes(pixels.shape[1:], self.crop_n_layers, self.crop_overlap_ratio), strict=True
                 )
             ]
             crops = [group[number][:, top:bottom, left:right] for number, (left, top, right, bottom), _ in jobs]
@@ -237,10 +243,9 @@ class EfficientSamMaskGenerator:
     ) -> list[Candidate]:
         """The masks of one crop without duplicates, the most confident first."""
         left, top, right, bottom = crop_box
-        offset = torch.tensor([left, top, left, top], device=self.model.device)
         points = (grid * torch.tensor(input_size[::-1])).float().to(self.model.device)
-        found, boxes, scores = [], offset.new_empty(0, 4), embedding.new_empty(0)
-        keep = []
+        boxes = torch.empty(0, 4, dtype=torch.int64, device=self.model.device)
+        found, keep, scores = [], [], embedding.new_empty(0)
         for start, kept, new_scores, logits in self.predict(embedding, points):
             stable, new_boxes = measure_masks(
                 logits.float(),
@@ -250,8 +255,8 @@ class EfficientSamMaskGenerator:
                 self.stability_score_offset,
                 self.stability_score_thresh,
             )
-            new_boxes = new_boxes + offset
-            stable &= ~touches_crop_border(new_boxes, crop_box, image_size)
+            stable &= ~is_box_near_crop_edge(new_boxes, crop_box, [0, 0, *image_size[::-1]])
+            new_boxes = uncrop_boxes_xyxy(new_boxes, crop_box)
             prompts, candidates = (index[stable].tolist() for index in kept.nonzero(as_tuple=True))
             found += [
                 Candidate(start + prompt, candidate, one.clone())
@@ -313,7 +318,7 @@ class EfficientSamMaskGenerator:
                 segmentation, filled = remove_small_regions(segmentation, self.min_mask_region_area, "holes")
                 segmentation, removed = remove_small_regions(segmentation, self.min_mask_region_area, "islands")
                 changed.append(filled or removed)
-            boxes.append(mask_to_box(torch.from_numpy(segmentation)[None])[0].tolist())
+            boxes.append(batched_mask_to_box(torch.from_numpy(segmentation)[None])[0].tolist())
             records.append(self.record(mask, segmentation, stability, boxes[-1]))
         if self.min_mask_region_area:  # masks that are now alike: those that were left as they were are better
             threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
@@ -323,33 +328,30 @@ class EfficientSamMaskGenerator:
 
     def record(self, mask: Candidate, segmentation: np.ndarray, stability: float, box: list[int]) -> dict:
         """The record of one mask, as `generate` documents it."""
-        left, top, right, bottom = box
-        crop_left, crop_top, crop_right, crop_bottom = mask.crop_box
         return {
             "segmentation": self.encode(segmentation),
             "area": int(segmentation.sum()),
-            "bbox": [left, top, right - left, bottom - top],
+            "bbox": box_xyxy_to_xywh(box),
             "predicted_iou": mask.score,
             "point_coords": [mask.point],
             "stability_score": stability,
-            "crop_box": [crop_left, crop_top, crop_right - crop_left, crop_bottom - crop_top],
+            "crop_box": box_xyxy_to_xywh(mask.crop_box),
         }
 
     def enlarge(self, mask: Candidate, image_size: tuple[int, int]) -> tuple[np.ndarray, float]:
         """A mask in the image, bool `[height, width]`, and its stability."""
         left, top, right, bottom = mask.crop_box
         logits = resize_masks(mask.logits[None, None], (bottom - top, right - left), mask.input_size)[0]
-        stability = stability_score(logits, self.mask_threshold, self.stability_score_offset).item()
-        segmentation = np.zeros(image_size, dtype=bool)
-        segmentation[top:bottom, left:right] = (logits[0] > self.mask_threshold).cpu().numpy()
-        return segmentation, stability
+        stability = calculate_stability_score(logits, self.mask_threshold, self.stability_score_offset).item()
+        segmentation = uncrop_masks((logits > self.mask_threshold).cpu(), mask.crop_box, *image_size)
+        return segmentation[0].numpy(), stability
 
     def encode(self, segmentation: np.ndarray) -> np.ndarray | dict:
         """A mask `[height, width]`, bool, in the form that `output_mode` asks for."""
         if self.output_mode == "binary_mask":
             return segmentation
         if self.output_mode == "uncompressed_rle":
-            return masks_to_rles(torch.from_numpy(segmentation)[None])[0]
+            return mask_to_rle_pytorch(torch.from_numpy(segmentation)[None])[0]
         return mask_rles(segmentation[None])[0]
 
 

@@ -18,15 +18,17 @@ from transformers.processing_utils import Unpack
 
 from .image_reading_efficientsam import image_to_array, infer_data_format, resized_size
 from .mask_operations_efficientsam import (
-    lay_crops,
-    mask_to_box,
-    masks_to_rles,
-    point_grid,
+    batched_mask_to_box,
+    build_point_grid,
+    calculate_stability_score,
+    generate_crop_boxes,
+    is_box_near_crop_edge,
+    mask_to_rle_pytorch,
     resize_masks,
     rle_to_mask,
-    stability_score,
     suppress_duplicates,
-    touches_crop_border,
+    uncrop_boxes_xyxy,
+    uncrop_masks,
 )
 
 
@@ -290,11 +292,11 @@ class EfficientSamImageProcessor(PilBackend):
             raise ValueError(f"Crops are made of one image at a time, got {len(images)}.")
         pixels = self.process_image(images[0], self.do_convert_rgb, self.do_rescale, self.max_image_pixels)
 
-        crop_boxes, layers = lay_crops(*pixels.shape[-2:], crop_n_layers, overlap_ratio)
+        crop_boxes, layers = generate_crop_boxes(pixels.shape[-2:], crop_n_layers, overlap_ratio)
         crops = [pixels[:, top:bottom, left:right] for left, top, right, bottom in crop_boxes]
         points = []
         for crop, layer in zip(crops, layers, strict=True):
-            grid = point_grid(max(1, int(points_per_crop / crop_n_points_downscale_factor**layer)))
+            grid = build_point_grid(max(1, int(points_per_crop / crop_n_points_downscale_factor**layer)))
             height, width = self.get_reshaped_input_size(crop.shape[-2:])
             points.append(np.resize(grid * (width, height), (points_per_crop**2, 2)))  # np.resize repeats
 
@@ -337,17 +339,16 @@ class EfficientSamImageProcessor(PilBackend):
         if pred_iou_thresh > 0:
             keep &= scores > pred_iou_thresh
         if stability_score_thresh > 0:
-            keep &= stability_score(masks, mask_threshold, stability_score_offset) > stability_score_thresh
+            keep &= calculate_stability_score(masks, mask_threshold, stability_score_offset) > stability_score_thresh
         masks, scores = masks[keep] > mask_threshold, scores[keep]
 
         crop_box = [int(x) for x in cropped_box_image]
         height, width = (int(x) for x in original_size)
-        left, top, right, bottom = crop_box
-        boxes = mask_to_box(masks) + torch.tensor([left, top, left, top], device=masks.device)
-        keep = ~touches_crop_border(boxes, crop_box, (height, width))
-        masks = F.pad(masks[keep], (left, width - right, top, height - bottom))
-        rles = [rle | {"crop_box": crop_box} for rle in masks_to_rles(masks)]
-        return rles, scores[keep], boxes[keep]
+        boxes = batched_mask_to_box(masks)
+        keep = ~is_box_near_crop_edge(boxes, crop_box, [0, 0, width, height])
+        masks, boxes = uncrop_masks(masks[keep], crop_box, height, width), uncrop_boxes_xyxy(boxes[keep], crop_box)
+        rles = [rle | {"crop_box": crop_box} for rle in mask_to_rle_pytorch(masks)]
+        return rles, scores[keep], boxes
 
     def post_process_for_mask_generation(
         self,

@@ -32,31 +32,71 @@ def resize_masks(masks: torch.Tensor, size: tuple[int, int], input_size: tuple[i
     return torch.ops.aten.upsample_bicubic2d(masks, list(size), False, *scales)
 
 
-def stability_score(masks: torch.Tensor, threshold: float, offset: float) -> torch.Tensor:
-    """[N, h, w] logits -> [N]: IoU of the masks at a higher and a lower threshold; the one lies within the other."""
-    inner = torch.count_nonzero(masks > threshold + offset, dim=(-2, -1))
-    outer = torch.count_nonzero(masks > threshold - offset, dim=(-2, -1))
+def calculate_stability_score(masks: torch.Tensor, mask_threshold: float, threshold_offset: float) -> torch.Tensor:
+    """
+    [N, h, w] logits -> [N]: IoU of the masks at `mask_threshold` plus and minus `threshold_offset`; the one lies
+    within the other.
+    """
+    inner = torch.count_nonzero(masks > mask_threshold + threshold_offset, dim=(-2, -1))
+    outer = torch.count_nonzero(masks > mask_threshold - threshold_offset, dim=(-2, -1))
     return inner / outer.clamp(min=1)
 
 
-def mask_to_box(masks: torch.Tensor) -> torch.Tensor:
-    """[N, h, w] bool, none of them empty -> [N, 4] int64: first and last column and row that hold a pixel."""
-    rows, columns = masks.any(dim=2).byte(), masks.any(dim=1).byte()
-    x1, y1 = columns.argmax(dim=1), rows.argmax(dim=1)
-    x2 = columns.shape[1] - 1 - columns.flip(1).argmax(dim=1)
-    y2 = rows.shape[1] - 1 - rows.flip(1).argmax(dim=1)
-    return torch.stack([x1, y1, x2, y2], dim=1)
+def boxes_from_masks(masks: torch.Tensor) -> torch.Tensor:
+    """
+    Tight boxes [..., 4] of masks [..., h, w], float32, (x1, y1, x2, y2) in pixels, right and bottom exclusive as
+    prompts and COCO have them: pixel (0, 0) alone has the box (0, 0, 1, 1), an empty mask (0, 0, 0, 0).
+    """
+    x1, x2 = _extent(masks.amax(-2) > 0)  # several times as fast as any()
+    y1, y2 = _extent(masks.amax(-1) > 0)
+    return torch.stack([x1, y1, x2, y2], dim=-1).float()
 
 
-def touches_crop_border(boxes: torch.Tensor, crop_box: list[int], image_size: tuple[int, int], reach: int = 20):
-    """[N, 4] boxes in the image -> [N]: do they come near the crop's border where it is not the image's own?"""
-    crop_border = torch.tensor(crop_box, device=boxes.device)
-    image_border = torch.tensor([0, 0, image_size[1], image_size[0]], device=boxes.device)
-    near_crop, near_image = (boxes - crop_border).abs() <= reach, (boxes - image_border).abs() <= reach
+def _extent(occupied: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and one past the last True of [..., L]; (0, 0) if there is none."""
+    length = occupied.shape[-1]
+    index = torch.arange(length, device=occupied.device)
+    last = torch.where(occupied, index + 1, 0).amax(-1)
+    first = torch.where(occupied, index, length).amin(-1)
+    return torch.where(last > 0, first, 0), last
+
+
+def batched_mask_to_box(masks: torch.Tensor) -> torch.Tensor:
+    """
+    `boxes_from_masks` with the first and last column and row that hold a pixel, int64: the boxes of the records of
+    "segment everything", as segment-anything and the pipeline have them. An empty mask has the box (0, 0, 0, 0).
+    """
+    boxes = boxes_from_masks(masks).long()
+    return (boxes - boxes.new_tensor([0, 0, 1, 1])).clamp(min=0)
+
+
+def uncrop_boxes_xyxy(boxes: torch.Tensor, crop_box: list[int]) -> torch.Tensor:
+    """[N, 4] boxes in pixels of a crop -> in pixels of the image."""
+    x1, y1, _, _ = crop_box
+    return boxes + torch.tensor([x1, y1, x1, y1], device=boxes.device)
+
+
+def uncrop_masks(masks: torch.Tensor, crop_box: list[int], orig_h: int, orig_w: int) -> torch.Tensor:
+    """[N, h, w] masks of a crop -> [N, orig_h, orig_w] of the image, with zeros outside the crop."""
+    x1, y1, x2, y2 = crop_box
+    return F.pad(masks, (x1, orig_w - x2, y1, orig_h - y2))
+
+
+def is_box_near_crop_edge(
+    boxes: torch.Tensor, crop_box: list[int], orig_box: list[int], atol: float = 20.0
+) -> torch.Tensor:
+    """
+    [N, 4] boxes in pixels of a crop -> [N]: do they come within `atol` pixels of the crop's border where it is not
+    the image's own? `crop_box` and `orig_box`, the image's (0, 0, width, height), are in pixels of the image.
+    """
+    boxes = uncrop_boxes_xyxy(boxes, crop_box)
+    near_crop, near_image = (
+        (boxes - torch.tensor(border, device=boxes.device)).abs() <= atol for border in (crop_box, orig_box)
+    )
     return (near_crop & ~near_image).any(dim=1)
 
 
-def masks_to_rles(masks: torch.Tensor) -> list[dict]:
+def mask_to_rle_pytorch(masks: torch.Tensor) -> list[dict]:
     """[N, h, w] bool -> N uncompressed COCO RLEs: lengths of runs down the columns, the first of them background."""
     height, width = masks.shape[-2:]
     rles = []
@@ -68,6 +108,7 @@ def masks_to_rles(masks: torch.Tensor) -> list[dict]:
 
 
 def rle_to_mask(rle: dict) -> np.ndarray:
+    """An uncompressed COCO RLE -> bool [h, w]."""
     height, width = rle["size"]
     inside = np.arange(len(rle["counts"])) % 2 == 1
     return np.repeat(inside, rle["counts"]).reshape(width, height).T
@@ -141,8 +182,15 @@ def suppress_duplicates(
     return kept[non_maximum_suppression(boxes[kept], smallness, crop_nms_thresh)]
 
 
-def lay_crops(height: int, width: int, n_layers: int, overlap_ratio: float) -> tuple[list[list[int]], list[int]]:
-    """Boxes (x1, y1, x2, y2) of the whole image (layer 0) and of the 4**i crops of each layer i; their layers."""
+def generate_crop_boxes(
+    im_size: tuple[int, int], n_layers: int, overlap_ratio: float
+) -> tuple[list[list[int]], list[int]]:
+    """
+    Boxes (x1, y1, x2, y2) of the whole image of `im_size` (height, width), which is layer 0, and of the 4**i crops of
+    each layer i; and the layer of each. `overlap_ratio` of the short side is the overlap in layer 1; it halves with
+    each layer.
+    """
+    height, width = im_size
     crop_boxes, layers = [[0, 0, width, height]], [0]
     for layer in range(1, n_layers + 1):
         per_side = 2**layer
@@ -156,8 +204,8 @@ def lay_crops(height: int, width: int, n_layers: int, overlap_ratio: float) -> t
     return crop_boxes, layers
 
 
-def point_grid(n: int) -> np.ndarray:
-    """[n * n, 2]: centres (x, y) of the cells of an n x n grid over the unit square, row by row."""
-    centres = (np.arange(n) + 0.5) / n
+def build_point_grid(n_per_side: int) -> np.ndarray:
+    """[n * n, 2]: centres (x, y) of the cells of a grid of n cells a side over the unit square, row by row."""
+    centres = (np.arange(n_per_side) + 0.5) / n_per_side
     x, y = np.meshgrid(centres, centres)
     return np.stack([x, y], axis=-1).reshape(-1, 2)

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
+from hf_efficientsam.model.mask_operations_efficientsam import boxes_from_masks
 from hf_efficientsam.training.data.synthetic import random_ellipses
-from hf_efficientsam.training.masks.prompts import boxes_from_masks
 
 
 def ellipses(*shape, size=64, seed=0):

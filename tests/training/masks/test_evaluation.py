@@ -5,6 +5,7 @@ from PIL import Image
 from pycocotools import mask as rle_codec
 
 from hf_efficientsam import EfficientSamImageProcessor, EfficientSamProcessor
+from hf_efficientsam.model.mask_operations_efficientsam import boxes_from_masks
 from hf_efficientsam.training.data.coco import Sample
 from hf_efficientsam.training.masks import evaluation
 from hf_efficientsam.training.masks.evaluation import (
@@ -21,7 +22,6 @@ from hf_efficientsam.training.masks.evaluation import (
     random_clicks,
 )
 from hf_efficientsam.training.masks.metrics import filled_box
-from hf_efficientsam.training.masks.prompts import boxes_from_masks
 
 HEIGHT, WIDTH = 20, 30
 BOXES = torch.tensor([[2.0, 3, 12, 9], [14, 0, 30, 8], [20, 10, 21, 11]])

@@ -4,10 +4,10 @@ import pytest
 import tiny
 import torch
 
+from hf_efficientsam.model.mask_operations_efficientsam import boxes_from_masks
 from hf_efficientsam.training.masks.feature_views import encode_frozen
 from hf_efficientsam.training.masks.interactive import InteractiveSegmentation, PromptConfig
 from hf_efficientsam.training.masks.losses import MaskLoss
-from hf_efficientsam.training.masks.prompts import boxes_from_masks
 
 SIZE = 64
 EVERYTHING = {"background_points": True, "mask_prompts": True}

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
+from hf_efficientsam.model.mask_operations_efficientsam import boxes_from_masks
 from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
 from hf_efficientsam.training.masks.metrics import MeanIoU, calibration_error, filled_box, inscribed_ellipse, mask_iou
-from hf_efficientsam.training.masks.prompts import boxes_from_masks
 
 
 def test_iou_perfect_degenerate_and_by_hand():

@@ -1,6 +1,6 @@
 import torch
 
-from hf_efficientsam.training.masks.prompts import boxes_from_masks, jitter_boxes, sample_error_points, sample_points
+from hf_efficientsam.training.masks.prompts import jitter_boxes, sample_error_points, sample_points
 
 
 def uniform(*shape, seed=0):
@@ -11,17 +11,6 @@ def at(masks, points):
     """The values of masks [N,H,W] at points [N,2]."""
     x, y = points.long().unbind(-1)
     return masks[torch.arange(len(masks)), y, x]
-
-
-def test_boxes_are_tight_with_exclusive_edges():
-    masks = torch.zeros(2, 2, 6, 8, dtype=torch.uint8)
-    masks[0, 0, 1:4, 2:7] = 1
-    masks[0, 1, 5, 7] = 1
-    masks[1, 0, 0, 3] = masks[1, 0, 4, 1] = 1  # two pixels far apart
-    expected = [[[2, 1, 7, 4], [7, 5, 8, 6]], [[1, 0, 4, 5], [0, 0, 0, 0]]]
-    for kind in (masks, masks.bool(), masks.float()):
-        assert boxes_from_masks(kind).tolist() == expected
-        assert boxes_from_masks(kind).dtype == torch.float32
 
 
 def test_jitter_is_a_tenth_of_the_side():

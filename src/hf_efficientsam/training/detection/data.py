@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
+from hf_efficientsam.model.mask_operations_efficientsam import boxes_from_masks
 from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
 from hf_efficientsam.training.data.images import normalize
 from hf_efficientsam.training.data.shards import shared_number
-from hf_efficientsam.training.masks.prompts import boxes_from_masks
 
 
 def fit(image: Image.Image, size: int) -> tuple[torch.Tensor, tuple[int, int]]:

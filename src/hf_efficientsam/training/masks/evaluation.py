@@ -11,12 +11,13 @@ import torch
 from scipy.ndimage import distance_transform_edt
 from torch.utils.data import IterableDataset, get_worker_info
 
+from hf_efficientsam.model.mask_operations_efficientsam import boxes_from_masks
 from hf_efficientsam.training.data.coco import Sample, decode_rles
 from hf_efficientsam.training.data.images import hash_key
 
 from .metrics import MeanIoU, calibration_error, filled_box, inscribed_ellipse, mask_iou
 from .predictors import ImagePredictor, PreparedImage, prepare_image
-from .prompts import boxes_from_masks, sample_points
+from .prompts import sample_points
 
 ANSWERS = (
     "Masks are compared at the image's own size and the mean is over masks. 'confident': of the candidates the one "

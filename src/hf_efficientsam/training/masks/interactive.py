@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_efficientsam.model.mask_operations_efficientsam import boxes_from_masks
 from hf_efficientsam.model.modeling_efficientsam import MISSING_BOX, PADDING, EfficientSamModel
 from hf_efficientsam.training.data.synthetic import random_ellipses
 from hf_efficientsam.training.engine.config import NotNegativeFloat, NotNegativeInt, PositiveInt, PositiveRatio, Ratio
@@ -20,7 +21,7 @@ from .cell_sampling import (
 )
 from .feature_views import encode_rest
 from .losses import MaskLoss
-from .prompts import boxes_from_masks, jitter_boxes, sample_error_points, sample_points
+from .prompts import jitter_boxes, sample_error_points, sample_points
 
 
 @dataclass(frozen=True)

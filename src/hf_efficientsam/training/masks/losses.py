@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_efficientsam.model.mask_operations_efficientsam import boxes_from_masks
 from hf_efficientsam.training.engine.config import NotNegativeFloat
 
 from .metrics import filled_box, mask_iou
-from .prompts import boxes_from_masks
 
 
 @dataclass(frozen=True)

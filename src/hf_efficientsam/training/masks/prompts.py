@@ -8,13 +8,6 @@ Chance is an argument: uniform random numbers in [0, 1), so that nothing depends
 import torch
 
 
-def boxes_from_masks(masks: torch.Tensor) -> torch.Tensor:
-    """Tight boxes float32 [...,4] of masks [...,H,W]; an empty mask, such as padding, has the box (0, 0, 0, 0)."""
-    left, right = _extent(masks.amax(-2) > 0)  # several times as fast as any()
-    top, bottom = _extent(masks.amax(-1) > 0)
-    return torch.stack([left, top, right, bottom], -1).float()
-
-
 def jitter_boxes(
     boxes: torch.Tensor,
     size: int,
@@ -77,12 +70,3 @@ def sample_error_points(
     x, y = points.long().unbind(-1)
     labels = target.flatten(-2).gather(-1, (y * target.shape[-1] + x)[..., None])[..., 0].long()
     return points, labels
-
-
-def _extent(occupied: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and one past the last True of [...,L]; (0, 0) if there is none."""
-    length = occupied.shape[-1]
-    index = torch.arange(length, device=occupied.device)
-    last = torch.where(occupied, index + 1, 0).amax(-1)
-    first = torch.where(occupied, index, length).amin(-1)
-    return torch.where(last > 0, first, 0), last
