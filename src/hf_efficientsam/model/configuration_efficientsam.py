@@ -1,4 +1,4 @@
-"""Configuration of EfficientSAM: vision encoder, backbone, prompt encoder, mask decoder, the whole, its pretraining.
+"""Configurations of EfficientSAM: vision encoder, backbone, prompt encoder, mask decoder, the whole model, pretraining.
 
 The defaults are EfficientSAM-Ti. EfficientSAM-S differs in the vision encoder alone: `hidden_size=384` and
 `num_attention_heads=6`.
@@ -15,7 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 @strict
 class EfficientSamVisionConfig(PreTrainedConfig):
     r"""
-    The plain ViT that turns an image into an embedding grid, or with `num_labels` classes in scores:
+    The plain ViT that turns an image into an embedding grid, or with `num_labels` classes into scores:
     [`EfficientSamVisionModel`], [`EfficientSamForImageClassification`].
 
     Args:
@@ -36,11 +36,11 @@ class EfficientSamVisionConfig(PreTrainedConfig):
         layer_norm_eps (`float`, defaults to 1e-6): Epsilon of every layer normalisation.
         attention_dropout (`float`, defaults to 0.0): Dropout of the attention weights in training.
         drop_path_rate (`float`, defaults to 0.0):
-            Stochastic depth in training: how often the last layer's branches are left out; the first layer's never
-            are, and the rate grows linearly between.
+            Stochastic depth in training: the probability that a residual branch of the last layer is left out. It
+            grows linearly over the layers, from 0 in the first.
         classifier_pooling (`str`, defaults to `"mean"`):
-            What [`EfficientSamForImageClassification`] classifies: the `"mean"` of the patches or the class token,
-            `"cls"`.
+            What [`EfficientSamForImageClassification`] classifies: the `"mean"` of the patch tokens, or the class
+            token (`"cls"`).
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
     """
 
@@ -82,29 +82,29 @@ class EfficientSamVisionConfig(PreTrainedConfig):
 @strict
 class EfficientSamBackboneConfig(BackboneConfigMixin, EfficientSamVisionConfig):
     r"""
-    The vision encoder as a backbone for dense tasks: [`EfficientSamBackbone`]. What is not listed here is the
-    encoder's, see [`EfficientSamVisionConfig`]; `from_pretrained` takes that from the directory of any EfficientSAM
-    model, pretraining included.
+    The vision encoder as a backbone for dense tasks: [`EfficientSamBackbone`]. Options that are not listed here are
+    those of [`EfficientSamVisionConfig`]; `from_pretrained` takes them from the directory of any EfficientSAM model,
+    a pretraining model included.
 
     Args:
         window_size (`int`, defaults to 0):
-            Side in patches of the windows that most layers attend within; 14 in ViTDet. 0: every layer attends
-            everywhere.
+            Side in patches of the windows that most layers attend within; 14 in ViTDet. With 0 every layer has global
+            attention.
         global_attention_layers (`list[int]`, *optional*):
-            The layers, counted from 0, that attend everywhere all the same. If not given, ViTDet's: the last one of
-            each quarter, so 2, 5, 8 and 11 of 12.
+            The layers, counted from 0, that have global attention in spite of `window_size`. If not given, ViTDet's:
+            the last one of each quarter, so 2, 5, 8 and 11 of 12.
         pyramid_strides (`list[int]`, *optional*):
             Strides in pixels of a simple feature pyramid on the last layer, ascending, out of 4, 8, 16, 32 and 64.
             If not given, the features are the layers' own maps of stride 16.
         pyramid_channels (`int`, defaults to 256): Channels of each level of the pyramid.
         apply_layernorm (`bool`, defaults to `False`):
-            Normalise the maps that are taken from the layers, each by a layer normalisation of its own. ViTDet's
-            pyramid does without.
+            Whether each feature map that is taken from a layer passes through a layer normalisation of its own. Not
+            so in ViTDet's pyramid.
         out_features (`list[str]`, *optional*):
-            Names of the feature maps. With a pyramid `"stage1"` to `"stage4"`, one for each stride, and all of them
-            if not given. Else `"stem"`, the first layer's input, and `"stage1"` to `"stage12"`, the output of each
-            layer; the last one if not given.
-        out_indices (`list[int]`, *optional*): The same by position among the names.
+            Names of the feature maps to return. With a pyramid they are `"stage1"`, `"stage2"`, ..., one for each
+            stride; all of them if not given. Without one they are `"stem"` (the first layer's input) and `"stage1"`
+            to `"stage12"` (the output of each layer); the last one if not given.
+        out_indices (`list[int]`, *optional*): The same as positions in the list of names.
 
     Example:
 
@@ -130,7 +130,7 @@ class EfficientSamBackboneConfig(BackboneConfigMixin, EfficientSamVisionConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        # Any EfficientSAM model gives its encoder: a whole one or a SAMI directory its part, a classifier all it has.
+        # The encoder of a whole model or a SAMI model is a part of its config; a classifier's config is the encoder's.
         config_dict = config_dict.get(cls.base_config_key, config_dict)
         if config_dict.get("model_type") == EfficientSamVisionConfig.model_type:
             config_dict = config_dict | {"model_type": cls.model_type}
@@ -202,7 +202,7 @@ class EfficientSamPromptEncoderConfig(PreTrainedConfig):
         position_init (`str`, defaults to `"gaussian"`):
             How a new model's Fourier frequencies start (checkpoints bring their own): `"gaussian"` as in Segment
             Anything, normal with one cycle per half image side; `"axes"`, half of them along x and half along y,
-            log-spaced from 1/4 to 16 cycles per half side, from which small boxes are learnt much faster.
+            log-spaced from 1/4 to 16 cycles per half side, with which small boxes are learnt much faster.
         hidden_act (`str`, defaults to `"gelu"`): Activation inside the mask prompt encoder.
         layer_norm_eps (`float`, defaults to 1e-6): Epsilon of its layer normalisations.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
@@ -356,12 +356,13 @@ class EfficientSamSamiConfig(PreTrainedConfig):
             it is always `num_channels * patch_size**2`.
         target_normalization (`str`, defaults to `"layer_norm"`):
             `"layer_norm"` brings each patch's target to mean 0 and variance 1, so that the loss means the same for
-            every teacher (and for pixels, what MAE found best); `"none"` leaves it. The paper does not say.
+            every teacher (for pixels this is what MAE found best); `"none"` leaves the target as it is. The paper
+            does not say which.
         loss (`str`, defaults to `"mse"`): `"mse"`, or `"cosine"` for one minus the cosine similarity.
-        mask_ratio (`float`, defaults to 0.75): Share of the patches that the encoder does not see, 0 included.
+        mask_ratio (`float`, defaults to 0.75): Ratio of patches that the encoder does not see; may be 0.
         decoder_type (`str`, defaults to `"cross_attention"`):
-            `"cross_attention"` decodes the removed patches alone, which look at the encoder's tokens and at each
-            other; `"all_token"` decodes all of them by self-attention, as MAE does.
+            With `"cross_attention"` only the removed patches are decoded; they attend to the encoder's tokens and to
+            each other. With `"all_token"` all patches are decoded by self-attention, as in MAE.
         decoder_hidden_size (`int`, defaults to 512): Width of the decoder, a multiple of 4 and of the heads.
         decoder_num_hidden_layers (`int`, defaults to 8): Layers of the decoder.
         decoder_num_attention_heads (`int`, defaults to 16): Attention heads a layer.

@@ -210,10 +210,11 @@ class EfficientSamSamiDecoderLayer(GradientCheckpointingLayer):
 
 class EfficientSamSamiDecoder(nn.Module):
     """
-    The part that is thrown away: encoder tokens `[B, 1 + K, hidden_size]` -> reconstruction `[B, N, target_size]`.
+    The decoder that only pretraining uses: encoder tokens `[B, 1 + K, hidden_size]` -> reconstruction
+    `[B, N, target_size]`.
 
-    With cross-attention (the paper's) the encoder's tokens are only looked at: mask tokens attend to them and to each
-    other, and in the end both are put into one sequence. With `all_token` every token passes through every layer.
+    With cross-attention (the paper's) the encoder's tokens do not change: mask tokens attend to them and to each other,
+    and both are joined at the end. With `all_token` every token passes through every layer.
     """
 
     def __init__(self, config: EfficientSamSamiConfig):
@@ -236,7 +237,7 @@ class EfficientSamSamiDecoder(nn.Module):
         encoded = self.projection(self.layernorm_before(encoded))
         cls_token, kept = encoded.split([1, encoded.shape[1] - 1], dim=1)  # [B, 1, C], [B, K, C]
         num_removed = ids_restore.shape[1] - kept.shape[1]
-        # Made where it is used: a copy to the GPU would wait for the encoder.
+        # Made on the device: a copy from the CPU would wait for the encoder.
         positions = sincos_positions(height, width, encoded.shape[2], encoded.device).to(encoded.dtype)
         positions = positions[ids_restore.argsort(dim=1)]  # [B, N, C] in the order of the noise
         positions_kept, positions_removed = positions.split([kept.shape[1], num_removed], dim=1)
