@@ -1,4 +1,4 @@
-"""Configurations of EfficientSAM: vision encoder, backbone, prompt encoder, mask decoder, the whole model, pretraining.
+"""Configurations of EfficientSAM: vision encoder, backbone, prompt encoder, mask decoder, whole model, pretraining.
 
 The defaults are EfficientSAM-Ti. EfficientSAM-S differs in the vision encoder alone: `hidden_size=384` and
 `num_attention_heads=6`.

@@ -213,8 +213,8 @@ class EfficientSamSamiDecoder(nn.Module):
     The decoder that only pretraining uses: encoder tokens `[B, 1 + K, hidden_size]` -> reconstruction
     `[B, N, target_size]`.
 
-    With cross-attention (the paper's) the encoder's tokens do not change: mask tokens attend to them and to each other,
-    and both are joined at the end. With `all_token` every token passes through every layer.
+    With cross-attention (the paper's) the encoder's tokens do not change: mask tokens attend to them and to each
+    other, and both are joined at the end. With `all_token` every token passes through every layer.
     """
 
     def __init__(self, config: EfficientSamSamiConfig):
