@@ -24,6 +24,7 @@ from commands import (
 from PIL import Image
 
 from hf_efficientsam import EfficientSamImageProcessor, EfficientSamModel, EfficientSamProcessor
+from hf_efficientsam.inference.results import mask_rles
 
 
 def test_mask_and_numbers_are_those_of_model_and_processor(photo, model):
@@ -55,7 +56,8 @@ def test_mask_and_numbers_are_those_of_model_and_processor(photo, model):
                     "score": round(float(outputs.iou_scores[0, 0, best]), 4),
                     "area": int(expected.sum()),
                     "box": [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1],
-                    "file": "mask.png",
+                    "file": str(output),
+                    "segmentation": mask_rles(expected[None])[0],
                 }
             ],
         }
@@ -72,7 +74,7 @@ def test_text_says_what_json_says(photo, model):
     assert result.stdout.splitlines() == [
         f"{photo}: {WIDTH} x {HEIGHT} pixels",
         f"  object 1: score {mask['score']:.3f}, area {mask['area']} pixels, "
-        f"box {','.join(map(str, mask['box']))}, file mask.png",
+        f"box {','.join(map(str, mask['box']))}, file {photo.with_name('mask.png')}",
     ]
 
 
@@ -92,9 +94,9 @@ def test_all_candidates_come_best_first(photo, model):
     masks = record["objects"][0]["masks"]
     scores = [mask["score"] for mask in masks]
     assert len(scores) == 3 and scores == sorted(scores, reverse=True)
-    assert [mask["file"] for mask in masks] == ["m_1_1.png", "m_1_2.png", "m_1_3.png"]
+    assert [mask["file"] for mask in masks] == [str(photo.with_name(f"m_1_{k}.png")) for k in (1, 2, 3)]
     for mask in masks:
-        assert np.count_nonzero(np.asarray(Image.open(photo.with_name(mask["file"])))) == mask["area"]
+        assert np.count_nonzero(np.asarray(Image.open(mask["file"]))) == mask["area"]
     best = run_segment(photo, "--box", BOX, model=model)["objects"][0]["masks"]
     assert [mask["score"] for mask in best] == scores[:1]
     assert "object 1, candidate 3: " in run("segment", photo, "--box", BOX, "--all-masks", "--model", model).stdout

@@ -7,7 +7,12 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from hf_efficientsam.inference.everything_files import EverythingSegmenter, plan_everything_jobs, write_dataset
+from hf_efficientsam.inference.everything_files import (
+    EverythingSegmenter,
+    kept_records,
+    plan_everything_jobs,
+    write_dataset,
+)
 from hf_efficientsam.inference.folder_runs import run_jobs
 from hf_efficientsam.inference.image_files import read_image, upright_size
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
@@ -64,9 +69,12 @@ def everything_command(
     of its mask, counted from 1 in the order of the image's annotations: where masks overlap, of the smallest, and 0
     where there is none. OUTPUT/overlays/NAME.jpg shows the masks. Pixels are those of the upright image.
 
-    Run again, it does only what is missing, as OUTPUT/records tells: images that are new or changed, or all if the
-    model or an option is another. instances.json has the images of the last call. Images that cannot be read are
-    listed at the end, with exit code 2, when all others are done.
+    NAME is the image's without its ending, or with it where two images differ by that alone.
+
+    Run again, it does only what is missing, as OUTPUT/records tells: images that are new or whose content is another,
+    or all if the model, an option or this package's version is another. instances.json keeps the images of earlier
+    calls with the same output, but for those that are gone from the folder. Images that cannot be read, and those
+    whose results cannot be written, are listed at the end, with exit code 2, when all others are done.
     """
     jobs = plan_everything_jobs(image, output, overlay)
     if not image.is_dir():
@@ -84,13 +92,12 @@ def everything_command(
     records, failures = run_jobs(
         jobs, segmenter, lambda record: None if as_json else tqdm.write(describe_annotations(record))
     )
-    if records:
-        write_dataset(records, output)
     warn_of_empty(records, segmenter.generator)
-    for record in records:  # the masks are in the files; here they would drown everything else
-        for annotation in record["annotations"]:
-            del annotation["segmentation"]
     report_folder(records, failures, as_json)
+    if records or (output / "instances.json").is_file():
+        write_dataset(records, kept_records(jobs, image), output)
+    if failures:
+        raise typer.Exit(2)
 
 
 def warn_of_empty(records: list[dict], generator: EfficientSamMaskGenerator) -> None:

@@ -19,12 +19,10 @@ def describe_objects(record: dict) -> str:
 
 
 def report_folder(records: list[dict], failures: list[dict], as_json: bool) -> None:
-    """At the end of a run over a folder: which images are done, and, with exit code 2, which could not be read."""
+    """At the end of a run over a folder: which images are done, and which could not be read or written."""
     if as_json:
         typer.echo(json.dumps({"images": records, "failed": failures}))
     else:
         typer.echo(f"{len(records)} of {len(records) + len(failures)} images are done")
     for failure in failures:
         typer.echo(f"efficientsam: {failure['error']}", err=True)
-    if failures:
-        raise typer.Exit(2)

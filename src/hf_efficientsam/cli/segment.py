@@ -79,8 +79,12 @@ def segment_command(
 
     A folder is segmented as its prompts file says, a JSON object a line: {"image": "a.jpg", "points": [[580, 350],
     [10, 10]], "labels": [1, 0], "boxes": []}, where label 0 means background. OUTPUT/a.png is the mask and
-    OUTPUT/a.json says what was found. Run again, it does only what is missing. Images that cannot be read are
-    listed at the end, with exit code 2, when all others are done.
+    OUTPUT/a.json says what was found; where two images would share a file (a.jpg and a.png), it is a.jpg.png and
+    a.jpg.json. Run again, it does only what is missing, or what another image, prompt, model, option or version of
+    this package was the source of. Images that cannot be read, and those whose masks cannot be written, are listed
+    at the end, with exit code 2, when all others are done.
+
+    With --json each mask has its COCO RLE, too.
     """
     if not image.exists():
         raise ValueError(f"{image}: no such file.")
@@ -145,3 +149,5 @@ def segment_folder(
         jobs, segmenter, lambda record: None if as_json else tqdm.write(describe_objects(record))
     )
     report_folder(records, failures, as_json)
+    if failures:
+        raise typer.Exit(2)

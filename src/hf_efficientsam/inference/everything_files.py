@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
 from .drawing import lay_masks
-from .folder_runs import FolderJob, check_results_folder, find_shared_file
+from .folder_runs import FolderJob, check_results_folder, name_results
 from .image_files import (
     ImageError,
     as_model_sees,
@@ -25,7 +25,7 @@ from .image_files import (
     read_image,
     write_files,
 )
-from .loading import find_checkpoint, load_model
+from .loading import checkpoint_fingerprint, find_checkpoint, load_model
 from .mask_generation import THRESHOLDS, EfficientSamMaskGenerator
 from .records import image_record
 from .results import draw_label_map, largest_first
@@ -40,6 +40,7 @@ class EverythingSegmenter:
 
     Attributes:
         name: of the checkpoint.
+        fingerprint: see `checkpoint_fingerprint`.
         generator: its `output_mode` is "coco_rle".
         options: arguments of the generator that the masks depend on, its thresholds among them.
         max_pixels: larger images are refused.
@@ -47,6 +48,7 @@ class EverythingSegmenter:
     """
 
     name: str
+    fingerprint: str
     generator: EfficientSamMaskGenerator
     options: dict
     max_pixels: int
@@ -59,12 +61,13 @@ class EverythingSegmenter:
         """From a checkpoint's name as `find_checkpoint` takes it."""
         name = find_checkpoint(name)
         model, processor = load_model(name)
+        fingerprint = checkpoint_fingerprint(model, processor)
         processor.image_processor.max_image_pixels = max_pixels
         generator = EfficientSamMaskGenerator(
             model, processor, points_per_batch=points_per_batch, output_mode="coco_rle", **options
         )
         options = options | {threshold: getattr(generator, threshold) for threshold in THRESHOLDS}
-        return cls(name, generator, options, max_pixels, crop_progress)
+        return cls(name, fingerprint, generator, options, max_pixels, crop_progress)
 
     def __call__(self, path: Path) -> tuple[Image.Image, list[dict]]:
         """The upright image and its annotations in the order of the generator, as COCO has them but without ids."""
@@ -109,38 +112,44 @@ class EverythingJob(FolderJob):
     One image and where its results go.
 
     Attributes:
-        name: of the image in the dataset, relative to the folder of images.
+        folder: of the images.
+        name: of the image in the dataset, relative to that folder.
+        result: name of its results, without an ending.
         output: folder for the results of all images.
         with_overlay: also draw the masks over the image.
     """
 
+    folder: Path
     name: Path
+    result: Path
     output: Path
     with_overlay: bool
 
     @property
     def record_file(self) -> Path:
-        return self.output / "records" / self.name.with_suffix(".json")
+        return self.output / "records" / self.result.with_name(f"{self.result.name}.json")
 
     @property
     def label_map(self) -> Path:
-        return self.output / "labels" / self.name.with_suffix(".png")
+        return self.output / "labels" / self.result.with_name(f"{self.result.name}.png")
 
     @property
     def overlay(self) -> Path:
-        return self.output / "overlays" / self.name.with_suffix(".jpg")
+        return self.output / "overlays" / self.result.with_name(f"{self.result.name}.jpg")
 
     def result_files(self, segmenter: EverythingSegmenter | None = None) -> list[Path]:
         return [self.label_map, self.overlay] if self.with_overlay else [self.label_map]
 
     def is_answered_by(self, record: dict, segmenter: EverythingSegmenter) -> bool:
-        return record["image"] == self.name.as_posix() and record["options"] == segmenter.options
+        return record["file_name"] == self.name.as_posix() and record["options"] == segmenter.options
 
     def compute(self, segmenter: EverythingSegmenter) -> tuple[dict, dict[Path, bytes]]:
+        self.check_not_of_another()
         image, annotations = segmenter(self.image)
         size = image.size[::-1]
-        content = {"options": segmenter.options, "annotations": annotations}
-        record = image_record(self.name.as_posix(), size, segmenter.name, **content)
+        origin = {"folder": str(self.folder.resolve()), "file_name": self.name.as_posix()}
+        content = {**origin, "options": segmenter.options, "annotations": annotations}
+        record = image_record(str(self.image), size, segmenter.name, **content)
         masks, areas = DecodedMasks(annotations), [one["area"] for one in annotations]
         files = {self.label_map: encode_image(draw_label_map(masks, areas, size), self.label_map)}
         if self.with_overlay:
@@ -149,6 +158,18 @@ class EverythingJob(FolderJob):
                 overlay = lay_masks(seen, (masks[i] for i in largest_first(areas)))
             files[self.overlay] = encode_image(overlay, self.overlay)
         return record, files
+
+    def check_not_of_another(self) -> None:
+        """Raises a ValueError if an image of the same name in another folder has its results here."""
+        try:
+            record = json.loads(self.record_file.read_bytes())
+            other = Path(record["folder"], record["file_name"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        if other.is_file() and not other.samefile(self.image):
+            raise ValueError(
+                f"{self.record_file} is of another image, {other}; choose another --output, or delete that record."
+            )
 
 
 def plan_everything_jobs(images: Path, output: Path, with_overlay: bool) -> list[EverythingJob]:
@@ -176,29 +197,65 @@ def plan_everything_jobs(images: Path, output: Path, with_overlay: bool) -> list
                 raise ValueError(
                     f"{output / name} is there already, but not from this command; choose another --output."
                 )
-    jobs = [EverythingJob(folder / name, name, output, with_overlay) for name in names]
-    if shared := find_shared_file(jobs, None):
-        owner, job, file = shared
-        raise ValueError(f"{owner.image} and {job.image} would both be written to {file}; rename one.")
+
+    def job_of(i: int, result: Path) -> EverythingJob:
+        return EverythingJob(folder / names[i], folder, names[i], result, output, with_overlay)
+
+    def files(i: int, result: Path) -> list[Path]:
+        job = job_of(i, result)
+        return [*job.result_files(), job.record_file]
+
+    jobs = [job_of(i, result) for i, result in enumerate(name_results(names, files))]
     for job in jobs:
         if job.image.resolve() in [file.resolve() for file in [*job.result_files(), job.record_file]]:
             raise ValueError(f"{job.image} would be overwritten by a result; choose another --output.")
     return jobs
 
 
-def write_dataset(records: list[dict], output: Path) -> None:
-    """`instances.json` of images and annotations, both numbered from 1 in the order of the records."""
+def kept_records(jobs: list[EverythingJob], images: Path) -> list[dict]:
+    """
+    The records of images that earlier calls with the same output had and this one, of `images`, has not. An image that
+    is gone from the folder of this call is left out.
+    """
+    names, kept = {job.name.as_posix() for job in jobs}, []
+    for file in sorted((jobs[0].output / "records").rglob("*.json")):
+        try:
+            record = json.loads(file.read_bytes())
+            name, here = record["file_name"], record["folder"] == str(images.resolve())
+            if name not in names and not (here and images.is_dir() and not (images / name).is_file()):
+                kept.append(record)
+        except (OSError, ValueError, KeyError, TypeError):  # of another form, or not whole
+            continue
+    return kept
+
+
+def write_dataset(records: list[dict], kept: list[dict], output: Path) -> None:
+    """
+    `instances.json` of images and annotations, both numbered from 1 in the order of the names.
+
+    Args:
+        records: of this call, whose model and options become the dataset's.
+        kept: of earlier calls; images of another model or other options say so themselves.
+    """
     images, annotations = [], []
-    for i, record in enumerate(records, start=1):
-        images.append({"id": i, "file_name": record["image"], "height": record["height"], "width": record["width"]})
+    made = {key: (records or kept)[0][key] for key in ("model", "options")}
+    for i, record in enumerate(sorted([*records, *kept], key=lambda record: record["file_name"]), start=1):
+        image = {"id": i, "file_name": record["file_name"], "height": record["height"], "width": record["width"]}
+        images.append(image | {key: record[key] for key, value in made.items() if record[key] != value})
         annotations += [
             {"id": len(annotations) + k, "image_id": i, **annotation}
             for k, annotation in enumerate(record["annotations"], start=1)
         ]
-    info = {"description": "Found by `efficientsam everything`", "model": records[0]["model"]}
-    info |= {"options": records[0]["options"]}
+    info = {"description": "Found by `efficientsam everything`", **made}
     dataset = {"info": info, "images": images, "annotations": annotations, "categories": [CATEGORY]}
     write_files({output / "instances.json": json.dumps(dataset).encode()})
 
 
-__all__ = ["DecodedMasks", "EverythingJob", "EverythingSegmenter", "plan_everything_jobs", "write_dataset"]
+__all__ = [
+    "DecodedMasks",
+    "EverythingJob",
+    "EverythingSegmenter",
+    "kept_records",
+    "plan_everything_jobs",
+    "write_dataset",
+]

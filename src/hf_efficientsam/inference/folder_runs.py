@@ -1,11 +1,13 @@
 """Runs over the images of a folder that can be stopped at any time and go on where they stopped.
 
 Each image is a [`FolderJob`]. Its record, a JSON file, is written after all other results, so a record means that the
-image is done. A job whose record answers the same question is not run again.
+image is done. It says what the results were made from: a job whose record says the same is not run again.
 """
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +15,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .image_files import ImageError, write_files
+from hf_efficientsam import __version__
+
+from .image_files import describe_error, write_files
 
 
 @dataclass(frozen=True)
 class FolderJob(ABC):
     """
-    One image and where its results go. `segmenter` is what all jobs of a run share: a model, its `name`, and options.
+    One image and where its results go. `segmenter` is what all jobs of a run share: a model, its `name`, its
+    `fingerprint` (see `checkpoint_fingerprint`), and options.
 
     Attributes:
         image: the file.
@@ -44,19 +49,36 @@ class FolderJob(ABC):
     def compute(self, segmenter: Any) -> tuple[dict, dict[Path, bytes]]:
         """The record, and the contents of `result_files`."""
 
+    def restate(self, record: dict, segmenter: Any) -> dict:
+        """The record of an earlier run with the names of files as this run was given them."""
+        return record | {"image": str(self.image), "model": segmenter.name}
+
+    def made_from(self, segmenter: Any) -> dict[str, str]:
+        """What the results depend on beside the question: the bytes of the image and the model, and the version."""
+        digest = hashlib.sha256()
+        with self.image.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return {"image_sha256": digest.hexdigest(), "model_sha256": segmenter.fingerprint, "version": __version__}
+
     def finished(self, segmenter: Any) -> dict | None:
-        """The record of an earlier run, if it answers the same question, is up to date, and all files are there."""
+        """The record of an earlier run, if it answers the same question from the same, and all files are there."""
         try:
             record = json.loads(self.record_file.read_bytes())
-            same = record["model"] == segmenter.name and self.is_answered_by(record, segmenter)
-            same = same and is_newer(self.record_file, self.image, segmenter.name)
+            same = self.is_answered_by(record, segmenter) and all(
+                file.is_file() for file in self.result_files(segmenter)
+            )
+            if same and record["made_from"] == self.made_from(segmenter):
+                return self.restate(record, segmenter)
         except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return record if same and all(file.is_file() for file in self.result_files(segmenter)) else None
+            pass
+        return None
 
     def run(self, segmenter: Any) -> dict:
         """Computes and writes the results, the record last; returns the record."""
+        made_from = self.made_from(segmenter)  # an image that is replaced from now on does not match the record
         record, files = self.compute(segmenter)
+        record["made_from"] = made_from
         # An image is done once its record is there, so an outdated one goes first. The folder of records comes before
         # any result, as it marks a folder of results as our own.
         self.record_file.parent.mkdir(parents=True, exist_ok=True)
@@ -65,27 +87,41 @@ class FolderJob(ABC):
         return record
 
 
-def is_newer(record_file: Path, image: Path, model: str) -> bool:
-    """Whether a record was written after its image and, where the model is a directory, after the weights."""
-    sources = [image, *Path(model).glob("*.safetensors")]
-    return record_file.stat().st_mtime >= max(path.stat().st_mtime for path in sources)
-
-
 def check_results_folder(results: Path, images: Path) -> None:
     """Raises a ValueError if the folder for results is a file, or holds the images."""
     if results.is_file() or images.resolve().is_relative_to(results.resolve()):
         raise ValueError(f"{results} must be a folder for results that does not hold the images.")
 
 
-def find_shared_file(jobs: Sequence[FolderJob], segmenter: Any) -> tuple[FolderJob, FolderJob, Path] | None:
-    """Two jobs (or one job, twice) that would write the same file, and that file; `None` if there are none."""
-    owners: dict[Path, FolderJob] = {}
-    for job in jobs:
-        for file in [*job.result_files(segmenter), job.record_file]:
-            if file in owners:
-                return owners[file], job, file
-            owners[file] = job
-    return None
+def name_results(images: Sequence[Path], files: Callable[[int, Path], list[Path]]) -> list[Path]:
+    """
+    A name for the results of each image, without an ending: the image's without its ending, or the whole of it where
+    results would share a file otherwise, as those of `a.gif` and `a.webp` would.
+
+    Args:
+        images: their names.
+        files: `(i, name)` -> the files of image i if its results have this name.
+
+    Raises:
+        ValueError: results that share a file all the same.
+    """
+    names = [image.with_suffix("") for image in images]
+    while True:
+        owners = defaultdict(list)
+        for i, name in enumerate(names):
+            for file in files(i, name):
+                owners[str(file).casefold()].append(i)  # some file systems take A.png and a.png for one file
+        shared = {file: those for file, those in owners.items() if len(those) > 1}
+        longer = {i for those in shared.values() for i in those if names[i] != images[i]}
+        if not longer:
+            break
+        for i in longer:
+            names[i] = images[i]
+    if shared:
+        file, those = min(shared.items())
+        first, last = images[those[0]], images[those[-1]]
+        raise ValueError(f"{file} would be written twice, for {first} and for {last}; choose other folders.")
+    return names
 
 
 def run_jobs(
@@ -95,8 +131,8 @@ def run_jobs(
     Runs the jobs that are not finished yet, with a progress bar on stderr; each new record goes to `report`.
 
     Returns:
-        the records of all images in the order of `jobs`, without those that cannot be read; these, as `image` and
-        `error`.
+        the records of all images in the order of `jobs`, without those that cannot be read, or whose results cannot be
+        written; these, as `image` and `error`.
     """
     records = [job.finished(segmenter) for job in jobs]
     failures = []
@@ -107,11 +143,13 @@ def run_jobs(
                 continue
             try:
                 records[i] = job.run(segmenter)
+            except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch has a RuntimeError for memory
+                reason, image = describe_error(error), str(job.image)
+                failures.append({"image": image, "error": reason if image in reason else f"{image}: {reason}"})
+            else:
                 report(records[i])
-            except ImageError as error:
-                failures.append({"image": str(job.image), "error": str(error)})
             progress.update()
     return [record for record in records if record is not None], failures
 
 
-__all__ = ["FolderJob", "check_results_folder", "find_shared_file", "run_jobs"]
+__all__ = ["FolderJob", "check_results_folder", "name_results", "run_jobs"]

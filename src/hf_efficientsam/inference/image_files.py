@@ -5,6 +5,7 @@ One reader for commands, folder runs, export and demo. What cannot be read is an
 
 import io
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,14 @@ from .predictor_base import to_pil_image
 
 
 class ImageError(ValueError):
-    """An image file that cannot be read, has too many pixels, or holds pixel values that make no sense."""
+    """An image file that cannot be read or written, has too many pixels, or holds values that make no sense."""
+
+
+def describe_error(error: Exception) -> str:
+    """An error in one line; one of the operating system as the file's name and what is wrong with it."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}."
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager
@@ -82,10 +90,28 @@ def find_images(folder: Path, results: list[Path]) -> list[Path]:
 
 
 def encode_image(image: Image.Image, path: Path) -> bytes:
-    """The bytes of an image file in the format that the ending of `path` asks for."""
+    """
+    The bytes of an image file in the format that the ending of `path` asks for.
+
+    Raises:
+        ImageError: an image that this format cannot hold.
+    """
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    if max(image.size) > SIDE_LIMITS.get(kind, max(image.size)):
+        width, height = image.size
+        raise ImageError(
+            f"{path}: an image of {width} x {height} pixels does not fit into a {kind} file, whose sides are at most "
+            f"{SIDE_LIMITS[kind]} pixels; give it another ending, or leave it out."
+        )
     buffer = io.BytesIO()
-    image.save(buffer, format=Image.registered_extensions()[path.suffix.lower()])
+    try:
+        image.save(buffer, format=kind)
+    except Exception as error:  # PIL's writers raise errors of many kinds
+        raise ImageError(f"{path}: the image cannot be written as {kind} ({error}).") from None
     return buffer.getvalue()
+
+
+SIDE_LIMITS = {"JPEG": 65500, "WEBP": 16383}  # in pixels; libjpeg's is less than the format's 65535
 
 
 def encode_mask(mask: np.ndarray, path: Path) -> bytes:
@@ -93,15 +119,33 @@ def encode_mask(mask: np.ndarray, path: Path) -> bytes:
     return encode_image(Image.fromarray(mask.astype(np.uint8) * 255), path)
 
 
+@contextmanager
+def errors_about(path: Path) -> Iterator[None]:
+    """Errors of the operating system, which may name a temporary file or none, get the name of the user's."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+
+
 def write_files(files: dict[Path, bytes]) -> None:
-    """Writes all files, or none if one cannot be written. Each appears whole, in the order given."""
-    parts = {path: path.with_name(f".{path.name}.part") for path in files}
+    """
+    Writes all files, or none if one cannot be written. Each appears whole, in the order given.
+
+    Raises:
+        OSError: with the name of the file that cannot be written, not of the hidden one that comes before it.
+    """
+    parts = {}
     try:
         for path, content in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            parts[path].write_bytes(content)
+            with errors_about(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # Not the file's own name with something added, which may be too long.
+                parts[path] = path.with_name(f".{secrets.token_hex(8)}.part")
+                parts[path].write_bytes(content)
         for path, part in parts.items():
-            os.replace(part, path)
+            with errors_about(path):
+                os.replace(part, path)
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
@@ -110,8 +154,10 @@ def write_files(files: dict[Path, bytes]) -> None:
 __all__ = [
     "ImageError",
     "as_model_sees",
+    "describe_error",
     "encode_image",
     "encode_mask",
+    "errors_about",
     "find_images",
     "pil_limit_lifted",
     "read_image",

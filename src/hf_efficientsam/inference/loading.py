@@ -1,5 +1,7 @@
 """Where checkpoints live and how they are loaded: the bundled one, directories, Hub repositories."""
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,6 +102,18 @@ def check_complete(name: str, loaded: dict) -> None:
     """Raises a ValueError if weights were missing, by the `output_loading_info` of `from_pretrained`."""
     if missing := loaded["missing_keys"]:
         raise ValueError(f"{name} lacks {len(missing)} of the model's weights, such as {min(missing)}.")
+
+
+def checkpoint_fingerprint(model: EfficientSamModel, processor: EfficientSamProcessor) -> str:
+    """SHA-256 of what results depend on, wherever it lies: weights, configuration and preprocessing."""
+    ignored = {"_name_or_path", "transformers_version", "dtype", "auto_map", "architectures"}
+    options = [model.config.to_dict(), processor.image_processor.to_dict()]
+    options = [{key: value for key, value in one.items() if key not in ignored} for one in options]
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(weight.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def stored_dtype(directory: Path) -> torch.dtype:

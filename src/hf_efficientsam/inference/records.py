@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from .results import boxes_from_masks_np
+from .results import boxes_from_masks_np, mask_rles
 
 
 def image_record(image: str, size: tuple[int, int], model: str, **content) -> dict:
     """
     Args:
-        image: path or name of the image.
+        image: path of the image as it was given.
         size: height and width of the upright image.
         model: directory or Hub name of the checkpoint.
         content: what was found, for example `objects=[...]`.
@@ -18,9 +18,12 @@ def image_record(image: str, size: tuple[int, int], model: str, **content) -> di
 
 
 def mask_record(mask: np.ndarray, score: float) -> dict:
-    """Score, area in pixels and tight box (`None` if it is empty) of a mask `[height, width]`, bool."""
+    """
+    Score, area in pixels, tight box (`None` if it is empty) and compressed COCO RLE of a mask `[height, width]`, bool.
+    """
     box = boxes_from_masks_np(mask[None])[0].astype(int).tolist() if mask.any() else None
-    return {"score": round(float(score), 4), "area": int(mask.sum()), "box": box}
+    (rle,) = mask_rles(mask[None])
+    return {"score": round(float(score), 4), "area": int(mask.sum()), "box": box, "segmentation": rle}
 
 
 __all__ = ["image_record", "mask_record"]

@@ -104,7 +104,12 @@ def draw_label_map(masks: Sequence[np.ndarray], areas: Sequence[int], size: tupl
     Args:
         masks: bool `[height, width]` each; decoded one at a time if `masks[i]` does so.
         areas: their numbers of pixels.
+
+    Raises:
+        ValueError: more masks than 16 bits count.
     """
+    if len(areas) > 65535:
+        raise ValueError(f"a label map counts up to 65535 masks, not {len(areas)}; raise the thresholds.")
     labels = np.zeros(size, dtype=np.uint8 if len(areas) < 256 else np.uint16)
     for i in largest_first(areas):
         labels[masks[i]] = i + 1

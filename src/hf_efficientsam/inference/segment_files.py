@@ -12,9 +12,9 @@ import numpy as np
 from PIL import ImageOps
 
 from .drawing import draw_masks
-from .folder_runs import FolderJob, find_shared_file
+from .folder_runs import FolderJob, name_results
 from .image_files import ImageError, encode_image, encode_mask, pil_limit_lifted, read_image, upright_size, write_files
-from .loading import find_checkpoint
+from .loading import checkpoint_fingerprint, find_checkpoint
 from .predictor import EfficientSamPredictor
 from .prompt_files import check_objects
 from .records import image_record, mask_record
@@ -93,12 +93,14 @@ class Segmenter:
     Attributes:
         name: of the checkpoint.
         predictor: its predictor, as `load_predictor` makes it.
+        fingerprint: see `checkpoint_fingerprint`.
         all_masks: give every candidate of each object, best first, not only the best.
         max_pixels: larger images are refused.
     """
 
     name: str
     predictor: EfficientSamPredictor
+    fingerprint: str
     all_masks: bool
     max_pixels: int
 
@@ -106,7 +108,10 @@ class Segmenter:
     def load(cls, name: str | None, all_masks: bool, max_pixels: int) -> "Segmenter":
         """From a checkpoint's name as `find_checkpoint` takes it."""
         name = find_checkpoint(name)
-        return cls(name, load_predictor(name, max_pixels), all_masks, max_pixels)
+        predictor = EfficientSamPredictor.from_pretrained(name)
+        fingerprint = checkpoint_fingerprint(predictor.model, predictor.processor)
+        predictor.processor.image_processor.max_image_pixels = max_pixels
+        return cls(name, predictor, fingerprint, all_masks, max_pixels)
 
     def mask_files(self, output: Path, num_objects: int) -> list[list[Path]]:
         """The file of each candidate of each object."""
@@ -140,7 +145,7 @@ class Segmenter:
             candidates = [mask_record(*candidate) for candidate in zip(masks[i], scores[i], strict=True)]
             if targets:
                 for k, (candidate, mask) in enumerate(zip(candidates, masks[i], strict=True)):
-                    candidate["file"] = targets[i][k].name
+                    candidate["file"] = str(targets[i][k])
                     files[targets[i][k]] = encode_mask(mask, output)
             found.append({**one, "masks": candidates})
         if overlay is not None:
@@ -186,7 +191,7 @@ def find_in_file(
     for i, mask in enumerate(found.masks):
         one = {"label": found.labels[i], **mask_record(mask, found.scores[i])}
         one["iou"] = round(float(found.iou_scores[i]), 4)
-        objects.append(one | ({"file": targets[i].name} if targets else {}))
+        objects.append(one | ({"file": str(targets[i])} if targets else {}))
     if overlay is not None:
         drawn = {"boxes": found.boxes.tolist(), "scores": found.scores}
         files[overlay] = encode_overlay(predictor, overlay, found.masks, **drawn)
@@ -223,9 +228,15 @@ class SegmentJob(FolderJob):
 
     def is_answered_by(self, record: dict, segmenter: Segmenter) -> bool:
         asked = [{key: one[key] for key in ("points", "labels", "box")} for one in record["objects"]]
-        written = [mask["file"] for one in record["objects"] for mask in one["masks"]]
+        written = [Path(mask["file"]).name for one in record["objects"] for mask in one["masks"]]
         files = segmenter.targets(self.output, len(self.objects), None)
         return asked == self.objects and written == [file.name for file in files]
+
+    def restate(self, record: dict, segmenter: Segmenter) -> dict:
+        for one, files in zip(record["objects"], segmenter.mask_files(self.output, len(self.objects)), strict=True):
+            for mask, file in zip(one["masks"], files, strict=True):
+                mask["file"] = str(file)
+        return super().restate(record, segmenter)
 
     def compute(self, segmenter: Segmenter) -> tuple[dict, dict[Path, bytes]]:
         return segmenter(self.image, self.objects, self.output, self.overlay)
@@ -240,13 +251,18 @@ def plan_segment_jobs(
     Args:
         entries: as `read_prompts_file` returns them.
     """
-    jobs = []
-    for image, (place, objects) in entries.items():
-        result = image.with_suffix(".png")
-        jobs.append(SegmentJob(folder / image, place, objects, output / result, overlay and overlay / result))
-    if shared := find_shared_file(jobs, segmenter):
-        owner, job, file = shared
-        raise ValueError(f"{job.place}: {file} would be written twice, also for {owner.place}; rename an image.")
+    images = list(entries)
+
+    def job_of(i: int, name: Path) -> SegmentJob:
+        place, objects = entries[images[i]]
+        result = name.with_name(f"{name.name}.png")
+        return SegmentJob(folder / images[i], place, objects, output / result, overlay and overlay / result)
+
+    def files(i: int, name: Path) -> list[Path]:
+        job = job_of(i, name)
+        return [*job.result_files(segmenter), job.record_file]
+
+    jobs = [job_of(i, name) for i, name in enumerate(name_results(images, files))]
     for job in jobs:
         try:
             size = read_image(job.image, segmenter.max_pixels, upright_size)

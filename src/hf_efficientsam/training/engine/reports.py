@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from hf_efficientsam.inference.image_files import write_files
+
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a file that is there whole or as it was before."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write_files({path: text.encode()})
 
 
 def write_report(path: str | Path, report: dict, libraries: Sequence[str]) -> None:
