@@ -511,3 +511,45 @@ def test_auto_image_processor(tmp_path):
     loaded = AutoImageProcessor.from_pretrained(tmp_path)
     assert type(loaded) is EfficientSamImageProcessor
     assert loaded.size == {"height": 48, "width": 48}
+
+
+@pytest.mark.parametrize(("keep_aspect_ratio", "rows", "columns"), [(False, 16, 16), (True, 8, 16)])
+def test_labels_are_the_map_at_the_centres_of_mask_cells(processor, keep_aspect_ratio, rows, columns):
+    numbers = np.arange(60 * 120).reshape(60, 120)
+    image = np.zeros((60, 120, 3), np.uint8)
+    for given in (numbers, torch.from_numpy(numbers), Image.fromarray(numbers.astype(np.int32))):
+        found = processor(image, segmentation_maps=given, keep_aspect_ratio=keep_aspect_ratio)["labels"]
+        y, x = ((np.arange(count) + 0.5) / count * size for count, size in ((rows, 60), (columns, 120)))
+        assert found.dtype == torch.int64
+        assert np.array_equal(found[0], numbers[np.ix_(y.astype(int), x.astype(int))])
+
+
+def test_labels_of_padding_are_zero(processor):
+    images = [np.zeros((60, 120, 3), np.uint8), np.zeros((120, 60, 3), np.uint8)]
+    maps = [np.ones((60, 120), bool), np.ones((120, 60), bool)]
+    encoding = processor(images, segmentation_maps=maps, keep_aspect_ratio=True, return_tensors="np")
+    assert encoding["labels"].shape == (2, 16, 16)
+    assert encoding["labels"][0, :8].all() and not encoding["labels"][0, 8:].any()
+    assert encoding["labels"][1, :, :8].all() and not encoding["labels"][1, :, 8:].any()
+
+
+def test_indices_of_a_palette_are_the_labels(processor, tmp_path):
+    palette = Image.fromarray(np.full((8, 8), 7, np.uint8), mode="P")
+    palette.putpalette([200] * 768)
+    palette.save(tmp_path / "map.png")
+    for given in (palette, tmp_path / "map.png", [palette]):
+        assert (processor(np.zeros((8, 8, 3), np.uint8), segmentation_maps=given)["labels"] == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("segmentation_maps", "message"),
+    [
+        (np.zeros((8, 9), int), r"a map for each image, of its height and width \[\(8, 8\)\], got maps of shapes"),
+        (np.zeros((2, 8, 8), int), "a map for each image"),
+        (np.zeros((8, 8)), "whole numbers or booleans, got float64"),
+        (Image.new("RGB", (8, 8)), r"got uint8 of shape \(8, 8, 3\)"),
+    ],
+)
+def test_segmentation_maps_that_do_not_fit(processor, segmentation_maps, message):
+    with pytest.raises(ValueError, match=message):
+        processor(np.zeros((8, 8, 3), np.uint8), segmentation_maps=segmentation_maps)

@@ -344,3 +344,18 @@ assert inputs["input_points"].tolist() == [[[[8.0, 32.0]]]], inputs["input_point
 def test_a_saved_repository_loads_without_the_package(tmp_path):
     tiny.processor().save_pretrained(tmp_path / "repository")
     run_without_package(LOAD_FROM_A_REPOSITORY, tmp_path / "repository", modules_cache=tmp_path / "modules")
+
+
+def test_boxes_may_have_the_extra_level_of_the_sam_notebook():
+    processor = tiny.processor()
+    given = {"original_sizes": [(64, 64), (64, 64)]}
+    expected = processor(input_boxes=[[[1, 2, 30, 40], [5, 5, 9, 9]], [None, [1, 1, 8, 8]]], **given)
+    found = processor(input_boxes=[[[[1, 2, 30, 40]], [[5, 5, 9, 9]]], [None, [[1, 1, 8, 8]]]], **given)
+    assert torch.equal(found["input_boxes"], expected["input_boxes"])
+    with pytest.raises(ValueError, match="must be nested"):
+        processor(input_boxes=[[[[1, 2, 30, 40], [5, 5, 9, 9]]], [None]], **given)
+
+
+def test_segmentation_maps_without_images():
+    with pytest.raises(ValueError, match="together with images"):
+        tiny.processor()(original_sizes=[(8, 8)], segmentation_maps=np.zeros((8, 8), int))

@@ -135,6 +135,14 @@ def load_head(name: str, dtype: torch.dtype | str = torch.float32, subfolder: st
     return head
 
 
+def load_processor(model: EfficientSamModel) -> EfficientSamProcessor:
+    """The processor of the directory or repository that a model was loaded from. ValueError: it came from neither."""
+    if not model.name_or_path:
+        raise ValueError("The model was not loaded from a checkpoint; pass its processor, too.")
+    with loading(model.name_or_path):
+        return EfficientSamProcessor.from_pretrained(model.name_or_path)
+
+
 def load_model(name: str, dtype: torch.dtype | str = torch.float32) -> tuple[EfficientSamModel, EfficientSamProcessor]:
     """
     Model and processor of a directory or Hub name, the model on a GPU if there is one.

@@ -45,6 +45,7 @@ from .amg import (
     uncrop_boxes_xyxy,
     uncrop_masks,
 )
+from .loading import load_processor
 from .mask_bounds import measure_masks
 from .results import mask_rles
 
@@ -79,7 +80,8 @@ class EfficientSamMaskGenerator:
 
     Args:
         model: on any device, in any precision.
-        processor: the model's [`EfficientSamProcessor`] or its image processor.
+        processor: the model's [`EfficientSamProcessor`] or its image processor; by default from the repository or
+            directory that the model was loaded from.
         points_per_side: points along each side of the grid over the image.
         points_per_batch: prompts that go through the model at a time. A batch that does not fit into memory is halved,
             with a warning.
@@ -109,7 +111,7 @@ class EfficientSamMaskGenerator:
     def __init__(
         self,
         model: EfficientSamModel,
-        processor: EfficientSamProcessor | EfficientSamImageProcessor,
+        processor: EfficientSamProcessor | EfficientSamImageProcessor | None = None,
         points_per_side: int | None = 32,
         points_per_batch: int = 64,
         pred_iou_thresh: float | None = None,
@@ -158,6 +160,7 @@ class EfficientSamMaskGenerator:
             scale = crop_n_points_downscale_factor
             point_grids = build_all_layer_point_grids(points_per_side, crop_n_layers, scale)
         self.model = model.eval()
+        processor = processor or load_processor(model)
         self.image_processor = getattr(processor, "image_processor", processor)
         self.points_per_batch = points_per_batch
         self.pred_iou_thresh = pred_iou_thresh

@@ -16,8 +16,14 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageInput, SizeDict, load_image
 from transformers.processing_utils import Unpack
 
-from .image_reading_efficientsam import image_to_array, infer_data_format, resized_size
+from .image_reading_efficientsam import (
+    image_to_array,
+    infer_data_format,
+    resized_size,
+    segmentation_map_to_array,
+)
 from .mask_operations_efficientsam import (
+    INPUT_PIXELS_PER_MASK_PIXEL,
     batched_mask_to_box,
     build_point_grid,
     calculate_stability_score,
@@ -74,15 +80,18 @@ class EfficientSamImageProcessor(PilBackend):
         do_normalize, image_mean, image_std: subtract the mean and divide by the standard deviation of each channel.
         max_image_pixels: larger images are refused; `None` lifts the limit.
 
-    The call also takes `input_data_format` ("channels_first" or "channels_last"), `device` (where to resize) and
-    `return_tensors` ("pt", which is also what `None` gives, or "np").
+    The call also takes `input_data_format` ("channels_first" or "channels_last"), `device` (where to resize),
+    `return_tensors` ("pt", which is also what `None` gives, or "np") and `segmentation_maps`: for each image an array,
+    tensor, PIL image or path of whole numbers or booleans, [height, width] of the upright image.
 
     Returns of a call: `pixel_values` [B, 3, H, W] float32, `original_sizes` [B, 2] int64 (height and width of the
-    upright image) and `reshaped_input_sizes` [B, 2] int64 (height and width in `pixel_values` before padding).
+    upright image) and `reshaped_input_sizes` [B, 2] int64 (height and width in `pixel_values` before padding); with
+    `segmentation_maps` also `labels` [B, H / 4, W / 4] int64, their values at the centres of the cells of the model's
+    masks, 0 in the padding.
 
     Raises:
-        ValueError: no image, an empty one, one over `max_image_pixels`, a shape that is no image, NaN, or values
-            out of range.
+        ValueError: no image, an empty one, one over `max_image_pixels`, a shape that is no image, NaN, values out of
+            range, or segmentation maps that do not fit the images.
         TypeError: something that is not an image.
     """
 
@@ -142,7 +151,12 @@ class EfficientSamImageProcessor(PilBackend):
 
     # ---------------------------------------------------------------------------------- image -> pixel_values
 
-    def _preprocess_image_like_inputs(self, images: ImageInput, return_tensors: str | None, **kwargs) -> BatchFeature:
+    def preprocess(self, images: ImageInput, segmentation_maps=None, **kwargs) -> BatchFeature:
+        return super().preprocess(images, segmentation_maps, **kwargs)
+
+    def _preprocess_image_like_inputs(
+        self, images: ImageInput, segmentation_maps, return_tensors: str | None, **kwargs
+    ) -> BatchFeature:
         # One image at a time: each is decoded, resized and let go before the next one is decoded.
         pixel_values, original_sizes, reshaped_input_sizes = [], [], []
         for image in _list_images(images):
@@ -155,6 +169,9 @@ class EfficientSamImageProcessor(PilBackend):
             "original_sizes": torch.tensor(original_sizes, dtype=torch.int64),
             "reshaped_input_sizes": torch.tensor(reshaped_input_sizes, dtype=torch.int64),
         }
+        if segmentation_maps is not None:
+            padded_size = tuple(data["pixel_values"].shape[-2:])
+            data["labels"] = _maps_to_labels(segmentation_maps, original_sizes, reshaped_input_sizes, padded_size)
         return BatchFeature(data=data, tensor_type=return_tensors)
 
     def process_image(
@@ -394,6 +411,29 @@ def _pad_and_stack(images: list[torch.Tensor], divisor: int) -> torch.Tensor:
     """[3, h, w] each -> [B, 3, H, W], zeros at the bottom and right up to the common multiple of `divisor`."""
     height, width = (math.ceil(max(image.shape[axis] for image in images) / divisor) * divisor for axis in (1, 2))
     return torch.stack([F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images])
+
+
+def _maps_to_labels(
+    maps, original_sizes: list[tuple[int, int]], input_sizes: list[tuple[int, int]], padded_size: tuple[int, int]
+) -> torch.Tensor:
+    """Segmentation maps of images -> their values in the cells of low-resolution masks, int64 [B, H / 4, W / 4]."""
+    is_batch = isinstance(maps, (list, tuple)) or getattr(maps, "ndim", 2) == 3
+    maps = [segmentation_map_to_array(one) for one in (maps if is_batch else [maps])]
+    if [one.shape for one in maps] != [tuple(size) for size in original_sizes]:
+        raise ValueError(
+            f"segmentation_maps must hold a map for each image, of its height and width {original_sizes}, got maps of "
+            f"shapes {[one.shape for one in maps]}."
+        )
+    height, width = (n // INPUT_PIXELS_PER_MASK_PIXEL for n in padded_size)
+    labels = np.zeros((len(maps), height, width), dtype=np.int64)
+    for one, input_size, label in zip(maps, input_sizes, labels, strict=True):
+        rows, columns = (  # of the map at the cells' centres
+            ((np.arange(cells) + 0.5) * INPUT_PIXELS_PER_MASK_PIXEL * pixels / input_pixels).astype(int)
+            for cells, pixels, input_pixels in zip(label.shape, one.shape, input_size, strict=True)
+        )
+        rows, columns = rows[rows < one.shape[0]], columns[columns < one.shape[1]]
+        label[: len(rows), : len(columns)] = one[np.ix_(rows, columns)]
+    return torch.from_numpy(labels)
 
 
 def _to_list(sizes) -> list:

@@ -42,6 +42,24 @@ def image_to_array(
     return _to_bytes_or_unit_floats(pixels, do_rescale)
 
 
+def segmentation_map_to_array(segmentation_map) -> np.ndarray:
+    """
+    A PIL image, path, array or tensor of whole numbers or booleans -> array [H, W]. Its values are kept: a palette's
+    indices are classes, not colours.
+    """
+    if isinstance(segmentation_map, (str, os.PathLike)):
+        segmentation_map = Image.open(segmentation_map)
+    if isinstance(segmentation_map, Image.Image):
+        segmentation_map = ImageOps.exif_transpose(segmentation_map)
+    values = np.asarray(segmentation_map)
+    if values.ndim != 2 or values.dtype.kind not in "bui":
+        raise ValueError(
+            "A segmentation map must be [height, width] of whole numbers or booleans, got "
+            f"{values.dtype} of shape {values.shape}."
+        )
+    return values
+
+
 def _check_image_size(height: int, width: int, max_image_pixels: int | None):
     if height == 0 or width == 0:
         raise ValueError(f"An image has no pixels: its height is {height} and its width {width}.")

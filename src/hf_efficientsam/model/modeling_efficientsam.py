@@ -786,7 +786,7 @@ class EfficientSamMaskDecoder(nn.Module):
         image_embeddings: torch.Tensor,
         image_positional_embeddings: torch.Tensor,
         sparse_prompt_embeddings: torch.Tensor,
-        token_multiplicity: torch.Tensor,
+        token_multiplicity: torch.Tensor | None = None,
         dense_prompt_embeddings: torch.Tensor | None = None,
         multimask_output: bool = True,
         **kwargs: Unpack[TransformersKwargs],
@@ -796,16 +796,23 @@ class EfficientSamMaskDecoder(nn.Module):
 
         Args:
             image_embeddings: `[B, C, h, w]`.
-            image_positional_embeddings: `[N, C]`.
+            image_positional_embeddings: `[N, C]`, or `[1 or B, C, h, w]` as `SamMaskDecoder` takes them.
             sparse_prompt_embeddings: tokens of points and boxes, `[B, Q, T, C]`.
-            token_multiplicity: `[B, Q, T]`, how many equal tokens each of them stands for, 0 for none.
-            dense_prompt_embeddings: what is added to the image for the prompts' masks, `[B, 1 or Q, N, C]`.
+            token_multiplicity: `[B, Q, T]`, how many equal tokens each of them stands for, 0 for none; by default 1.
+            dense_prompt_embeddings: what is added to the image for the prompts' masks, `[B, 1 or Q, N, C]`; together
+                with such `image_positional_embeddings`, `[1 or B, C, h, w]`.
             multimask_output: the candidates, or the single mask.
 
         Returns:
             mask logits `[B, Q, M, 4h, 4w]` and IoU scores `[B, Q, M]`.
         """
         grid_size = tuple(image_embeddings.shape[-2:])
+        if image_positional_embeddings.ndim == 4:  # in SAM's layout; all images have the same positions
+            image_positional_embeddings = image_positional_embeddings[0].flatten(1).T
+            if dense_prompt_embeddings is not None:
+                dense_prompt_embeddings = dense_prompt_embeddings.flatten(2).mT.unsqueeze(1)
+        if token_multiplicity is None:
+            token_multiplicity = torch.ones_like(sparse_prompt_embeddings[..., 0], dtype=torch.long)
         image = self.embed_image(image_embeddings, dense_prompt_embeddings)
         tokens, log_multiplicity = self.embed_tokens(sparse_prompt_embeddings, token_multiplicity)
         inputs = (image, image_positional_embeddings, tokens, log_multiplicity)
@@ -1008,6 +1015,67 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         """
         return self.vision_encoder(pixel_values, **kwargs).last_hidden_state
 
+    def get_image_wide_positional_embeddings(self) -> torch.Tensor:
+        """
+        The positions of the image's cells, as `SamModel` gives them: `(1, 256, H / 16, W / 16)` for images of the
+        configuration's `image_size`.
+        """
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        positions = self.prompt_encoder.position_embedding.grid(side, side).to(self.dtype)
+        return positions.T.unflatten(1, (side, side)).unsqueeze(0)
+
+    @torch.no_grad()
+    def get_prompt_embeddings(
+        self,
+        input_points: torch.Tensor | None = None,
+        input_labels: torch.Tensor | None = None,
+        input_boxes: torch.Tensor | None = None,
+        input_masks: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The prompts for images of the configuration's `image_size`, as `SamModel` gives them. With
+        `get_image_wide_positional_embeddings` they are what `mask_decoder` needs beside the image embeddings:
+
+            model.mask_decoder(
+                image_embeddings=image_embeddings,
+                image_positional_embeddings=model.get_image_wide_positional_embeddings(),
+                sparse_prompt_embeddings=sparse_prompt_embeddings,
+                dense_prompt_embeddings=dense_prompt_embeddings,
+                multimask_output=True,
+            )
+
+        Args:
+            input_points, input_labels, input_boxes, input_masks: as in `forward`, but one mask an image at most.
+
+        Returns:
+            tokens `(B, Q, T, 256)`, in which the padding up to the configuration's `num_prompt_slots` is written out;
+            what is added to the image embeddings for masks, `(1 or B, 256, H / 16, W / 16)`.
+
+        Raises:
+            ValueError: if the prompts' shapes disagree, if the model lacks a kind of prompt, or if prompts have
+                different numbers of tokens beyond `num_prompt_slots`.
+        """
+        prompts = [one for one in (input_points, input_boxes, input_masks) if one is not None]
+        batch_size = prompts[0].shape[0] if prompts else 1
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        cells = torch.empty(batch_size, 0, side, side, device=self.device)  # stands for image embeddings
+        _, tokens, multiplicity, dense = self.encode_prompts(
+            cells, input_points, input_labels, input_boxes, input_masks
+        )
+        counts = multiplicity.sum(dim=-1)
+        if (counts != counts[0, 0]).any():
+            raise ValueError(
+                f"The prompts have {sorted(set(counts.flatten().tolist()))} tokens; beyond num_prompt_slots, "
+                f"{self.config.prompt_encoder_config.num_prompt_slots}, they must have equal numbers of points."
+            )
+        sparse = tokens.flatten(0, 2).repeat_interleave(multiplicity.flatten(), dim=0)
+        if dense is None:
+            dense = tokens.new_zeros(1, 1, 1, tokens.shape[-1])
+        if dense.shape[1] > 1:
+            raise ValueError(f"input_masks has {dense.shape[1]} masks an image; here each image may have one.")
+        dense = dense[:, 0].mT.expand(-1, -1, side * side).unflatten(2, (side, side))
+        return sparse.unflatten(0, (*counts.shape, -1)), dense
+
     @capture_outputs
     def forward(
         self,
@@ -1051,7 +1119,8 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         """
         if (pixel_values is None) == (image_embeddings is None):
             raise ValueError("Give exactly one of pixel_values and image_embeddings.")
-        for name in ("original_sizes", "reshaped_input_sizes"):  # of the processor, for its post-processing alone
+        # Of the processor, for its post-processing and for losses. As SamModel, this computes no loss.
+        for name in ("original_sizes", "reshaped_input_sizes", "labels"):
             kwargs.pop(name, None)
         for name in ("output_attentions", "output_hidden_states"):  # the parts do not see this config
             kwargs.setdefault(name, getattr(self.config, name))

@@ -29,6 +29,7 @@ class EfficientSamProcessor(ProcessorMixin):
         input_boxes: Any = None,
         input_masks: Any = None,
         original_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
+        segmentation_maps: ImageInput | None = None,
         return_tensors: str | None = "pt",
         **kwargs,
     ) -> BatchFeature:
@@ -48,6 +49,8 @@ class EfficientSamProcessor(ProcessorMixin):
             input_masks: `[image][prompt][h][w]`, low-resolution logits (a quarter of the model input), all of one
                 size.
             original_sizes: `[B, 2]`, height and width of each image.
+            segmentation_maps: what is to be found in the images, for training: see the image processor, which makes
+                `labels` of them.
             return_tensors: "pt" (as is `None`) or "np".
             kwargs: options of the image processor for this call.
 
@@ -65,6 +68,10 @@ class EfficientSamProcessor(ProcessorMixin):
                 finite numbers nested as above; the message names the image and the prompt.
             TypeError: prompts that are not numbers.
         """
+        if segmentation_maps is not None:
+            if images is None:
+                raise ValueError("segmentation_maps are read together with images; pass these, too.")
+            kwargs["segmentation_maps"] = segmentation_maps
         encoding, original_sizes, input_sizes = self._process_images(images, original_sizes, **kwargs)
         prompts = prepare_prompts(input_points, input_labels, input_boxes, input_masks, original_sizes, input_sizes)
         prompts = {name: torch.from_numpy(array) for name, array in prompts.items()}

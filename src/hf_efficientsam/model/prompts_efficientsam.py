@@ -89,6 +89,10 @@ def _read_prompts(values: Any, name: str, num_images: int) -> list[list[list]]:
     values = _to_lists(values, name)
     depths = _depths(values)
     full, short = LEVELS[name]
+    if name == "input_boxes" and depths == {4}:  # SAM's notebook has a level more, [[[[x1, y1, x2, y2]]]]
+        boxes = [[prompt or [None] for prompt in image or []] for image in values]
+        if all(len(prompt) == 1 for image in boxes for prompt in image):
+            values, depths = [[box for (box,) in image] for image in boxes], {3}
     if not isinstance(values, list) or (depths and depths not in ({DEPTHS[name]}, {DEPTHS[name] - 1})):
         found = " and ".join(map(str, sorted(depths)))
         raise ValueError(
