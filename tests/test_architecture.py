@@ -22,6 +22,7 @@ TASKS_MAY_IMPORT = {
 
 # A Hub repository carries the files of model/, and transformers copies those named in `from .x import Y`.
 MODEL_MAY_IMPORT = {"torch", "numpy", "PIL", "transformers"}
+MODEL_MAY_TRY_TO_IMPORT = {"pillow_heif"}  # within `try`, where transformers does not ask for it
 MODEL_MAY_IMPORT_FROM_HUB = "huggingface_hub.dataclasses"
 
 
@@ -123,7 +124,11 @@ def foreign_to_model(tree: ast.Module) -> list[str]:
 
 def may_be_in_model(module: str) -> bool:
     top = module.split(".")[0]
-    return top in sys.stdlib_module_names or top in MODEL_MAY_IMPORT or module == MODEL_MAY_IMPORT_FROM_HUB
+    return (
+        top in sys.stdlib_module_names
+        or top in MODEL_MAY_IMPORT | MODEL_MAY_TRY_TO_IMPORT
+        or module == MODEL_MAY_IMPORT_FROM_HUB
+    )
 
 
 def test_every_folder_has_its_place():

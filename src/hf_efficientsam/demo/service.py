@@ -12,9 +12,9 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder, is_in_or_equal
-from PIL import Image
+from PIL import Image, ImageOps
 
-from hf_efficientsam.inference.image_files import as_model_sees, read_image, upright_size
+from hf_efficientsam.inference.image_files import read_image, upright_size
 from hf_efficientsam.inference.loading import find_checkpoint, is_bundled, load_model
 from hf_efficientsam.inference.predictor import EfficientSamPredictor
 from hf_efficientsam.inference.prompt_files import group_prompts, read_prompts
@@ -77,6 +77,7 @@ class Demo:
         self.checkpoint = None if is_bundled(model) else model
         self.detector, self.saliency, self.max_pixels = detector, saliency, max_pixels
         self.model, self.processor = load_model(find_checkpoint(model))
+        self.processor.image_processor.max_image_pixels = max_pixels
         thresholds = self.model.config.mask_generation
         self.everything_thresholds = thresholds["pred_iou_thresh"], thresholds["stability_score_thresh"]
         self.detector_model = Detector(detector, self.model.device) if detector else None
@@ -109,8 +110,7 @@ class Demo:
                 raise ValueError(
                     f"{name} has {width} x {height} pixels; this page takes up to {self.max_pixels / 1e6:g} million."
                 )
-            image_processor = self.processor.image_processor
-            image = read_image(Path(path), sys.maxsize, lambda image: as_model_sees(image, image_processor))
+            image = read_image(Path(path), sys.maxsize, ImageOps.exif_transpose)
         except ValueError as error:
             raise ValueError(str(error).replace(str(path), name)) from None
         return Session(EfficientSamPredictor(self.model, self.processor), self.checkpoint, name, image)

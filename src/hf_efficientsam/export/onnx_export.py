@@ -40,6 +40,7 @@ OPSET = 18
 TOLERANCE = 1e-4  # of the largest value, where that is above 1
 LARGEST_LOSS = 0.005  # of a variant's mask IoU
 PREPROCESSING = (
+    "do_convert_rgb",
     "do_resize",
     "keep_aspect_ratio",
     "size_divisor",
@@ -282,16 +283,12 @@ def save(model: onnx.ModelProto, file: Path, description: dict) -> None:
 
 def load_images(folder: Path) -> list[Image.Image]:
     images = [
-        read_image(folder / name, EfficientSamImageProcessor.max_image_pixels, upright)
+        read_image(folder / name, EfficientSamImageProcessor.max_image_pixels, ImageOps.exif_transpose)
         for name in find_images(folder, [])
     ]
     if not images:
         raise ValueError(f"{folder} holds no images to measure variants on.")
     return images
-
-
-def upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def export_onnx(

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
-from .predictor_base import to_pil_image
-
-
-class ImageError(ValueError):
-    """An image file that cannot be read or written, has too many pixels, or holds values that make no sense."""
+from hf_efficientsam.model.image_reading_efficientsam import (
+    HEIF_SUFFIXES,
+    ImageError,
+    open_image,
+    pil_limit_lifted,
+    to_pil_image,
+    upright_size,
+)
 
 
 def describe_error(error: Exception) -> str:
@@ -26,16 +29,6 @@ def describe_error(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
     return " ".join(str(error).split()) or type(error).__name__
-
-
-@contextmanager
-def pil_limit_lifted() -> Iterator[None]:
-    """PIL refuses large images when it opens them (12.3: also when it crops them); our own limit counts instead."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def read_image(path: Path, max_pixels: int, read: Callable[[Image.Image], Any]) -> Any:
@@ -50,43 +43,37 @@ def read_image(path: Path, max_pixels: int, read: Callable[[Image.Image], Any]) 
     Raises:
         ImageError: if there is no such file, if it is no whole image, or if it has more than `max_pixels`.
     """
-    if not path.is_file():
-        raise ImageError(f"{path}: no such file.")
-    if path.stat().st_size == 0:
-        raise ImageError(f"{path}: the file is empty (0 bytes).")
     try:
-        with pil_limit_lifted(), Image.open(path) as image:
+        with open_image(path) as image:
             width, height = image.size
             if width * height <= max_pixels:
                 return read(image)
-    except Exception as error:  # PIL's readers raise errors of many kinds for broken files
-        raise ImageError(f"{path}: not an image, or a damaged one ({error}).") from None
+    except MemoryError:
+        raise ImageError(f"{path}: the image does not fit into memory; make it smaller.") from None
     raise ImageError(
         f"{path}: {width} x {height} pixels are over the limit of {max_pixels}; to take it all the same, lift the "
         f"limit with --max-pixels {width * height}."
     )
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of an opened image once it is turned as its EXIF tag says; only the header is read."""
-    sideways = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    return image.size[::-1] if sideways else image.size
-
-
-def as_model_sees(image: Image.Image, image_processor) -> Image.Image:
+def as_model_sees(image: Any, image_processor) -> Image.Image:
     """
     An image in RGB, upright, with the pixels that the model is given: PIL's own conversion turns 16-bit images white.
-    `image_processor` is an [`EfficientSamImageProcessor`].
+    `image_processor` is an [`EfficientSamImageProcessor`], and the image anything that it takes.
     """
     return to_pil_image(image_processor.process_image(image))
 
 
 def find_images(folder: Path, results: list[Path]) -> list[Path]:
-    """Images in a folder and its subfolders, relative to it and sorted, without those in the folders of `results`."""
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    """
+    Images in a folder and its subfolders, relative to it and sorted, without hidden ones (macOS writes `._a.jpg`
+    beside `a.jpg`) and those in the folders of `results`. HEIC is found whether or not it can be read here.
+    """
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN} | HEIF_SUFFIXES
     folder, results = folder.resolve(), [result.resolve() for result in results]
-    found = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in endings and path.is_file())
-    return [path.relative_to(folder) for path in found if not any(path.is_relative_to(result) for result in results)]
+    paths = (path for path in sorted(folder.rglob("*")) if not any(path.is_relative_to(result) for result in results))
+    names = (path.relative_to(folder) for path in paths if path.suffix.lower() in endings and path.is_file())
+    return [name for name in names if not any(part.startswith(".") for part in name.parts)]
 
 
 def encode_image(image: Image.Image, path: Path) -> bytes:

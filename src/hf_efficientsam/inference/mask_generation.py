@@ -204,9 +204,8 @@ class EfficientSamMaskGenerator:
                 as they have one shape there.
             crop_progress: show a bar over the crops of these.
         """
-        images, processor = iter(images), self.image_processor
-        options = processor.do_convert_rgb, processor.do_rescale, processor.max_image_pixels
-        while group := [processor.process_image(image, *options) for image in islice(images, batch_size)]:
+        images = iter(images)
+        while group := [self.image_processor.process_image(image) for image in islice(images, batch_size)]:
             jobs = [  # image, crop, layer of the crop
                 (number, box, layer)
                 for number, pixels in enumerate(group)

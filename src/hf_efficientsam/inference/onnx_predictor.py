@@ -71,7 +71,8 @@ class EfficientSamOnnxPredictor(PredictorBase):
         self.reset_image()
 
     def _read_image(self, image: Any) -> np.ndarray:
-        return image_to_array(image, max_image_pixels=self.options["max_image_pixels"])
+        names = ("do_convert_rgb", "do_rescale", "max_image_pixels")
+        return image_to_array(image, **{name: self.options[name] for name in names})
 
     def _encode(self, pixels: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
         pixel_values, input_size = to_pixel_values(pixels, self.options)

@@ -112,8 +112,7 @@ class EfficientSamPredictor(PredictorBase):
         return masks, scores, logits
 
     def _read_image(self, image: ImageInput) -> np.ndarray:
-        image_processor = self.processor.image_processor
-        return image_processor.process_image(image, max_image_pixels=image_processor.max_image_pixels)
+        return self.processor.image_processor.process_image(image)
 
     @torch.no_grad()
     def _encode(self, pixels: np.ndarray) -> tuple[torch.Tensor, tuple[int, int]]:

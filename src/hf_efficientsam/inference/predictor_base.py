@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from hf_efficientsam.model.image_reading_efficientsam import to_pil_image
 from hf_efficientsam.model.prompts_efficientsam import nesting, read_mask
 
 from .results import SegmentationResult, boxes_from_masks_np
@@ -29,12 +30,6 @@ def count_objects(points: Any, boxes: Any, masks: Any) -> int:
         if not any(has(given, i) for given in (points, boxes, masks)):
             raise ValueError(f"There is no prompt for object {i}; give points, a box or a mask.")
     return num_objects
-
-
-def to_pil_image(pixels: np.ndarray) -> Image.Image:
-    """`[3, height, width]`, bytes or floats in [0, 1], as the image processor reads an image -> that in RGB."""
-    pixels = pixels if pixels.dtype == np.uint8 else (255 * pixels + 0.5).astype(np.uint8)
-    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
 class PredictorBase(ABC):
@@ -58,7 +53,7 @@ class PredictorBase(ABC):
         Encodes an image; all later prompts are about it.
 
         Args:
-            image: whatever the image processor takes: a PIL image of any mode, an array or tensor, a path.
+            image: whatever [`EfficientSamImageProcessor`] takes: a path, a PIL image of any mode, an array, ...
             image_format: "RGB", or "BGR" for an array as OpenCV reads it.
 
         Raises:
@@ -197,7 +192,7 @@ class PredictorBase(ABC):
 
     @abstractmethod
     def _read_image(self, image: Any) -> np.ndarray:
-        """The image as the model sees it: upright, `[3, height, width]`, bytes or floats in [0, 1]."""
+        """The image as `image_to_array` reads it with the options of the processor."""
 
     @abstractmethod
     def _encode(self, pixels: np.ndarray) -> tuple[Any, tuple[int, int]]:
@@ -212,4 +207,4 @@ class PredictorBase(ABC):
         """Low-resolution logits `[Q, M, h, w]` -> `[Q, M, height, width]`, float32 or bool."""
 
 
-__all__ = ["PredictorBase", "to_pil_image"]
+__all__ = ["PredictorBase"]

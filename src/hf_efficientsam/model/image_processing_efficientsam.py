@@ -4,21 +4,20 @@ Also the four helpers that `pipeline("mask-generation")` asks of an image proces
 """
 
 import math
-import os
 from numbers import Integral
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageInput, SizeDict, load_image
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageInput, SizeDict
 from transformers.processing_utils import Unpack
 
 from .image_reading_efficientsam import (
+    MAX_IMAGE_PIXELS,
     image_to_array,
-    infer_data_format,
     resized_size,
     segmentation_map_to_array,
 )
@@ -62,11 +61,21 @@ class EfficientSamImageProcessor(PilBackend):
     Turns images into `pixel_values` as the official EfficientSAM does: floats in [0, 1], resized to `size` by
     bilinear interpolation without antialiasing and without rounding to bytes, normalised.
 
-    Images may be PIL images of any mode (turned upright as their EXIF tag says), paths or URLs, arrays or tensors
-    (H x W, H x W x C or C x H x W with 1, 3 or 4 channels; where both layouts fit, an array is read as H x W x C and a
-    tensor as C x H x W), a stacked batch, or a list of any of these. Alpha is dropped. Values become [0, 1]:
-    bytes / 255; unsigned 16-bit / 65535; other integers / 255, or / 65535 if any exceeds 255; floats in [0, 1] as
-    they are, floats that reach beyond that, up to 255, / 255.
+    Images may be paths, URLs, `bytes`, file objects, PIL images of any mode, arrays or tensors, a stacked batch, or a
+    list of any of these. What each means is the same wherever this package takes an image:
+
+    - Files: PIL reads them, HEIC only where pillow-heif is installed. They are turned upright as their EXIF tag says.
+      Of an animated image or one of several pages the first frame is taken, which is said once. Colour profiles are
+      not applied, except that LAB needs one.
+    - PIL images: alpha is dropped, so that what is transparent has the colour that is stored there. 16-bit gray
+      ("I;16", and "I") is divided by 65535. "F" follows the rules of float arrays.
+    - Arrays and tensors: H x W, H x W x C or C x H x W with 1, 3 or 4 channels; where both layouts fit, an array is
+      read as H x W x C and a tensor as C x H x W. Values become [0, 1]: booleans as they are; bytes / 255; unsigned
+      16-bit / 65535; other integers / 255, or / 65535 if any exceeds 255; floats in [0, 1] as they are, floats that
+      reach beyond that, up to 255, / 255. Other values are refused.
+
+    transformers' `pipeline` opens files itself and makes 8-bit RGB of them and of PIL images, which clips 16-bit gray
+    and floats. Give it `as_model_sees(file, image_processor)` of `hf_efficientsam.inference.image_files`.
 
     Args:
         do_convert_rgb: turn gray, palette, CMYK, alpha... into RGB. If off, images must have three channels.
@@ -78,7 +87,8 @@ class EfficientSamImageProcessor(PilBackend):
         do_rescale: bring pixels to [0, 1] as described above. If off, values are taken as they are.
         rescale_factor: factor for bytes; other ranges are scaled in proportion.
         do_normalize, image_mean, image_std: subtract the mean and divide by the standard deviation of each channel.
-        max_image_pixels: larger images are refused; `None` lifts the limit.
+        max_image_pixels: larger images are refused, files before they are decoded; `None` lifts the limit. PIL's own
+            limit does not count for files that are opened here.
 
     The call also takes `input_data_format` ("channels_first" or "channels_last"), `device` (where to resize),
     `return_tensors` ("pt", which is also what `None` gives, or "np") and `segmentation_maps`: for each image an array,
@@ -106,7 +116,7 @@ class EfficientSamImageProcessor(PilBackend):
     do_normalize = True
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
-    max_image_pixels = 178_956_970  # where PIL itself takes a file for a decompression bomb
+    max_image_pixels = MAX_IMAGE_PIXELS
 
     def __init__(self, **kwargs: Unpack[EfficientSamImageProcessorKwargs]):
         super().__init__(**kwargs)
@@ -174,26 +184,15 @@ class EfficientSamImageProcessor(PilBackend):
             data["labels"] = _maps_to_labels(segmentation_maps, original_sizes, reshaped_input_sizes, padded_size)
         return BatchFeature(data=data, tensor_type=return_tensors)
 
-    def process_image(
-        self,
-        image: ImageInput | str | os.PathLike,
-        do_convert_rgb: bool = True,
-        do_rescale: bool = True,
-        max_image_pixels: int | None = None,
-        input_data_format: str | None = None,
-        **kwargs,
-    ) -> np.ndarray:
+    def process_image(self, image: Any, input_data_format: str | None = None, **kwargs) -> np.ndarray:
         """
         One image as an array [3, H, W]: bytes where the image has bytes, else float32 in [0, 1] (as given, if
-        `do_rescale` is off). `max_image_pixels=None` means no limit. Errors: see the class.
+        `do_rescale` is off). `do_convert_rgb`, `do_rescale` and `max_image_pixels` may be overridden as in a call.
+        Errors: see the class.
         """
-        if isinstance(image, (str, os.PathLike)) and not os.path.exists(image):
-            image = load_image(os.fspath(image))
-        if isinstance(image, torch.Tensor):
-            image = image.detach().cpu()
-            image = (image.float() if image.is_floating_point() else image).numpy()
-            input_data_format = input_data_format or infer_data_format(image.shape, "channels_first")
-        return image_to_array(image, do_convert_rgb, do_rescale, max_image_pixels, input_data_format)
+        names = ("do_convert_rgb", "do_rescale", "max_image_pixels")
+        options = {name: kwargs.get(name, getattr(self, name)) for name in names}
+        return image_to_array(image, input_data_format=input_data_format, **options)
 
     def _preprocess(
         self,
@@ -307,7 +306,7 @@ class EfficientSamImageProcessor(PilBackend):
         images = _list_images(image)
         if len(images) != 1:
             raise ValueError(f"Crops are made of one image at a time, got {len(images)}.")
-        pixels = self.process_image(images[0], self.do_convert_rgb, self.do_rescale, self.max_image_pixels)
+        pixels = self.process_image(images[0])
 
         crop_boxes, layers = generate_crop_boxes(pixels.shape[-2:], crop_n_layers, overlap_ratio)
         crops = [pixels[:, top:bottom, left:right] for left, top, right, bottom in crop_boxes]

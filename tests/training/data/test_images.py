@@ -112,7 +112,7 @@ def test_broken_file_is_named(folder):
     whole = (folder / "3.png").read_bytes()
     for content in (b"", b"no image", whole[: len(whole) // 2]):
         (folder / "3.png").write_bytes(content)
-        with pytest.raises(ValueError, match=r"3\.png cannot be read as an image"):
+        with pytest.raises(ValueError, match=r"3\.png(: the file is empty| cannot be read as an image)"):
             ImageViews(FolderImages([folder]), 32)[3]
 
 

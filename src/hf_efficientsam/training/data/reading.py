@@ -2,21 +2,16 @@
 
 import io
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from hf_efficientsam.model.image_reading_efficientsam import MAX_IMAGE_PIXELS, image_to_array, to_pil_image
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def decode_image(file: str | io.BytesIO, name: str) -> Image.Image:
-    """Upright and RGB; ValueError with `name` if that cannot be."""
-    try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):  # 16-bit gray, which convert("RGB") would clip
-            image = Image.fromarray((np.array(image) // 256).astype(np.uint8))
-        return image.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged bytes make Pillow raise nearly anything
-        raise ValueError(f"{name} cannot be read as an image ({error!r}); replace or remove it.") from error
+    """
+    The image as inference reads it, but in 8 bits a channel. ValueError with `name` if that cannot be, or if it has
+    more pixels than the image processor takes by default.
+    """
+    return to_pil_image(image_to_array(file, max_image_pixels=MAX_IMAGE_PIXELS, name=name))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import Dataset
 
+from hf_efficientsam.model.image_reading_efficientsam import open_image
 from hf_efficientsam.training.engine.config import PositiveFloat, PositiveInt, RatioBelowOne
 
 from .augment import jitter_color
@@ -115,13 +116,8 @@ class LabelledImages:
     def __getitem__(self, index: int) -> tuple[str, Image.Image, np.ndarray]:
         key, image = self.images[index]
         path = self.label_path(key)
-        try:
-            with Image.open(path) as opened:
-                mode, values = opened.mode, np.array(opened)
-        except MemoryError:
-            raise
-        except Exception as error:  # damaged bytes make Pillow raise nearly anything
-            raise ValueError(f"{path} cannot be read as an image ({error!r}).") from error
+        with open_image(path) as opened:
+            mode, values = opened.mode, np.array(opened)
         if mode not in ("L", "P") or values.shape != (image.height, image.width):
             raise ValueError(
                 f"{path} is {mode} of {values.shape[1]} x {values.shape[0]} pixels; labels are 8-bit, one value a "
