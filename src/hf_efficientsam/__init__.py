@@ -1,13 +1,42 @@
 """
 EfficientSAM as a transformers model family. Importing this registers it with transformers' Auto classes.
 
-Where torch or transformers is not installed there is [`EfficientSamOnnxPredictor`] all the same, for exported models.
+The import itself is quick: a public name is loaded when it is first used, and the family is registered when somebody
+imports the Auto classes. Where torch or transformers is not installed there is [`EfficientSamOnnxPredictor`] all the
+same, for exported models.
 """
 
+from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-from .inference.onnx_predictor import EfficientSamOnnxPredictor
-from .inference.results import SegmentationResult
+from .model.auto_registration import register_when_imported
+
+if TYPE_CHECKING:  # for editors and type checkers; `MODULES` below says the same
+    from .inference.loading import bundled_checkpoint
+    from .inference.mask_generation import EfficientSamMaskGenerator
+    from .inference.onnx_predictor import EfficientSamOnnxPredictor
+    from .inference.predictor import EfficientSamPredictor
+    from .inference.prompters.rough import RoughPrompter
+    from .inference.prompters.saliency import SalientPrompter
+    from .inference.prompters.text import TextPrompter
+    from .inference.results import SegmentationResult
+    from .model.configuration_efficientsam import (
+        EfficientSamBackboneConfig,
+        EfficientSamConfig,
+        EfficientSamMaskDecoderConfig,
+        EfficientSamPromptEncoderConfig,
+        EfficientSamSaliencyConfig,
+        EfficientSamSamiConfig,
+        EfficientSamVisionConfig,
+    )
+    from .model.image_processing_efficientsam import EfficientSamImageProcessor
+    from .model.modeling_backbone_efficientsam import EfficientSamBackbone
+    from .model.modeling_classification_efficientsam import EfficientSamForImageClassification
+    from .model.modeling_efficientsam import EfficientSamModel, EfficientSamPreTrainedModel, EfficientSamVisionModel
+    from .model.modeling_saliency import EfficientSamSaliencyHead
+    from .model.modeling_sami import EfficientSamForPreTraining
+    from .model.processing_efficientsam import EfficientSamProcessor
 
 __version__ = "0.1.0"
 
@@ -38,78 +67,43 @@ __all__ = [
     "bundled_checkpoint",
 ]
 
-if not (find_spec("torch") and find_spec("transformers")):
+MODULES = {
+    "EfficientSamBackbone": "model.modeling_backbone_efficientsam",
+    "EfficientSamForImageClassification": "model.modeling_classification_efficientsam",
+    "EfficientSamForPreTraining": "model.modeling_sami",
+    "EfficientSamImageProcessor": "model.image_processing_efficientsam",
+    "EfficientSamMaskGenerator": "inference.mask_generation",
+    "EfficientSamModel": "model.modeling_efficientsam",
+    "EfficientSamOnnxPredictor": "inference.onnx_predictor",
+    "EfficientSamPreTrainedModel": "model.modeling_efficientsam",
+    "EfficientSamPredictor": "inference.predictor",
+    "EfficientSamProcessor": "model.processing_efficientsam",
+    "EfficientSamSaliencyHead": "model.modeling_saliency",
+    "EfficientSamVisionModel": "model.modeling_efficientsam",
+    "RoughPrompter": "inference.prompters.rough",
+    "SalientPrompter": "inference.prompters.saliency",
+    "SegmentationResult": "inference.results",
+    "TextPrompter": "inference.prompters.text",
+    "bundled_checkpoint": "inference.loading",
+} | {name: "model.configuration_efficientsam" for name in __all__ if name.endswith("Config")}
 
-    def __getattr__(name: str):
-        if name in __all__:
-            raise ImportError(
-                f"{name} needs torch and transformers; install them with pip install torch transformers."
-            )
+
+def __getattr__(name: str):
+    if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value = getattr(import_module(f".{MODULES[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers"):
+            raise
+        raise ImportError(f"{name} needs torch and transformers; install hf-efficientsam[torch].") from None
+    globals()[name] = value  # found without this function from now on
+    return value
 
-else:
-    from transformers import (
-        AutoBackbone,
-        AutoConfig,
-        AutoImageProcessor,
-        AutoModel,
-        AutoModelForImageClassification,
-        AutoModelForMaskGeneration,
-        AutoModelForPreTraining,
-        AutoProcessor,
-    )
 
-    from .inference.loading import bundled_checkpoint
-    from .inference.mask_generation import EfficientSamMaskGenerator
-    from .inference.predictor import EfficientSamPredictor
-    from .inference.prompters import RoughPrompter, SalientPrompter, TextPrompter
-    from .model.configuration_efficientsam import (
-        EfficientSamBackboneConfig,
-        EfficientSamConfig,
-        EfficientSamMaskDecoderConfig,
-        EfficientSamPromptEncoderConfig,
-        EfficientSamSaliencyConfig,
-        EfficientSamSamiConfig,
-        EfficientSamVisionConfig,
-    )
-    from .model.image_processing_efficientsam import EfficientSamImageProcessor
-    from .model.modeling_backbone_efficientsam import EfficientSamBackbone
-    from .model.modeling_classification_efficientsam import EfficientSamForImageClassification
-    from .model.modeling_efficientsam import EfficientSamModel, EfficientSamPreTrainedModel, EfficientSamVisionModel
-    from .model.modeling_saliency import EfficientSamSaliencyHead
-    from .model.modeling_sami import EfficientSamForPreTraining
-    from .model.processing_efficientsam import EfficientSamProcessor
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
-    # What these save is a self-contained Hub repository: transformers copies the code of classes registered like this.
-    for _class in (
-        EfficientSamConfig,
-        EfficientSamVisionConfig,
-        EfficientSamBackboneConfig,
-        EfficientSamSamiConfig,
-        EfficientSamSaliencyConfig,
-        EfficientSamModel,
-        EfficientSamVisionModel,
-        EfficientSamSaliencyHead,
-        EfficientSamImageProcessor,
-        EfficientSamProcessor,
-    ):
-        _class.register_for_auto_class()
-    EfficientSamBackbone.register_for_auto_class("AutoBackbone")
-    EfficientSamForImageClassification.register_for_auto_class("AutoModelForImageClassification")
-    EfficientSamForPreTraining.register_for_auto_class("AutoModelForPreTraining")
 
-    AutoConfig.register("efficientsam", EfficientSamConfig)
-    AutoConfig.register("efficientsam_vision_model", EfficientSamVisionConfig)
-    AutoConfig.register("efficientsam_backbone", EfficientSamBackboneConfig)
-    AutoConfig.register("efficientsam_sami", EfficientSamSamiConfig)
-    AutoConfig.register("efficientsam_saliency", EfficientSamSaliencyConfig)
-    AutoModel.register(EfficientSamConfig, EfficientSamModel)
-    AutoModel.register(EfficientSamVisionConfig, EfficientSamVisionModel)
-    AutoModel.register(EfficientSamSaliencyConfig, EfficientSamSaliencyHead)
-    AutoModelForImageClassification.register(EfficientSamVisionConfig, EfficientSamForImageClassification)
-    AutoModelForMaskGeneration.register(EfficientSamConfig, EfficientSamModel)
-    AutoModelForPreTraining.register(EfficientSamSamiConfig, EfficientSamForPreTraining)
-    AutoBackbone.register(EfficientSamBackboneConfig, EfficientSamBackbone)
-    for _class in (EfficientSamConfig, EfficientSamVisionConfig, EfficientSamBackboneConfig):
-        AutoImageProcessor.register(_class, image_processor_classes={"pil": EfficientSamImageProcessor})
-    AutoProcessor.register(EfficientSamConfig, EfficientSamProcessor)
+if find_spec("torch") and find_spec("transformers"):
+    register_when_imported()

@@ -1,7 +1,8 @@
 """The command `efficientsam`: segment images, by prompts or whole; describe, convert, export and publish checkpoints.
 
 Every wrong input ends in one sentence on stderr and exit code 2. Files appear whole or not at all. Each command is in
-a module of this folder, which is imported when the command is called or helped with.
+a module of this folder, which is imported when that command is called or asked for its help: `--help` and `--version`
+of the whole do not wait for torch.
 """
 
 from importlib import import_module
@@ -11,16 +12,16 @@ import typer
 
 from hf_efficientsam import __version__
 
-MODULES = {
-    "segment": "segment",
-    "salient": "find",
-    "text": "find",
-    "everything": "everything",
-    "info": "checkpoints",
-    "convert": "checkpoints",
-    "export-onnx": "checkpoints",
-    "publish": "publish",
-    "demo": "demo",
+COMMANDS = {  # name: its module, and its line in the list that --help prints
+    "segment": ("segment", "Cut out the objects that points and boxes show."),
+    "salient": ("find", "Cut out what stands out, without a prompt."),
+    "text": ("find", "Cut out objects by their names, with a detector of your choice."),
+    "everything": ("everything", "Find all objects: images become a COCO dataset."),
+    "info": ("checkpoints", "Describe a checkpoint."),
+    "convert": ("checkpoints", "Convert an official EfficientSAM checkpoint."),
+    "export-onnx": ("checkpoints", "Export a checkpoint to ONNX."),
+    "publish": ("publish", "Make a checkpoint a repository of the Hugging Face Hub."),
+    "demo": ("demo", "Serve a web page where objects are cut out with the mouse."),
 }
 
 
@@ -31,13 +32,17 @@ class Commands(typer.core.TyperGroup):
     """
 
     def list_commands(self, ctx):
-        return list(MODULES)
+        return list(COMMANDS)
 
     def get_command(self, ctx, name):
-        if name not in MODULES:
+        if name not in COMMANDS:
             return None
-        commands = import_module(f"{__package__}.{MODULES[name]}").commands
+        commands = import_module(f"{__package__}.{COMMANDS[name][0]}").commands
         return typer.main.get_group(commands).commands[name]
+
+    def format_commands(self, ctx, formatter):
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
     def invoke(self, ctx):
         try:

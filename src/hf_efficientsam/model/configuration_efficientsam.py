@@ -46,6 +46,7 @@ class EfficientSamVisionConfig(PreTrainedConfig):
 
     base_config_key = "vision_config"
     model_type = "efficientsam_vision_model"
+    _auto_class = "AutoConfig"
 
     hidden_size: int = 192
     intermediate_size: int | None = None
@@ -118,6 +119,7 @@ class EfficientSamBackboneConfig(BackboneConfigMixin, EfficientSamVisionConfig):
     """
 
     model_type = "efficientsam_backbone"
+    _auto_class = "AutoConfig"
 
     window_size: int = 0
     global_attention_layers: list[int] | tuple[int, ...] | None = None
@@ -303,6 +305,7 @@ class EfficientSamConfig(PreTrainedConfig):
     """
 
     model_type = "efficientsam"
+    _auto_class = "AutoConfig"
     sub_configs_defaults = {
         "vision_config": EfficientSamVisionConfig,
         "prompt_encoder_config": EfficientSamPromptEncoderConfig,
@@ -373,6 +376,7 @@ class EfficientSamSamiConfig(PreTrainedConfig):
     """
 
     model_type = "efficientsam_sami"
+    _auto_class = "AutoConfig"
     sub_configs_defaults = {"vision_config": EfficientSamVisionConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
@@ -438,6 +442,7 @@ class EfficientSamSaliencyConfig(PreTrainedConfig):
     """
 
     model_type = "efficientsam_saliency"
+    _auto_class = "AutoConfig"
 
     input_channels: int = 256
     hidden_size: int = 96

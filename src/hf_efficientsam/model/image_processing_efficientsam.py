@@ -105,6 +105,7 @@ class EfficientSamImageProcessor(PilBackend):
         TypeError: something that is not an image.
     """
 
+    _auto_class = "AutoImageProcessor"
     valid_kwargs = EfficientSamImageProcessorKwargs
     do_convert_rgb = True
     do_resize = True

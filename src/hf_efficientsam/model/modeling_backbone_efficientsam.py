@@ -86,6 +86,7 @@ class EfficientSamBackbone(BackboneMixin, EfficientSamPreTrainedModel):
 
     config_class = EfficientSamBackboneConfig
     config: EfficientSamBackboneConfig
+    _auto_class = "AutoBackbone"
     _auto_classes = ("AutoBackbone",)
 
     def __init__(self, config: EfficientSamBackboneConfig):

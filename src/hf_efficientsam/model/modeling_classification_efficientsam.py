@@ -23,6 +23,7 @@ class EfficientSamForImageClassification(EfficientSamPreTrainedModel):
 
     config_class = EfficientSamVisionConfig
     config: EfficientSamVisionConfig
+    _auto_class = "AutoModelForImageClassification"
     _auto_classes = ("AutoModelForImageClassification",)
 
     def __init__(self, config: EfficientSamVisionConfig):

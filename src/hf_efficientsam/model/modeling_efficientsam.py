@@ -303,6 +303,7 @@ class EfficientSamPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _auto_class = "AutoModel"  # so that a saved folder holds the code, as after `register_for_auto_class`
     _auto_classes = ("AutoModel",)  # that load this class from a saved folder
 
     @classmethod

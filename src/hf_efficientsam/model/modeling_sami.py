@@ -97,6 +97,7 @@ class EfficientSamSamiPreTrainedModel(EfficientSamPreTrainedModel):
     # Not the patch embeddings: the class token's position is read outside their forward, where FSDP2, which shards
     # each of these by itself, would have it sharded.
     _no_split_modules = ["EfficientSamVisionLayer", "EfficientSamSamiDecoderLayer"]
+    _auto_class = "AutoModelForPreTraining"
     _auto_classes = ("AutoModelForPreTraining",)
 
     @torch.no_grad()

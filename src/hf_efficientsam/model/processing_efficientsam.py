@@ -18,6 +18,8 @@ class EfficientSamProcessor(ProcessorMixin):
         image_processor: an [`EfficientSamImageProcessor`].
     """
 
+    _auto_class = "AutoProcessor"
+
     def __init__(self, image_processor):
         super().__init__(image_processor)
 
