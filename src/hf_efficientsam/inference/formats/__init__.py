@@ -1,0 +1,1 @@
+"""What annotation tools and other libraries read: polygons, YOLO lines, labelme and Label Studio files."""
