@@ -154,6 +154,9 @@ class EfficientSamImageProcessor(PilBackend):
         Height and width that an image of `original_size` (height, width) has in `pixel_values` before padding.
         `do_resize`, `size` and `keep_aspect_ratio` may be overridden as in a call.
         """
+        given = {name for name, value in kwargs.items() if value is not None}
+        if unknown := given - self.valid_kwargs.__annotations__.keys():
+            raise TypeError(f"The image processor has no option {', '.join(sorted(unknown))}.")
         if not kwargs.get("do_resize", self.do_resize):
             return tuple(original_size)
         size = self._standardize_kwargs(size=kwargs.get("size", self.size))["size"]

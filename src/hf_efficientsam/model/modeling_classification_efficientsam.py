@@ -25,6 +25,7 @@ class EfficientSamForImageClassification(EfficientSamPreTrainedModel):
     config: EfficientSamVisionConfig
     _auto_class = "AutoModelForImageClassification"
     _auto_classes = ("AutoModelForImageClassification",)
+    accepts_loss_kwargs = True
 
     def __init__(self, config: EfficientSamVisionConfig):
         super().__init__(config)
@@ -58,12 +59,13 @@ class EfficientSamForImageClassification(EfficientSamPreTrainedModel):
         """
         for name in ("original_sizes", "reshaped_input_sizes"):  # of the processor, for masks alone
             kwargs.pop(name, None)
+        loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
         output = self.vision_encoder(pixel_values, **kwargs)
         tokens = output.last_hidden_state
         pooled = tokens[:, 1:].mean(dim=1) if self.config.classifier_pooling == "mean" else tokens[:, 0]
         logits = self.classifier(self.layernorm(pooled))
         return ImageClassifierOutput(
-            loss=None if labels is None else self.loss(logits, labels, **kwargs),
+            loss=None if labels is None else self.loss(logits, labels, **loss_kwargs),
             logits=logits,
             hidden_states=output.hidden_states,
             attentions=output.attentions,

@@ -101,6 +101,13 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+def check_kwargs(kwargs: dict) -> None:
+    """Raises a TypeError for arguments of a `forward` that would have no effect; `None` is no argument."""
+    known = ("output_attentions", "output_hidden_states")
+    if unknown := [name for name, value in kwargs.items() if name not in known and value is not None]:
+        raise TypeError(f"forward() takes no {', '.join(unknown)}; leave it out, or correct its name.")
+
+
 # ---------------------------------------------------------------------------------------------- vision encoder
 
 
@@ -292,6 +299,7 @@ class EfficientSamPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # transformers' Trainer passes a number of items to a model that uses it
     _no_split_modules = [
         "EfficientSamPatchEmbeddings",
         "EfficientSamVisionLayer",
@@ -372,6 +380,7 @@ class EfficientSamVisionEncoder(EfficientSamVisionTransformer):
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> EfficientSamVisionOutput:
+        check_kwargs(kwargs)
         hidden_states = self.embeddings(pixel_values)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
@@ -393,6 +402,7 @@ class EfficientSamTokenEncoder(EfficientSamVisionTransformer):
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+        check_kwargs(kwargs)
         patch_size = self.config.patch_size
         grid_size = (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size)
         hidden_states = self.embeddings(pixel_values, self.cls_token)
@@ -1117,12 +1127,14 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         Raises:
             ValueError: if not exactly one of `pixel_values` and `image_embeddings` is given, if shapes disagree, or
                 if the prompt is of a kind the model lacks.
+            TypeError: for other arguments, those of PerSAM (`attention_similarity`, `target_embedding`) among them.
         """
         if (pixel_values is None) == (image_embeddings is None):
             raise ValueError("Give exactly one of pixel_values and image_embeddings.")
         # Of the processor, for its post-processing and for losses. As SamModel, this computes no loss.
         for name in ("original_sizes", "reshaped_input_sizes", "labels"):
             kwargs.pop(name, None)
+        check_kwargs(kwargs)
         for name in ("output_attentions", "output_hidden_states"):  # the parts do not see this config
             kwargs.setdefault(name, getattr(self.config, name))
         vision_output = EfficientSamVisionOutput(last_hidden_state=image_embeddings)

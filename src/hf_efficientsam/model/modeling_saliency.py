@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .configuration_efficientsam import EfficientSamSaliencyConfig
-from .modeling_efficientsam import EfficientSamMLP, EfficientSamPreTrainedModel, EfficientSamVisionLayer
+from .modeling_efficientsam import EfficientSamMLP, EfficientSamPreTrainedModel, EfficientSamVisionLayer, check_kwargs
 
 
 @dataclass
@@ -103,6 +103,7 @@ class EfficientSamSaliencyHead(EfficientSamPreTrainedModel):
         Raises:
             ValueError: if a shape does not fit.
         """
+        check_kwargs(kwargs)
         channels = self.config.input_channels
         if image_embeddings.ndim != 4 or image_embeddings.shape[1] != channels:
             raise ValueError(

@@ -28,6 +28,7 @@ from .modeling_efficientsam import (
     EfficientSamPreTrainedModel,
     EfficientSamVisionAttention,
     EfficientSamVisionLayer,
+    check_kwargs,
     eager_attention_forward,
 )
 
@@ -146,6 +147,7 @@ class EfficientSamMaskedVisionEncoder(EfficientSamSamiPreTrainedModel):
         num_kept: int,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EfficientSamMaskedVisionOutput:
+        check_kwargs(kwargs)
         patches = self.embeddings(pixel_values)  # [B, N, C]
         ids_shuffle = noise.argsort(dim=1)
         ids_restore = ids_shuffle.argsort(dim=1)
@@ -308,6 +310,7 @@ class EfficientSamForPreTraining(EfficientSamSamiPreTrainedModel):
                 f"mask_ratio {self.config.mask_ratio} keeps none of {num_patches} patches; lower it, or enlarge the "
                 "image."
             )
+        check_kwargs(kwargs)
         if noise is None:
             noise = torch.rand(len(pixel_values), num_patches, device=pixel_values.device)
         elif noise.shape != (len(pixel_values), num_patches):

@@ -54,7 +54,8 @@ class EfficientSamProcessor(ProcessorMixin):
             segmentation_maps: what is to be found in the images, for training: see the image processor, which makes
                 `labels` of them.
             return_tensors: "pt" (as is `None`) or "np".
-            kwargs: options of the image processor for this call.
+            kwargs: options of the image processor for this call, also as transformers' `images_kwargs` and
+                `common_kwargs`; there is no text, audio or video, so `text_kwargs` and the like must be empty.
 
         Returns:
             What the image processor returns, and, each only if something of it was given, with Q and P the largest
@@ -68,8 +69,10 @@ class EfficientSamProcessor(ProcessorMixin):
         Raises:
             ValueError: prompts that do not fit the images or each other, that lie outside the image, or that are not
                 finite numbers nested as above; the message names the image and the prompt.
-            TypeError: prompts that are not numbers.
+            TypeError: prompts that are not numbers, or an unknown option.
         """
+        kwargs = _image_options(**kwargs)
+        return_tensors = kwargs.pop("return_tensors", return_tensors)
         if segmentation_maps is not None:
             if images is None:
                 raise ValueError("segmentation_maps are read together with images; pass these, too.")
@@ -116,6 +119,14 @@ class EfficientSamProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return [*self.image_processor.model_input_names, "original_sizes", "reshaped_input_sizes"]
+
+
+def _image_options(images_kwargs: dict | None = None, common_kwargs: dict | None = None, **kwargs) -> dict:
+    """Options of the image processor, nested as transformers' processors take them, in one dict."""
+    for name in ("text", "text_kwargs", "audio_kwargs", "videos_kwargs"):
+        if kwargs.pop(name, None):
+            raise TypeError(f"{name} would have no effect: this processor takes images and prompts; leave it out.")
+    return {**(common_kwargs or {}), **(images_kwargs or {}), **kwargs}
 
 
 __all__ = ["EfficientSamProcessor"]
