@@ -66,7 +66,7 @@ from hf_efficientsam.training.engine.optimization import (
     stop_unless_finite,
     weight_average,
 )
-from hf_efficientsam.training.engine.reports import write_report
+from hf_efficientsam.training.engine.reports import describe_model, write_report
 from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
 
 MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "classification.yaml"
@@ -233,10 +233,16 @@ def evaluate_saved(config: ClassificationConfig) -> None:
     accelerator.end_training()
 
 
-def save_model(model: EfficientSamForImageClassification, processor: BitImageProcessorPil, folder: Path) -> None:
+def save_model(
+    model: EfficientSamForImageClassification,
+    processor: BitImageProcessorPil,
+    config: ClassificationConfig,
+    folder: Path,
+) -> None:
     with replaced_folder(folder) as writing:
         model.save_pretrained(writing)
         processor.save_pretrained(writing)
+        describe_model(writing, "finetune_classification", model, config)
 
 
 def write_metrics(config: ClassificationConfig, scores: dict[str, float], step: int) -> None:
@@ -309,7 +315,7 @@ def training_function(config: ClassificationConfig, run: TrainingRun) -> None:
                 write_metrics(config, scores, step)
         if run.is_due(step, config.save_steps):
             if accelerator.is_main_process:
-                save_model(averaged, processor, run.output_dir / "model")
+                save_model(averaged, processor, config, run.output_dir / "model")
             run.save(step)
 
 

@@ -88,7 +88,7 @@ from hf_efficientsam.training.engine.optimization import (
     stop_unless_finite,
     weight_average,
 )
-from hf_efficientsam.training.engine.reports import replace_text, write_report
+from hf_efficientsam.training.engine.reports import describe_model, replace_text, write_report
 from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
 from hf_efficientsam.training.masks.coco_ap import Truth
 
@@ -264,9 +264,10 @@ def get_optimizer(
     return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
 
 
-def save_model(detector: MaskDetector, folder: Path) -> None:
+def save_model(detector: MaskDetector, config: DetectionConfig, folder: Path) -> None:
     with replaced_folder(folder) as writing:
         save_detector(detector, writing)
+        describe_model(writing, "finetune_detection", detector.backbone, config)
 
 
 def training_function(config: DetectionConfig, run: TrainingRun) -> None:
@@ -315,7 +316,7 @@ def training_function(config: DetectionConfig, run: TrainingRun) -> None:
                 write_metrics(averaged, truth, scores, results, config, step)
         if run.is_due(step, config.save_steps):
             if accelerator.is_main_process:
-                save_model(averaged, run.output_dir / "model")
+                save_model(averaged, config, run.output_dir / "model")
             run.save(step)
 
 

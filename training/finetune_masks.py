@@ -53,6 +53,7 @@ from hf_efficientsam.training.engine.optimization import (
     stop_unless_finite,
     weight_average,
 )
+from hf_efficientsam.training.engine.reports import describe_model
 from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
 from hf_efficientsam.training.masks.batch import (
     Batch,
@@ -252,13 +253,14 @@ def step_chance(seed: int, step: int) -> tuple[float, torch.Generator]:
     return torch.rand((), generator=generator).item(), generator
 
 
-def save_model(model: EfficientSamModel, image_size: int, folder: Path) -> None:
+def save_model(model: EfficientSamModel, config: MasksConfig, folder: Path) -> None:
     model = merged(model)
-    model.config.vision_config.image_size = image_size
-    size = {"height": image_size, "width": image_size}
+    model.config.vision_config.image_size = config.image_size
+    size = {"height": config.image_size, "width": config.image_size}
     with replaced_folder(folder) as writing:
         model.save_pretrained(writing)
         EfficientSamProcessor(EfficientSamImageProcessor(size=size)).save_pretrained(writing)
+        describe_model(writing, "finetune_masks", model, config)
 
 
 @torch.no_grad()
@@ -333,7 +335,7 @@ def training_function(config: MasksConfig, run: TrainingRun) -> None:
         if run.is_due(step, config.save_steps):
             if accelerator.is_main_process:
                 averaged = segmenter if average is None else average.module
-                save_model(averaged, config.image_size, run.output_dir / "model")
+                save_model(averaged, config, run.output_dir / "model")
             run.save(step)
 
 

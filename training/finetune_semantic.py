@@ -72,7 +72,7 @@ from hf_efficientsam.training.engine.optimization import (
     stop_unless_finite,
     weight_average,
 )
-from hf_efficientsam.training.engine.reports import write_report
+from hf_efficientsam.training.engine.reports import describe_model, write_report
 from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
 from hf_efficientsam.training.semantic.evaluation import (
     class_scores,
@@ -279,10 +279,13 @@ def evaluate_saved(config: SemanticConfig) -> None:
     accelerator.end_training()
 
 
-def save_model(model: PreTrainedModel, processor: Mask2FormerImageProcessorPil, folder: Path) -> None:
+def save_model(
+    model: PreTrainedModel, processor: Mask2FormerImageProcessorPil, config: SemanticConfig, folder: Path
+) -> None:
     with replaced_folder(folder) as writing:
         model.save_pretrained(writing)
         processor.save_pretrained(writing)
+        describe_model(writing, "finetune_semantic", model, config)
 
 
 def write_metrics(config: SemanticConfig, scores: dict, step: int) -> None:
@@ -358,7 +361,7 @@ def training_function(config: SemanticConfig, run: TrainingRun) -> None:
                 write_metrics(config, scores, step)
         if run.is_due(step, config.save_steps):
             if accelerator.is_main_process:
-                save_model(averaged, processor, run.output_dir / "model")
+                save_model(averaged, processor, config, run.output_dir / "model")
             run.save(step)
 
 

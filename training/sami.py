@@ -38,6 +38,7 @@ from hf_efficientsam.training.engine.config import (
 from hf_efficientsam.training.engine.encoder_weights import load_vit, select_weights
 from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
 from hf_efficientsam.training.engine.optimization import parameter_groups, stop_unless_finite, weight_average
+from hf_efficientsam.training.engine.reports import describe_model
 from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
 from hf_efficientsam.training.sami.teachers import Teacher, load_teacher
 
@@ -173,9 +174,10 @@ def get_optimizer(
     return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
 
 
-def save_model(student: EfficientSamForPreTraining, state_dict: dict, folder: Path) -> None:
+def save_model(student: EfficientSamForPreTraining, state_dict: dict, config: SamiConfig, folder: Path) -> None:
     with replaced_folder(folder) as writing:
         student.save_pretrained(writing, state_dict=state_dict)
+        describe_model(writing, "sami", student, config)
 
 
 def training_function(config: SamiConfig, run: TrainingRun) -> None:
@@ -225,7 +227,7 @@ def training_function(config: SamiConfig, run: TrainingRun) -> None:
             # On every process: FSDP gathers the weights from all of them.
             state_dict = accelerator.get_state_dict(model if average is None else average.module)
             if accelerator.is_main_process:
-                save_model(student, state_dict, run.output_dir / "model")
+                save_model(student, state_dict, config, run.output_dir / "model")
             run.save(step)
 
 

@@ -45,7 +45,7 @@ from hf_efficientsam.training.engine.config import (
 )
 from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
 from hf_efficientsam.training.engine.optimization import parameter_groups, stop_unless_finite, weight_average
-from hf_efficientsam.training.engine.reports import write_report
+from hf_efficientsam.training.engine.reports import describe_model, write_report
 from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
 from hf_efficientsam.training.saliency.embeddings import EncodedImages, MirroredEmbeddings, whiten
 from hf_efficientsam.training.saliency.evaluation import mean_scores, predict_map, score_map
@@ -160,9 +160,10 @@ def write_metrics(config: SaliencyConfig, scores: dict, step: int) -> None:
     write_report(Path(config.output_dir) / "metrics.json", report, ("accelerate", "numpy", "pillow"))
 
 
-def save_head(head: EfficientSamSaliencyHead, folder: Path) -> None:
+def save_head(head: EfficientSamSaliencyHead, config: SaliencyConfig, folder: Path) -> None:
     with replaced_folder(folder) as writing:
         head.save_pretrained(writing)
+        describe_model(writing, "train_saliency", head, config)
 
 
 def training_function(config: SaliencyConfig, run: TrainingRun) -> None:
@@ -208,7 +209,7 @@ def training_function(config: SaliencyConfig, run: TrainingRun) -> None:
                 write_metrics(config, scores, step)
         if run.is_due(step, config.save_steps):
             if accelerator.is_main_process:
-                save_head(averaged, run.output_dir / "model")
+                save_head(averaged, config, run.output_dir / "model")
             run.save(step)
 
 

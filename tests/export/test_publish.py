@@ -1,5 +1,8 @@
 import json
 import shutil
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,13 +11,16 @@ import huggingface_hub
 import pytest
 import tiny
 import torch
-from huggingface_hub import ModelCard, SpaceCard
+import yaml
+from huggingface_hub import ModelCard, SpaceCard, parse_eval_result_entries
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from hf_efficientsam.cli.app import app
 from hf_efficientsam.export import publish
+from hf_efficientsam.export.model_card import Provenance, training_card
+from hf_efficientsam.export.package_wheel import PACKAGE, WHEEL_NAME, build_wheel
 
 REPORT = {
     "model": "tiny",
@@ -113,11 +119,13 @@ def test_repository_has_what_the_checkpoint_has(checkpoint, tmp_path):
     folder = publish.make_model(checkpoint, "someone/tiny", tmp_path / "model", onnx=False).folder
     names = set(read_files(folder))
     assert {name for name in names if not name.endswith(".py")} == {
+        WHEEL_NAME,
         "LICENSE-CODE",
         "README.md",
         "config.json",
         "metrics.json",
         "model.safetensors",
+        "preprocessor_config.json",
         "processor_config.json",
         "saliency/config.json",
         "saliency/metrics.json",
@@ -156,6 +164,62 @@ def test_card_states_what_was_measured_and_nothing_else(checkpoint, tmp_path):
     assert "None were recorded" in card.text and "mIoU" not in card.text
 
 
+def test_hub_knows_the_numbers_and_where_the_model_comes_from(checkpoint, tmp_path, monkeypatch, unproved):
+    options = ["--license", "cc-by-4.0", "--base-model", "someone/base", "--evaluated-on", "someone/val"]
+    options += ["--dataset", "someone/one", "--dataset", "someone/two", "--output", tmp_path / "out"]
+    code, _, stderr = call(checkpoint, "someone/tiny", *options)
+    assert code == 0, stderr
+    data = ModelCard.load(tmp_path / "out" / "model" / "README.md").data
+    assert (data.license, data.base_model, data.datasets) == (
+        "cc-by-4.0",
+        "someone/base",
+        ["someone/one", "someone/two"],
+    )
+    (result,) = data.eval_results
+    assert (result.dataset_type, result.metric_type, result.metric_value) == ("someone/val", "mean_iou", 0.6543)
+    assert result.metric_name == "mIoU, box, confident" and result.task_type == "mask-generation"
+    (entry,) = parse_eval_result_entries(
+        yaml.safe_load((tmp_path / "out" / "model" / ".eval_results" / "masks.yaml").read_text())
+    )
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("someone/val", "box_confident", 0.6543)
+    assert "no name of a repository" in refused(checkpoint, "someone/tiny", "--dataset", "my images")
+
+
+def test_card_of_a_training_is_written_anew_with_what_it_knew(checkpoint, tmp_path):
+    trained = tmp_path / "trained"
+    shutil.copytree(checkpoint, trained)
+    provenance = Provenance(license="mit", base_model="someone/base", datasets=["someone/images"])
+    training_card("finetune_masks", tiny.model(), provenance).save(trained / "README.md")
+    folder = publish.make_model(trained, "someone/tiny", tmp_path / "model", False, Provenance("cc-by-4.0")).folder
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.license, card.data.base_model) == ("cc-by-4.0", "someone/base")
+    assert card.data.datasets == ["someone/images"] and "OWNER/NAME" not in card.text and "0.654" in card.text
+
+
+def test_image_processor_alone_is_found_by_its_own_file(checkpoint, tmp_path):
+    folder = publish.make_model(checkpoint, "someone/tiny", tmp_path / "model", onnx=False).folder
+    stored = json.loads((folder / "preprocessor_config.json").read_text())
+    assert stored["image_processor_type"] == "EfficientSamImageProcessor"
+    assert stored["size"] == json.loads((folder / "processor_config.json").read_text())["image_processor"]["size"]
+
+
+def test_wheel_is_the_package_without_weights(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    wheel = build_wheel(first)
+    assert wheel.read_bytes() == build_wheel(second).read_bytes()
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", tmp_path / "site", wheel]
+    subprocess.run([*map(str, command)], check=True, capture_output=True)
+    assert not list((tmp_path / "site").rglob("*.safetensors"))
+    ours = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")}
+    theirs = tmp_path / "site" / "hf_efficientsam"
+    assert {path.relative_to(theirs) for path in theirs.rglob("*.py")} == ours
+    (installed,) = metadata.distributions(name="hf-efficientsam", path=[str(tmp_path / "site")])
+    assert installed.requires == metadata.requires("hf-efficientsam")
+    assert [point.name for point in installed.entry_points] == ["efficientsam"]
+
+
 def test_own_card_and_licence_are_kept(checkpoint, tmp_path):
     own = tmp_path / "own"
     shutil.copytree(checkpoint, own)
@@ -168,6 +232,11 @@ def test_own_card_and_licence_are_kept(checkpoint, tmp_path):
         (own / name).write_bytes(content)
     folder = publish.make_model(own, "someone/tiny", tmp_path / "model", onnx=False).folder
     made = read_files(folder)
+    card = ModelCard(made.pop("README.md").decode())
+    assert "![cases](cases.png)" in card.text and card.data.license == "mit"
+    assert card.data.pipeline_tag == "mask-generation" and 'from_pretrained("someone/tiny")' in card.text
+    assert card.data.eval_results[0].metric_value == 0.6543
+    del files["README.md"]
     assert files.items() <= made.items() and "LICENSE" not in made
 
     (own / "README.md").write_text("---\nlicense: [mit\n---\n")
@@ -197,6 +266,9 @@ def test_space_shows_the_model(tmp_path):
     code = (tmp_path / "space" / "app.py").read_text()
     assert 'os.environ.get("EFFICIENTSAM_MODEL", "someone/tiny")' in code
     compile(code, "app.py", "exec")
+    address = f"https://huggingface.co/someone/tiny/resolve/main/{WHEEL_NAME}"
+    requirements = (tmp_path / "space" / "requirements.txt").read_text()
+    assert f"\nhf-efficientsam[demo] @ {address}\n" in requirements
     data = SpaceCard.load(tmp_path / "space" / "README.md").data.to_dict()
     assert data["sdk"] == "gradio" and data["app_file"] == "app.py"
     assert data["title"] == "show" and data["models"] == ["someone/tiny"]
@@ -257,14 +329,22 @@ def test_nothing_is_uploaded_unless_asked(checkpoint, monkeypatch, unproved, tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_private_repositories(checkpoint, monkeypatch, unproved):
+    hub = FakeHub(monkeypatch)
+    assert "--private is for new repositories" in refused(checkpoint, "someone/tiny", "--private")
+    message = "a private Space cannot be built"
+    assert message in refused(checkpoint, "someone/tiny", "--push", "--private", "--demo")
+    assert message in refused(checkpoint, "someone/tiny", "--push", "--private", "--space", "someone/show")
+    assert call(checkpoint, "someone/tiny", "--push", "--private")[0] == 0
+    assert hub.calls[0][2]["private"] is True
+
+
 def test_push_makes_one_commit_a_repository(checkpoint, monkeypatch, unproved, tmp_path):
     hub = FakeHub(monkeypatch)
     arguments = (checkpoint, "someone/tiny", "--space", "someone/show", "--output", tmp_path / "kept")
-    code, _, stderr = call(*arguments, "--private")
-    assert code == 2 and "--private is for new repositories" in stderr
-    code, stdout, _ = call(*arguments, "--push", "--private")
+    code, stdout, _ = call(*arguments, "--push")
     assert code == 0 and "uploaded to https://huggingface.co/someone/tiny\n" in stdout
-    made = {"private": True, "exist_ok": True}
+    made = {"private": None, "exist_ok": True}
     message = {"commit_message": f"Published by hf_efficientsam {publish.__version__}"}
     assert hub.calls == [
         ("create_repo", "someone/tiny", {"repo_type": "model", "space_sdk": None, **made}),

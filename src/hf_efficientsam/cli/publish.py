@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from hf_efficientsam.export.model_card import Provenance
 from hf_efficientsam.export.publish import Repository, check_hub_in_reach, made_repositories, upload
 from hf_efficientsam.inference.loading import bundled_checkpoint, is_bundled
 
@@ -22,6 +23,16 @@ def publish_command(
     onnx: Annotated[bool, typer.Option("--onnx", help="Export the model to ONNX into the folder onnx.")] = False,
     demo: Annotated[bool, typer.Option("--demo", help="Make a Space with the web demo, named REPO-demo.")] = False,
     space: Annotated[str | None, typer.Option(metavar="NAME", help="Make that Space under another name.")] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Terms of the weights, as the Hub names them: apache-2.0, cc-by-4.0, other...")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="Model of the Hub that this one was made from.")] = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Dataset of the Hub that it was trained on; may be given several times.")
+    ] = None,
+    evaluated_on: Annotated[
+        str | None, typer.Option(help="Dataset of the Hub whose masks metrics.json was measured on.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="New folder to keep what would be uploaded, as OUTPUT/model and OUTPUT/space.")
     ] = None,
@@ -29,24 +40,30 @@ def publish_command(
     """
     Make a checkpoint a repository of the Hugging Face Hub that works with transformers alone.
 
-    It has the weights in the precision that they are stored in, the code (for trust_remote_code), the saliency head
-    and metrics.json if the checkpoint has them, and a model card: the checkpoint's README.md, or one with the numbers
-    of metrics.json. First it is loaded in a process without this package, where it must give the same masks. The same
-    checkpoint makes the same files.
+    It has the weights in the precision that they are stored in, the code (for trust_remote_code), a wheel of this
+    package, the saliency head and metrics.json if the checkpoint has them, and a model card: the checkpoint's
+    README.md with the fields that the Hub asks for, or one with the numbers of metrics.json. First it is loaded in a
+    process without this package, where it must give the same masks. The same checkpoint makes the same files.
 
     Without --push this only lists the files. With it each repository is uploaded in one commit: files of the same
-    name are replaced, others stay. The token is that of `hf auth login` or HF_TOKEN. A Space needs one of its own, as
-    the secret HF_TOKEN, to read a private model. Its files are in a checkout of the project only, not in the package.
+    name are replaced, others stay. The token is that of `hf auth login` or HF_TOKEN. The Space's files are in a
+    checkout of the project only, not in the package.
     """
     if private and not push:
         raise ValueError("--private is for new repositories that --push makes; give both, or neither.")
+    if private and (demo or space is not None):
+        raise ValueError(
+            "a private Space cannot be built, because it installs the package from the model repository, without a "
+            "token; leave out --private, or the Space."
+        )
     if push:
         check_hub_in_reach()
     if is_bundled(str(directory)):
         directory = Path(bundled_checkpoint())
     if demo and space is None:
         space = f"{name}-demo"
-    with made_repositories(directory, name, space, onnx, output) as repositories:
+    provenance = Provenance(license, base_model, tuple(dataset or ()), evaluated_on)
+    with made_repositories(directory, name, space, onnx, output, provenance) as repositories:
         for repository in repositories:
             typer.echo(describe_repository(repository))
         there, made = ({path.name for path in folder.iterdir()} for folder in (directory, repositories[0].folder))

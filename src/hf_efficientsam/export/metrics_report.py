@@ -1,8 +1,10 @@
 """The `metrics.json` that lies beside a checkpoint's weights: the report that training/evaluate_masks.py writes."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+from huggingface_hub import EvalResult, EvalResultEntry
 from transformers.utils import cached_file
 
 
@@ -33,13 +35,68 @@ def metrics_as_text(metrics: str) -> str:
     return "\n".join(lines)
 
 
+def mean_ious(report: dict) -> Iterator[tuple[str, str, float]]:
+    """Prompt, answer and mIoU over objects of all sizes, of the model and not of the baselines."""
+    for prompt, answers in report["results"].items():
+        if prompt != "baseline":
+            for answer, groups in answers.items():
+                yield prompt, answer, groups["all"]["miou"]
+
+
+def measured_on(report: dict) -> list[str]:
+    """The files that a report was measured on, each with its folder."""
+    files = report["annotations"] if "annotations" in report else report["shards"]
+    return ["/".join(Path(file).parts[-2:]) for file in ([files] if isinstance(files, str) else files)]
+
+
+def metrics_as_model_index(metrics: str, dataset: str | None = None) -> list[EvalResult]:
+    """
+    For the front matter of a model card; empty for a report of another form.
+
+    Args:
+        metrics: text of a `metrics.json`.
+        dataset: name on the Hub of what was measured on; by default the name of the files.
+    """
+    try:
+        report = json.loads(metrics)
+        name = dataset or measured_on(report)[0]
+        task = {"task_type": "mask-generation", "task_name": "Mask generation"}
+        on = {"dataset_type": dataset or name.split("/")[0], "dataset_name": name}
+        return [
+            EvalResult(
+                **task,
+                **on,
+                metric_type="mean_iou",
+                metric_name=f"mIoU, {prompt}, {answer}",
+                metric_value=round(miou, 4),
+            )
+            for prompt, answer, miou in mean_ious(report)
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def metrics_as_entries(metrics: str, dataset: str) -> list[EvalResultEntry]:
+    """For `.eval_results` of a repository, whose results stand on the page of a `dataset` of the Hub, too."""
+    results = metrics_as_model_index(metrics, dataset)
+    notes = "mean IoU of masks at the image's own size"
+    return [
+        EvalResultEntry(
+            dataset_id=dataset,
+            task_id=result.metric_name.removeprefix("mIoU, ").replace(", ", "_"),
+            value=result.metric_value,
+            notes=notes,
+        )
+        for result in results
+    ]
+
+
 def metrics_as_markdown(metrics: str) -> str:
     """For a model card: what was measured and the table of results; a report of another form as it is."""
     try:
         report = json.loads(metrics)
-        files = report["annotations"] if "annotations" in report else report["shards"]
-        names = ["/".join(Path(file).parts[-2:]) for file in ([files] if isinstance(files, str) else files)]
-        measured = f"{report['masks']} masks of {report['images']} images ({', '.join(names)}), seed {report['seed']}."
+        names = ", ".join(measured_on(report))
+        measured = f"{report['masks']} masks of {report['images']} images ({names}), seed {report['seed']}."
         return f"{measured} {report['protocol']}\n\n{results_table(report['results'])}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"```json\n{metrics.strip()}\n```"

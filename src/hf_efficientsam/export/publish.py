@@ -18,14 +18,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi, ModelCard, SpaceCard, constants, get_token
+from huggingface_hub import HfApi, ModelCard, SpaceCard, constants, eval_result_entries_to_yaml, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id, yaml_dump
 from safetensors.torch import load_file
 
 from hf_efficientsam import __version__
-from hf_efficientsam.export.model_card import model_card
+from hf_efficientsam.export.metrics_report import metrics_as_entries, read_metrics
+from hf_efficientsam.export.model_card import GENERATED, Provenance, complete_card, model_card
+from hf_efficientsam.export.package_wheel import WHEEL_NAME, build_wheel
 from hf_efficientsam.inference.loading import find_checkpoint, load_head, load_model, stored_dtype
+from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 
 SPACES = Path(__file__).resolve().parents[3] / "spaces"  # in a checkout; not installed with the package
 SPACE_FILES = ("app.py", "README.md", "requirements.txt")
@@ -141,10 +144,17 @@ def check_hub_in_reach() -> None:
 # ------------------------------------------------------------------------------------------------ the folders
 
 
-def make_model(directory: Path, name: str, folder: Path, onnx: bool) -> Repository:
+def make_model(
+    directory: Path,
+    name: str,
+    folder: Path,
+    onnx: bool,
+    provenance: Provenance = Provenance(),  # noqa: B008 (it is frozen)
+) -> Repository:
     """
-    The model repository `name`: weights in the checkpoint's own precision, the code, the saliency head if there is
-    one, ONNX files if wanted, and the checkpoint's own model card or one that states its metrics.json.
+    The model repository `name`: weights in the checkpoint's own precision, the code, a wheel of the package, the
+    saliency head if there is one, ONNX files if wanted, and a model card: the checkpoint's own with the fields that it
+    lacks, or one that states its metrics.json.
     """
     repository = Repository(name, "model", folder)
     folder.mkdir(parents=True)
@@ -160,16 +170,34 @@ def make_model(directory: Path, name: str, folder: Path, onnx: bool) -> Reposito
     for pattern in CARRIED:
         for source in directory.glob(pattern):
             shutil.copyfile(source, folder / source.relative_to(directory))
-    if not (folder / "README.md").exists():
-        card = model_card(model, name, tags=[])
-        parts = [f"- {text.format(name=name)}" for part, text in PARTS.items() if (folder / part).is_dir()]
-        card.text += "\n".join(["\n## Also in this repository\n", *parts, ""]) if parts else ""
-        card.save(folder / "README.md")
-    card = load_card(folder / "README.md")
+    # Where image processors have their configuration by themselves, for programs that know no processor_config.json.
+    processor.image_processor.save_pretrained(folder)
+    build_wheel(folder)
+    card = write_card(model, name, folder, provenance)
+    if metrics := provenance.evaluated_on and read_metrics(str(folder)):
+        entries = eval_result_entries_to_yaml(metrics_as_entries(metrics, provenance.evaluated_on))
+        (folder / ".eval_results").mkdir()
+        (folder / ".eval_results" / "masks.yaml").write_text(yaml_dump(entries, sort_keys=False))
     if not any(folder.glob("LICENSE*")):  # ours is of the code; the card may say something else of the weights
         name = "LICENSE" if card.data.license == "apache-2.0" else "LICENSE-CODE"
         (folder / name).write_text(metadata.distribution("hf-efficientsam").read_text("licenses/LICENSE"))
     return repository
+
+
+def write_card(model: EfficientSamModel, name: str, folder: Path, provenance: Provenance) -> ModelCard:
+    """The card of the repository in `folder`, whose README.md is the checkpoint's if it has one."""
+    metrics, readme = read_metrics(str(folder)), folder / "README.md"
+    card = load_card(readme) if readme.exists() else None
+    if card is not None and GENERATED not in card.text:
+        card = complete_card(card, name, metrics, provenance)
+    else:
+        if card is not None:
+            provenance = provenance.or_else(card.data)
+        card = model_card(model, name, [], metrics, provenance)
+        parts = [f"- {text.format(name=name)}" for part, text in PARTS.items() if (folder / part).is_dir()]
+        card.text += "\n".join(["\n## Also in this repository\n", *parts, ""]) if parts else ""
+    card.save(readme)
+    return card
 
 
 def load_card(readme: Path) -> ModelCard:
@@ -199,6 +227,12 @@ def make_space(model: str, name: str, folder: Path) -> Repository:
             f"{SPACES / 'app.py'} does not read {MODEL_OF_THE_SPACE}...), where the model's name belongs."
         )
     (folder / "app.py").write_text(f'{before}{found}, "{model}"{after}')
+    requirements = (folder / "requirements.txt").read_text()
+    wheel = f"https://huggingface.co/{model}/resolve/main/{WHEEL_NAME}"
+    # While a Space is built it has requirements.txt alone, so the wheel is named by its address.
+    (folder / "requirements.txt").write_text(
+        requirements.replace("hf-efficientsam[demo]", f"hf-efficientsam[demo] @ {wheel}")
+    )
     card = SpaceCard.load(folder / "README.md")
     card.data.title = name.split("/")[-1]
     card.data.models = [model]
@@ -264,7 +298,12 @@ def verify(directory: Path, repository: Repository) -> None:
 
 @contextmanager
 def made_repositories(
-    directory: Path, name: str, space: str | None = None, onnx: bool = False, output: Path | None = None
+    directory: Path,
+    name: str,
+    space: str | None = None,
+    onnx: bool = False,
+    output: Path | None = None,
+    provenance: Provenance = Provenance(),  # noqa: B008 (it is frozen)
 ) -> Iterator[list[Repository]]:
     """
     What is to be uploaded, made and proved; it is gone afterwards unless there is an `output`.
@@ -274,12 +313,13 @@ def made_repositories(
         name: `"org/name"` of the model repository.
         space: name of the Space, if there is to be one.
         onnx: also export the model into `onnx/`.
+        provenance: what the model card is to say of the model's making.
         output: an empty or new folder, where `model` and `space` appear once all is right.
 
     Raises:
         ValueError: a name is none, the checkpoint cannot be loaded, or its repository does not work by itself.
     """
-    for one in (name, space):
+    for one in (name, space, provenance.base_model, *provenance.datasets, provenance.evaluated_on):
         if one is not None:
             check_repository_name(one)
     if not directory.is_dir():
@@ -292,7 +332,7 @@ def made_repositories(
         output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output and output.parent, prefix=".efficientsam.") as temporary:
         folder = Path(temporary, "made")
-        repositories = [make_model(directory, name, folder / "model", onnx)]
+        repositories = [make_model(directory, name, folder / "model", onnx, provenance)]
         if space is not None:
             repositories.append(make_space(name, space, folder / "space"))
         verify(directory, repositories[0])

@@ -2,11 +2,17 @@
 
 import json
 import platform
+import shutil
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+from transformers import PreTrainedModel
+
+from hf_efficientsam.export.model_card import Provenance, training_card
 from hf_efficientsam.inference.image_files import write_files
+from hf_efficientsam.inference.loading import is_bundled
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -19,6 +25,28 @@ def write_report(path: str | Path, report: dict, libraries: Sequence[str]) -> No
     names = ("hf-efficientsam", "torch", "transformers", *libraries)
     versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
     replace_text(Path(path), json.dumps({**report, "versions": versions}, indent=1) + "\n")
+
+
+def describe_model(writing: Path, script: str, model: PreTrainedModel, config: Any) -> None:
+    """
+    The model card and the run's `metrics.json`, if it has been written, beside a model's weights.
+
+    Args:
+        writing: folder of the weights.
+        script: that trained the model, without `.py`.
+        config: of the run. What it started from and was trained on is named in the card if it is of the Hub.
+    """
+
+    def of_hub(*options: str) -> list[str]:
+        names = [getattr(config, option, None) for option in options]
+        return [name for name in names if not is_bundled(name) and name.count("/") == 1 and not Path(name).exists()]
+
+    base_model = next(iter(of_hub("model", "encoder")), None)
+    card = training_card(script, model, Provenance(base_model=base_model, datasets=of_hub("dataset")))
+    card.save(writing / "README.md")
+    metrics = Path(config.output_dir) / "metrics.json"
+    if metrics.exists():
+        shutil.copyfile(metrics, writing / "metrics.json")
 
 
 def fill_between(page: str, begin: str, end: str, text: str) -> str:
