@@ -46,7 +46,7 @@ from hf_efficientsam.training.masks.evaluation import (
     Record,
     answers,
     calibration_errors,
-    evaluate_image,
+    evaluate_images,
     fixed_prompts,
     mean_ious,
     num_clicks,
@@ -151,19 +151,8 @@ def measure_masks(
     config: EvaluateMasksConfig, batches: Iterable[list[Item]], predictors: list[Predictor]
 ) -> list[Record]:
     """What was measured on each image of this process."""
-    records = []
-    for batch in batches:
-        encoded = [
-            predictor.encode([item.inputs[number] for item in batch]) for number, predictor in enumerate(predictors)
-        ]
-        for number, item in enumerate(batch):
-            asked = {name: images[number] for name, images in zip(config.model, encoded, strict=True)}
-            ious, areas = evaluate_image(
-                asked, item.sample, config.prompts, config.clicks, config.seed, config.prompts_at_once
-            )
-            lists = {row: values.tolist() for row, values in ious.items()}
-            records.append(Record(item.place, item.sample.source, areas.tolist(), lists))
-    return records
+    named = dict(zip(config.model, predictors, strict=True))
+    return evaluate_images(named, batches, config.prompts, config.clicks, config.seed, config.prompts_at_once)
 
 
 def measure_detections(

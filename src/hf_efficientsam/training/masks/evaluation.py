@@ -1,7 +1,7 @@
 """How good promptable masks are: the protocol of the paper's zero-shot tables (arXiv 2312.00863), and SAM's clicks."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -16,7 +16,7 @@ from hf_efficientsam.training.data.coco import Sample, decode_rles
 from hf_efficientsam.training.data.images import hash_key
 
 from .metrics import MeanIoU, calibration_error, filled_box, inscribed_ellipse, mask_iou
-from .predictors import ImagePredictor, PreparedImage, prepare_image
+from .predictors import ImagePredictor, Predictor, PreparedImage, prepare_image
 from .prompts import sample_points
 
 ANSWERS = (
@@ -296,6 +296,27 @@ class Record:
     source: str
     areas: list[int]
     ious: dict[tuple[str | None, str, str], list[float]]
+
+
+def evaluate_images(
+    predictors: dict[str, Predictor],
+    batches: Iterable[list[Item]],
+    prompts: Sequence[str],
+    clicks: str = "random",
+    seed: int = 0,
+    prompts_at_once: int = 64,
+) -> list[Record]:
+    """What was measured on each image of some batches, whose items have inputs for each model in this order; for the
+    other arguments see `evaluate_image`."""
+    records = []
+    for batch in batches:
+        encoded = [one.encode([item.inputs[i] for item in batch]) for i, one in enumerate(predictors.values())]
+        for number, item in enumerate(batch):
+            asked = {name: images[number] for name, images in zip(predictors, encoded, strict=True)}
+            ious, areas = evaluate_image(asked, item.sample, prompts, clicks, seed, prompts_at_once)
+            lists = {row: values.tolist() for row, values in ious.items()}
+            records.append(Record(item.place, item.sample.source, areas.tolist(), lists))
+    return records
 
 
 def mean_ious(records: list[Record], model: str, prompts: Sequence[str]) -> dict[str, dict[str, dict]]:
