@@ -16,10 +16,12 @@ CONFIGS = {
     "finetune_semantic": "SemanticConfig",
     "finetune_detection": "DetectionConfig",
     "train_saliency": "SaliencyConfig",
+    "train_in_memory": "InMemoryConfig",
 }
 # Scripts of recipes whose command is a study, which starts the script itself.
 IN_STUDIES = {"data": "finetune_masks", "data_start": "finetune_masks", "sami": "sami", "sami_masks": "finetune_masks"}
 NEEDED = {"finetune_detection": ["--train", "some.json"], "train_saliency": ["--train", "some_folder"]}
+NEEDED["train_in_memory"] = ["--shards", "some.tar", "--val", "other.tar"]
 
 
 def header(path) -> str:

@@ -103,37 +103,68 @@ def select_weights(teacher: nn.Module, student: EfficientSamVisionEncoder) -> No
     Raises:
         ValueError: if the two do not fit.
     """
-    ours, theirs = student.config, teacher.config
-    step = _width_ratio(theirs, ours)
-    channels = torch.arange(0, theirs.hidden_size, step)
-    units = torch.arange(0, step * ours.intermediate_size, step)
-    head_dim = ours.hidden_size // ours.num_attention_heads
-    heads = torch.arange(theirs.hidden_size).unflatten(0, (-1, head_dim))[::step].flatten()
-    _select_embeddings(teacher, student, channels)
-    for target, source in zip(student.layers, teacher.encoder.layer, strict=True):
-        _select(target.layernorm_before, source.norm1, channels)
-        for name in ("q_proj", "k_proj", "v_proj"):
-            _select(getattr(target.attention, name), getattr(source.attention, name), heads, channels)
-        _select(target.attention.o_proj, source.attention.o_proj, channels, heads)
-        _fold_scale(target.attention.o_proj, source.layer_scale1.lambda1[channels])
-        _select(target.layernorm_after, source.norm2, channels)
-        _select(target.mlp.fc1, source.mlp.fc1, units, channels)
-        _select(target.mlp.fc2, source.mlp.fc2, channels, units)
-        _fold_scale(target.mlp.fc2, source.layer_scale2.lambda1[channels])
-
-
-def _width_ratio(theirs: PreTrainedConfig, ours: PreTrainedConfig) -> int:
-    """How many times as wide the teacher is; ValueError if the two do not fit."""
+    theirs = teacher.config
     if theirs.model_type != "dinov2" or theirs.use_swiglu_ffn or not theirs.qkv_bias:
         raise ValueError(
             f"The teacher is not built like the student (model type {theirs.model_type}); choose a teacher that is a "
             "Dinov2Model with plain MLPs and biases."
         )
+    chosen = _Chosen(theirs, theirs.hidden_size * theirs.mlp_ratio, student.config)
+    _select_embeddings(teacher, student, chosen.channels)
+    for target, source in zip(student.layers, teacher.encoder.layer, strict=True):
+        _select_layer(target, source, (source.norm1, source.norm2), chosen)
+        _fold_scale(target.attention.o_proj, source.layer_scale1.lambda1[chosen.channels])
+        _fold_scale(target.mlp.fc2, source.layer_scale2.lambda1[chosen.channels])
+
+
+@torch.no_grad()
+def select_encoder(teacher: EfficientSamVisionEncoder, student: EfficientSamVisionEncoder) -> None:
+    """
+    As `select_weights`, from an encoder of ours for the same image size, such as an S for a Ti; its neck too.
+
+    Raises:
+        ValueError: if the two do not fit.
+    """
+    theirs = teacher.config
+    chosen = _Chosen(theirs, theirs.intermediate_size, student.config)
+    channels = chosen.channels
+    _select(student.embeddings.projection, teacher.embeddings.projection, channels)
+    student.embeddings.position_embeddings.copy_(teacher.embeddings.position_embeddings[..., channels])
+    for target, source in zip(student.layers, teacher.layers, strict=True):
+        _select_layer(target, source, (source.layernorm_before, source.layernorm_after), chosen)
+    neck = teacher.neck.state_dict()
+    student.neck.load_state_dict(neck | {"projection.weight": neck["projection.weight"][:, channels]})
+
+
+class _Chosen:
+    """Which channels, heads' channels and MLP units of the teacher the student has: evenly spaced ones."""
+
+    def __init__(self, theirs: PreTrainedConfig, intermediate_size: int, ours: PreTrainedConfig):
+        step = _width_ratio(theirs, intermediate_size, ours)
+        head_dim = ours.hidden_size // ours.num_attention_heads
+        self.channels = torch.arange(0, theirs.hidden_size, step)
+        self.units = torch.arange(0, intermediate_size, step)
+        self.heads = torch.arange(theirs.hidden_size).unflatten(0, (-1, head_dim))[::step].flatten()
+
+
+def _select_layer(target: nn.Module, source: nn.Module, norms: tuple[nn.Module, nn.Module], chosen: _Chosen) -> None:
+    channels = chosen.channels
+    _select(target.layernorm_before, norms[0], channels)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        _select(getattr(target.attention, name), getattr(source.attention, name), chosen.heads, channels)
+    _select(target.attention.o_proj, source.attention.o_proj, channels, chosen.heads)
+    _select(target.layernorm_after, norms[1], channels)
+    _select(target.mlp.fc1, source.mlp.fc1, chosen.units, channels)
+    _select(target.mlp.fc2, source.mlp.fc2, channels, chosen.units)
+
+
+def _width_ratio(theirs: PreTrainedConfig, intermediate_size: int, ours: PreTrainedConfig) -> int:
+    """How many times as wide the teacher is; ValueError if the two do not fit."""
     step = theirs.hidden_size // ours.hidden_size
     if (
         theirs.hidden_size != step * ours.hidden_size
         or theirs.num_attention_heads != step * ours.num_attention_heads
-        or theirs.hidden_size * theirs.mlp_ratio != step * ours.intermediate_size
+        or intermediate_size != step * ours.intermediate_size
         or theirs.num_hidden_layers != ours.num_hidden_layers
     ):
         raise ValueError(

@@ -1,0 +1,354 @@
+"""Trains promptable masks on one GPU for a number of minutes, with all images and masks in the GPU's memory.
+
+    python training/pack_masks.py --annotations my/train/instances.json --size 512 --output_dir runs/pack
+    python training/pack_masks.py --annotations my/val/instances.json --output_dir runs/pack
+    python training/train_in_memory.py --config training/recipes/bundled/gpu_s.yaml --minutes 9 \
+        --shards runs/pack/train/*.tar --val runs/pack/val/*.tar --output_dir runs/gpu
+
+For a GPU that is lent for minutes. The learning rate falls with the time and not with the steps; the model is measured
+several times and saved each time, in half precision in files of at most 16 MB, with everything else in
+`OUTPUT_DIR/summary.json`. Another run with `--model OUTPUT_DIR/model` goes on from there. With `--reconstruct_minutes`
+--model is a teacher: a new encoder of --hidden_size, made of a part of the teacher's, first learns to give the
+teacher's image embeddings (SAMI's loss, arXiv 2312.00863, without masking) and then learns prompts with its decoder.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from hf_efficientsam import EfficientSamImageProcessor, EfficientSamModel, EfficientSamProcessor
+from hf_efficientsam.training.data.sa1b import Sa1bShards
+from hf_efficientsam.training.engine.checkpoints import replaced_folder
+from hf_efficientsam.training.engine.config import (
+    LearningRateConfig,
+    NotNegativeFloat,
+    NotNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PositiveRatio,
+    RatioBelowOne,
+    check_ranges,
+    parse_config,
+)
+from hf_efficientsam.training.engine.encoder_weights import select_encoder
+from hf_efficientsam.training.engine.optimization import encoder_lr_scale, parameter_groups, weight_average
+from hf_efficientsam.training.engine.reports import write_report
+from hf_efficientsam.training.engine.run import TrainingStopped, check_device, run_script
+from hf_efficientsam.training.masks.batch import Batch
+from hf_efficientsam.training.masks.evaluation import (
+    ImageBatches,
+    Item,
+    calibration_errors,
+    evaluate_images,
+    mean_ious,
+)
+from hf_efficientsam.training.masks.interactive import InteractiveSegmentation, PromptConfig
+from hf_efficientsam.training.masks.losses import MaskLoss, MaskLossConfig
+from hf_efficientsam.training.masks.memory import MasksInMemory
+from hf_efficientsam.training.masks.model_building import MaskModelConfig, build_model
+from hf_efficientsam.training.masks.predictors import Predictor
+
+PROMPTS = ("box", "click1", "click3")
+ROW_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class InMemoryConfig(MaskModelConfig, LearningRateConfig, PromptConfig, MaskLossConfig):
+    # Data.
+    shards: list[str] = field(
+        default_factory=list,
+        metadata={"help": "tars that pack_masks.py wrote; one named twice weighs double"},
+    )
+    val: list[str] = field(default_factory=list, metadata={"help": "tars of other images, to measure on"})
+    image_size: PositiveInt | None = field(default=None, metadata={"help": "side of the input; else the model's"})
+    crop_scale: PositiveRatio = field(
+        default=0.3, metadata={"help": "smallest part of an image's area that a crop keeps"}
+    )
+    color_jitter: NotNegativeFloat = field(
+        default=0.2, metadata={"help": "strength of brightness, contrast, saturation changes"}
+    )
+    batch_size: PositiveInt = field(default=16, metadata={"help": "images a step"})
+    prompts: PositiveInt = field(default=32, metadata={"help": "prompts an image and step"})
+    # Time.
+    minutes: PositiveFloat = field(default=9.0, metadata={"help": "of the whole run, loading and measuring included"})
+    reconstruct_minutes: NotNegativeFloat = field(
+        default=0.0, metadata={"help": "of them, a new encoder learns --model's image embeddings in so many"}
+    )
+    warmup_steps: PositiveInt = field(default=100, metadata={"help": "linear warm-up; then a cosine of the time"})
+    evaluations: PositiveInt = field(default=4, metadata={"help": "times that the model is measured and saved"})
+    val_images: PositiveInt = field(default=24, metadata={"help": "so many images each time, but all at the end"})
+    # Optimisation.
+    weight_decay: NotNegativeFloat = field(default=0.05, metadata={"help": "AdamW's"})
+    max_grad_norm: PositiveFloat = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
+    ema_decay: RatioBelowOne = field(default=0.998, metadata={"help": "the average of the weights is what is saved"})
+    seed: NotNegativeInt = field(default=0, metadata={"help": "of everything random"})
+    # Output.
+    output_dir: str = field(default="runs/in_memory", metadata={"help": "model and summary.json"})
+    num_workers: NotNegativeInt = field(default=8, metadata={"help": "processes that read the files at the start"})
+    device: str | None = field(default=None, metadata={"help": "by default the GPU; cpu to try a configuration"})
+
+
+def check(config: InMemoryConfig) -> None:
+    check_ranges(config)
+    config.check_model()
+    if not config.shards or not config.val:
+        raise ValueError("Give --shards and --val tar files that training/pack_masks.py wrote.")
+    if config.reconstruct_minutes and config.model is None:
+        raise ValueError("--reconstruct_minutes needs a teacher; give --model.")
+    if config.reconstruct_minutes >= config.minutes:
+        raise ValueError("--reconstruct_minutes must be less than --minutes.")
+
+
+def find_device(name: str | None) -> torch.device:
+    check_device(name)
+    if name is None and not torch.cuda.is_available():
+        raise ValueError(
+            f"torch {torch.__version__} finds no GPU here; install a torch with CUDA, or give --device cpu to try."
+        )
+    return torch.device(name or "cuda")
+
+
+# --------------------------------------------------------------------------------------------- what it leaves
+
+
+class Summary:
+    """Prints what happens with the seconds since the start, and keeps it for `summary.json`."""
+
+    def __init__(self, config: InMemoryConfig, device: torch.device):
+        self.started = time.perf_counter()
+        self.path = Path(config.output_dir) / "summary.json"
+        self.curve, self.evaluations, self.losses = [], [], []
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        self.run = {"config": asdict(config), "device": name}
+        self.say(f"torch {torch.__version__}, {name}")
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def say(self, text: str) -> None:
+        print(f"{self.seconds():7.1f} s  {text}", flush=True)
+
+    def add(self, rows: list[dict], **values) -> None:
+        """A row of `curve` or `evaluations`."""
+        rows.append({"seconds": round(self.seconds(), 1), **values})
+        self.say(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()))
+
+    def add_step(self, step: int, losses: dict[str, torch.Tensor], lr: float) -> None:
+        """The losses of a step; those of the steps since the last row, averaged, are a row every few seconds.
+
+        Raises:
+            TrainingStopped: if they are no finite numbers.
+        """
+        self.losses.append({name: loss.detach() for name, loss in losses.items()})
+        since = self.seconds() - (self.curve[-1]["seconds"] if self.curve else 0)
+        if since < ROW_SECONDS and step > 1:
+            return
+        means = {name: torch.stack([one[name] for one in self.losses]).mean().item() for name in losses}
+        self.add(self.curve, step=step, **means, lr=lr, steps_per_second=len(self.losses) / since)
+        self.losses = []
+        if not math.isfinite(means["loss"]):
+            raise TrainingStopped(f"The loss of step {step} or one before is not finite; lower --learning_rate.")
+
+    def write(self) -> None:
+        report = {"evaluations": self.evaluations, "curve": self.curve, **self.run, "seconds": self.seconds()}
+        write_report(self.path, report, ("numpy", "pillow", "pycocotools"))
+
+
+def save(model: EfficientSamModel, processor: EfficientSamProcessor, folder: Path) -> None:
+    with replaced_folder(folder) as writing:
+        copy.deepcopy(model).half().cpu().save_pretrained(writing, max_shard_size="16MB")
+        processor.save_pretrained(writing)
+        for source in writing.glob("*.py"):
+            source.unlink()  # the package has them; what travels back is only the weights and their configuration
+
+
+# --------------------------------------------------------------------------------------------------- measuring
+
+
+def read_val(config: InMemoryConfig, processor: EfficientSamProcessor) -> list[list[Item]]:
+    batches = ImageBatches([Sa1bShards(config.val)], [processor], batch_size=4)
+    read = list(DataLoader(batches, batch_size=None, num_workers=config.num_workers))
+    if not read:
+        raise ValueError("There is no image with masks in --val; check the files.")
+    return sorted(read, key=lambda items: items[0].place)
+
+
+def evaluate(
+    model: EfficientSamModel, processor: EfficientSamProcessor, batches: list[list[Item]]
+) -> dict[str, float]:
+    """mIoU of the most confident masks, of boxes by the objects' sizes too, and how wrong the predicted IoU is."""
+    was_training = model.training
+    records = evaluate_images({"model": Predictor("model", model.eval(), processor)}, batches, PROMPTS)
+    model.train(was_training)
+    results = mean_ious(records, "model", PROMPTS)
+    scores = {prompt: results[prompt]["confident"]["all"]["miou"] for prompt in PROMPTS}
+    scores |= {f"box_{size}": one["miou"] for size, one in results["box"]["confident"].items() if size != "all"}
+    errors = calibration_errors(records, "model", PROMPTS)
+    return {**scores, "calibration_error": sum(errors.values()) / len(errors)}
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+def build_student(config: InMemoryConfig, teacher: EfficientSamModel) -> EfficientSamModel:
+    """The teacher's decoder behind a narrower encoder, whose weights are evenly spaced ones of the teacher's."""
+    student_config = copy.deepcopy(teacher.config)
+    vision = student_config.vision_config
+    vision.hidden_size, vision.intermediate_size = config.hidden_size, 4 * config.hidden_size
+    vision.num_attention_heads = config.num_attention_heads
+    student = EfficientSamModel(student_config)
+    for part in ("prompt_encoder", "mask_decoder"):
+        getattr(student, part).load_state_dict(getattr(teacher, part).state_dict())
+    select_encoder(teacher.vision_encoder, student.vision_encoder)
+    return student
+
+
+def get_optimizer(config: InMemoryConfig, model: EfficientSamModel) -> torch.optim.Optimizer:
+    layers = model.config.vision_config.num_hidden_layers
+    scales = {"num_layers": layers, "layer_decay": config.layer_decay, "encoder_scale": config.encoder_lr_scale}
+    groups = parameter_groups(model, config.learning_rate, config.weight_decay, partial(encoder_lr_scale, **scales))
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+
+
+def fit(
+    config: InMemoryConfig,
+    summary: Summary,
+    model: EfficientSamModel,
+    draw: Callable[[], Batch],
+    step_losses: Callable[[Batch], dict[str, torch.Tensor]],
+    until: float,
+    measure: Callable[[EfficientSamModel], None],
+) -> EfficientSamModel:
+    """
+    Trains a model until so many seconds are over, and for one second at least. Batches are drawn in float32; the
+    losses are computed in bfloat16.
+
+    Returns:
+        the average of its weights.
+    """
+    optimizer, started = get_optimizer(config, model), summary.seconds()
+    average = weight_average(model, config.ema_decay)
+    averaged = model if average is None else average.module
+
+    def part_of_time() -> float:
+        return min(1.0, (summary.seconds() - started) / max(until - started, 1.0))
+
+    def rate(step: int) -> float:
+        return min(1.0, (step + 1) / config.warmup_steps) * (1 + math.cos(math.pi * part_of_time())) / 2
+
+    scheduler, step, measured = LambdaLR(optimizer, rate), 0, 1
+    model.train()
+    while step == 0 or part_of_time() < 1:
+        step += 1
+        batch = draw()
+        with torch.autocast(model.device.type, torch.bfloat16):
+            parts = step_losses(batch)
+        parts["loss"].backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        if norm.isfinite():
+            optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        if average is not None:
+            average.update_parameters(model)
+        summary.add_step(step, parts, max(scheduler.get_last_lr()))
+        if measured / config.evaluations <= part_of_time() < 1:
+            measured += 1
+            measure(averaged)
+    return averaged
+
+
+def reconstruct(
+    config: InMemoryConfig,
+    summary: Summary,
+    student: EfficientSamModel,
+    teacher: EfficientSamModel,
+    data: MasksInMemory,
+) -> EfficientSamModel:
+    """The student after its first minutes, in which it learns the teacher's image embeddings."""
+    generator = torch.Generator(data.device).manual_seed(config.seed)
+    teacher.eval()
+
+    def draw() -> Batch:
+        return data.batch(config.batch_size, 1, 1, generator, config.crop_scale, config.color_jitter)
+
+    def step_losses(batch: Batch) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            target = teacher.get_image_embeddings(batch.pixel_values)
+        return {"loss": F.mse_loss(student.get_image_embeddings(batch.pixel_values).float(), target.float())}
+
+    until = summary.seconds() + 60 * config.reconstruct_minutes
+    return fit(config, summary, student, draw, step_losses, until, measure=lambda model: None)
+
+
+def train_prompts(
+    config: InMemoryConfig,
+    summary: Summary,
+    model: EfficientSamModel,
+    data: MasksInMemory,
+    until: float,
+    measure: Callable[[EfficientSamModel], None],
+) -> EfficientSamModel:
+    task = InteractiveSegmentation(model, MaskLoss(*config.loss_weights), config)
+    generator, shared = (
+        torch.Generator(data.device).manual_seed(config.seed),
+        torch.Generator().manual_seed(config.seed),
+    )
+
+    def draw() -> Batch:
+        shapes = (config.batch_size, config.prompts, config.noise_size)
+        return data.batch(*shapes, generator, config.crop_scale, config.color_jitter)
+
+    def step_losses(batch: Batch) -> dict[str, torch.Tensor]:
+        return task(batch.pixel_values, batch.masks, batch.valid, batch.noise, shared)
+
+    return fit(config, summary, model, draw, step_losses, until, measure)
+
+
+def train(config: InMemoryConfig) -> None:
+    device = find_device(config.device)
+    torch.set_float32_matmul_precision("high")
+    summary = Summary(config, device)
+    model = build_model(config, config.image_size, config.seed)
+    size = config.image_size or model.config.vision_config.image_size
+    model.config.vision_config.image_size = size
+    processor = EfficientSamProcessor(EfficientSamImageProcessor(size={"height": size, "width": size}))
+    data = MasksInMemory(config.shards, size, device, config.num_workers)
+    val = read_val(config, processor)
+    summary.say(f"{len(data)} images, {len(data.bits)} masks")
+
+    folder, some = Path(config.output_dir), val[: math.ceil(config.val_images / 4)]
+
+    def measure(model: EfficientSamModel, batches: list[list[Item]]) -> None:
+        scores = evaluate(model, processor, batches)
+        summary.add(summary.evaluations, images=sum(map(len, batches)), **scores)
+        save(model, processor, folder / "model")
+        summary.write()
+
+    model, before = model.to(device), summary.seconds()
+    measure(model, some)
+    last = (summary.seconds() - before) * max(1, len(val) / len(some))  # what measuring on all will take
+    if config.reconstruct_minutes:
+        model = reconstruct(config, summary, build_student(config, model).to(device), model, data)
+    until = 60 * config.minutes - last
+    model = train_prompts(config, summary, model, data, until, lambda averaged: measure(averaged, some))
+    measure(model, val)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config = parse_config(InMemoryConfig, __doc__, arguments)
+    check(config)
+    train(config)
+
+
+if __name__ == "__main__":
+    run_script("train_in_memory", main)
