@@ -148,6 +148,8 @@ class Summary:
         Raises:
             TrainingStopped: if they are no finite numbers.
         """
+        if step == 1:
+            self.losses = []  # of what was trained before, other losses
         self.losses.append({name: loss.detach() for name, loss in losses.items()})
         since = self.seconds() - (self.curve[-1]["seconds"] if self.curve else 0)
         if since < ROW_SECONDS and step > 1:

@@ -13,7 +13,12 @@ from hf_efficientsam import (
     EfficientSamVisionConfig,
     EfficientSamVisionModel,
 )
-from hf_efficientsam.training.engine.encoder_weights import load_around_encoder, load_encoder, select_weights
+from hf_efficientsam.training.engine.encoder_weights import (
+    load_around_encoder,
+    load_encoder,
+    select_encoder,
+    select_weights,
+)
 
 
 def make_teacher(**config):
@@ -110,6 +115,21 @@ def test_the_neck_is_left_alone():
     before = {name: value.clone() for name, value in student.neck.state_dict().items()}
     select_weights(make_teacher(), student)
     assert all(torch.equal(value, before[name]) for name, value in student.neck.state_dict().items())
+
+
+@torch.no_grad()
+def test_an_encoder_of_ours_gives_the_same_part_as_the_vit_that_it_came_from():
+    teacher, whole = make_teacher(), make_student()
+    select_weights(teacher, whole)
+    half, expected = (make_student(hidden_size=8, num_attention_heads=2) for _ in range(2))
+    select_encoder(whole, half)
+    select_weights(teacher, expected)
+    ours, theirs = half.state_dict(), expected.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if not name.startswith("neck."))
+    assert torch.equal(half.neck.projection.weight, whole.neck.projection.weight[:, ::2])
+    assert torch.equal(half.neck.conv.weight, whole.neck.conv.weight)
+    with pytest.raises(ValueError, match="choose a teacher"):
+        select_encoder(whole, make_student(hidden_size=8, num_attention_heads=4))
 
 
 @pytest.mark.parametrize(
