@@ -65,7 +65,8 @@ def test_what_it_measures_is_what_evaluate_masks_measures(trained, coco, tmp_pat
 
 def test_a_narrower_student_learns_its_teachers_embeddings_and_takes_its_decoder(data, tiny_model, tmp_path):
     run("train_in_memory", *data, "--model", tiny_model, "--hidden_size", 8, "--num_attention_heads", 1,
-        "--reconstruct_minutes", 0.05, "--minutes", 0.1, "--evaluations", 1, "--warmup_steps", 1, "--output_dir", tmp_path)  # fmt: skip
+        "--reconstruct_minutes", 0.05, "--minutes", 0.1, "--evaluations", 1, "--warmup_steps", 1,
+        "--output_dir", tmp_path)  # fmt: skip
     model, _ = load_model(str(tmp_path / "model"))
     assert model.config.vision_config.hidden_size == 8
     teacher = EfficientSamModel.from_pretrained(tiny_model)
