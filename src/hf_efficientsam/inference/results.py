@@ -10,6 +10,9 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from .formats.annotation_files import label_studio_task, labelme_file, yolo_lines
+from .formats.polygons import polygons_of_mask
+
 
 @dataclass(frozen=True)
 class SegmentationResult:
@@ -58,12 +61,26 @@ class SegmentationResult:
         cut.putalpha(Image.fromarray(self.masks.any(axis=0).astype(np.uint8) * 255))
         return cut
 
+    def polygons(self, tolerance: float = 0.0) -> list[list[np.ndarray]]:
+        """
+        Of each object its parts as polygons, float32 `[n, 2]` in pixels, along the edges of the pixels, with bridges
+        to holes; see `polygons_of_mask`.
+
+        Args:
+            tolerance: largest distance in pixels of a corner that is left out; 0 is exact.
+        """
+        return [polygons_of_mask(mask, tolerance) for mask in self.masks]
+
+    @property
+    def categories(self) -> list[str]:
+        """The different labels, sorted; the number of a class is its place here."""
+        return sorted(set(self.labels))
+
     def coco(self, file_name: str) -> dict:
         """
         A COCO dataset of the one image: `images`, `annotations` (compressed RLE; `bbox` is tight, `[x, y, width,
         height]`; `score` and `predicted_iou`) and a category for each different label. Empty masks are left out.
         """
-        names = sorted(set(self.labels))
         height, width = self.masks.shape[1:]
         annotations = []
         for rle, score, iou, label in zip(self.rles(), self.scores, self.iou_scores, self.labels, strict=True):
@@ -72,7 +89,7 @@ class SegmentationResult:
                     {
                         "id": len(annotations) + 1,
                         "image_id": 1,
-                        "category_id": names.index(label) + 1,
+                        "category_id": self.categories.index(label) + 1,
                         "segmentation": rle,
                         "area": area,
                         "bbox": coco_mask.toBbox(rle).tolist(),
@@ -84,8 +101,73 @@ class SegmentationResult:
         return {
             "images": [{"id": 1, "file_name": file_name, "height": height, "width": width}],
             "annotations": annotations,
-            "categories": [{"id": i, "name": name} for i, name in enumerate(names, start=1)],
+            "categories": [{"id": i, "name": name} for i, name in enumerate(self.categories, start=1)],
         }
+
+    def yolo(self, tolerance: float = 1.0, categories: Sequence[str] | None = None) -> str:
+        """
+        A YOLO segmentation label file: a line for each object that is not empty, its parts joined by bridges.
+
+        Args:
+            tolerance: see `polygons`.
+            categories: the names of a dataset's classes in order; by default `categories`.
+
+        Raises:
+            ValueError: if an object's label is not among them.
+        """
+        names = list(self.categories if categories is None else categories)
+        if unknown := set(self.labels) - set(names):
+            raise ValueError(f"The label {min(unknown)!r} is not among the categories; add it.")
+        height, width = self.masks.shape[1:]
+        classes = [names.index(label) for label in self.labels]
+        return "".join(f"{line}\n" for line in yolo_lines(self.polygons(tolerance), classes, width, height))
+
+    def labelme(self, file_name: str, tolerance: float = 1.0) -> dict:
+        """What labelme's json beside the image `file_name` holds; see `polygons` for the tolerance."""
+        height, width = self.masks.shape[1:]
+        return labelme_file(self.polygons(tolerance), self.labels, file_name, width, height)
+
+    def label_studio(self, image: str, tolerance: float = 1.0) -> dict:
+        """A Label Studio task of the image at this URL or path, with the objects as a prediction of polygons."""
+        height, width = self.masks.shape[1:]
+        return label_studio_task(self.polygons(tolerance), self.labels, self.scores, image, width, height)
+
+    def to_supervision(self):
+        """
+        `supervision.Detections` of the objects, with masks, scores and classes.
+
+        Raises:
+            ImportError: if supervision is not installed.
+        """
+        from supervision import Detections  # heavy, and only wanted by those who have it
+
+        return Detections(
+            xyxy=np.asarray(self.boxes, dtype=np.float32).reshape(-1, 4),
+            mask=self.masks,
+            confidence=self.scores,
+            class_id=np.array([self.categories.index(label) for label in self.labels], dtype=int),
+            data={"class_name": np.array(self.labels, dtype=str), "predicted_iou": self.iou_scores},
+        )
+
+    def to_fiftyone(self):
+        """
+        `fiftyone.Detections` of the objects that are not empty: relative boxes with the mask inside each.
+
+        Raises:
+            ImportError: if fiftyone is not installed.
+        """
+        import fiftyone  # heavy, and only wanted by those who have it
+
+        height, width = self.masks.shape[1:]
+        detections = []
+        for mask, score, iou, label in zip(self.masks, self.scores, self.iou_scores, self.labels, strict=True):
+            if mask.any():
+                left, top, right, bottom = boxes_from_masks_np(mask[None])[0].astype(int).tolist()
+                box = [left / width, top / height, (right - left) / width, (bottom - top) / height]
+                inside = mask[top:bottom, left:right]
+                scores = {"confidence": float(score), "predicted_iou": float(iou)}
+                detections.append(fiftyone.Detection(label=label, bounding_box=box, mask=inside, **scores))
+        return fiftyone.Detections(detections=detections)
 
 
 def mask_rles(masks: np.ndarray) -> list[dict]:
