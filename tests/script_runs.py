@@ -2,55 +2,34 @@
 
 import contextlib
 import functools
+import gc
 import importlib.util
 import io
 import json
+import multiprocessing.connection
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 
-from hf_efficientsam.training.engine.metrics_log import TIMINGS
+from hf_efficientsam.training.engine.metrics_log import TIMINGS, MetricsLog
 from hf_efficientsam.training.engine.run import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = ROOT / "training"
-# `python killed.py SCRIPT ...` runs the script until its fifth step is done and logged, two after a checkpoint.
-KILLED = f"""
-import os, pathlib, signal, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from hf_efficientsam.training.engine.metrics_log import MetricsLog
-from script_runs import load_script
-
-def add_and_die(self, step, **values):
-    add(self, step, **values)
-    if step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-add, MetricsLog.add = MetricsLog.add, add_and_die
-load_script(pathlib.Path(sys.argv[1]).stem).main(sys.argv[2:])
-"""
-# `python freed.py SCRIPT ...` asserts that the distributed model is gone before the group of processes is.
-FREED = f"""
-import gc, pathlib, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from accelerate import Accelerator
-from script_runs import load_script
-from torch.nn.parallel import DistributedDataParallel
-
-def end(self):
-    assert self.num_processes == 2 and not any(isinstance(one, DistributedDataParallel) for one in gc.get_objects())
-    end_training(self)
-
-end_training, Accelerator.end_training = Accelerator.end_training, end
-load_script(pathlib.Path(sys.argv[1]).stem).main(sys.argv[2:])
-"""
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
@@ -64,14 +43,100 @@ def load_script(name: str) -> ModuleType:
 
 
 def start(script: str, *arguments, python=(), cwd=None, timeout=300, environment=()) -> subprocess.CompletedProcess:
-    """The script in a process of its own; `python` is what comes between the interpreter and the script."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TRACKIO_")}
-    environment = inherited | dict(environment)
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    """The script as a user starts it; `python` is what comes between the interpreter and the script."""
     command = [sys.executable, *python, TRAINING / f"{script}.py", *arguments]
+    environment = clean_environment() | dict(environment)
     return subprocess.run(
         [*map(str, command)], env=environment, cwd=cwd, capture_output=True, text=True, timeout=timeout
     )
+
+
+def clean_environment() -> dict[str, str]:
+    """That of this process, for one of one thread without a GPU and without trackio's settings."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TRACKIO_")}
+    return inherited | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+
+
+# Processes of their own are forked from one that has imported the libraries and done nothing else: so they neither
+# inherit Accelerate's state and threads, nor need the seconds that the imports take.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["accelerate", "hf_efficientsam", "hf_efficientsam.training.engine.run"])
+
+
+def fork(script: str, *arguments, before: Callable[[], None] | None = None, **options) -> subprocess.CompletedProcess:
+    """The script in one process or, with `processes=2`, in two; `before`, of this file, is called in them first."""
+    return fork_function(run_forked_script, script, [*map(str, arguments)], before, **options)
+
+
+def run_forked_script(script: str, arguments: list[str], before: Callable[[], None] | None) -> None:
+    if before:
+        before()
+    run_script(script, lambda: load_script(script).main(arguments))
+
+
+def kill_after_step_5() -> None:
+    """Ends the process once its fifth step is done and logged, two after a checkpoint."""
+    add = MetricsLog.add
+
+    def add_and_die(self, step, **values):
+        add(self, step, **values)
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    MetricsLog.add = add_and_die
+
+
+def check_that_the_model_is_freed() -> None:
+    """Asserts that the distributed model is gone before the group of processes is."""
+    end_training = Accelerator.end_training
+
+    def end(self):
+        models = [one for one in gc.get_objects() if isinstance(one, DistributedDataParallel)]
+        assert self.num_processes == 2 and not models
+        end_training(self)
+
+    Accelerator.end_training = end
+
+
+def fork_function(
+    function: Callable, *arguments, processes: int = 1, timeout: float = 300, environment=()
+) -> subprocess.CompletedProcess:
+    """A function in one process, or in several that form a group. If one fails, the others are ended."""
+    environment = clean_environment() | dict(environment)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # for the imports of the process that is forked
+        started = []
+        for rank in map(str, range(processes)):
+            own = environment | (group | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {})
+            started.append(FORKS.Process(target=call, args=(function, arguments, own, Path(folder) / rank)))
+            started[-1].start()
+        deadline, running = time.monotonic() + timeout, list(started)
+        while running and not any(one.exitcode for one in started) and time.monotonic() < deadline:
+            multiprocessing.connection.wait([one.sentinel for one in running], deadline - time.monotonic())
+            running = [one for one in running if one.is_alive()]
+        code = next((one.exitcode for one in started if one.exitcode), None if running else 0)
+        for one in running:
+            one.kill()
+        for one in started:
+            one.join()
+        said = ["".join(path.read_text() for path in sorted(Path(folder).glob(f"*.{name}"))) for name in OUTPUTS]
+    if code is None:
+        raise subprocess.TimeoutExpired(str(function), timeout, *said)
+    return subprocess.CompletedProcess([], code, *said)
+
+
+OUTPUTS = {"stdout": 1, "stderr": 2}
+
+
+def call(function: Callable, arguments: tuple, environment: dict[str, str], output: Path) -> None:
+    """In a new process: its output goes to two files."""
+    for name, descriptor in OUTPUTS.items():
+        os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    function(*arguments)
 
 
 def run(script: str, *arguments, code: int = 0) -> str:
@@ -93,15 +158,16 @@ def run(script: str, *arguments, code: int = 0) -> str:
 
 
 def run_on_two_processes(file: str, function: str, folder: Path) -> None:
-    """A function of a test file, called with the folder on two processes, each started anew: a fork would inherit
-    Accelerate's state and threads."""
-    start = f"import sys; sys.path[:0] = {[str(Path(file).parent), str(Path(__file__).parent)]!r}\n"
-    start += f"from pathlib import Path\nfrom {Path(file).stem} import {function}\n{function}(Path({str(folder)!r}))\n"
-    (folder / "start.py").write_text(start)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *TWO_PROCESSES, folder / "start.py"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    """A function of a test file, called with the folder on two processes."""
+    done = fork_function(call_function_of, file, function, folder, processes=2)
     assert done.returncode == 0, done.stderr
+
+
+def call_function_of(file: str, function: str, folder: Path) -> None:
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    getattr(module, function)(folder)
 
 
 def refuse(script: str, *arguments) -> str:

@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from script_runs import TRAINING, TWO_PROCESSES, refuse, run, start
+from script_runs import TRAINING, fork, refuse, run
 from torch.utils.data import default_collate
 
 from hf_efficientsam.training.data.feature_cache import FeatureCache
@@ -48,7 +48,7 @@ def images(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def cached(images, teacher, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cached")
-    done = start("cache_features", "--images", images, "--teacher", teacher, *OPTIONS, "--output_dir", folder)
+    done = fork("cache_features", "--images", images, "--teacher", teacher, *OPTIONS, "--output_dir", folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -122,7 +122,7 @@ def test_a_deleted_part_is_made_again_and_nothing_else(images, cached, teacher, 
 
 def test_two_processes_make_the_same_cache(images, cached, teacher, tmp_path):
     given = ["--images", images, "--teacher", teacher, *OPTIONS, "--output_dir", tmp_path]
-    done = start("cache_features", *given, python=TWO_PROCESSES)
+    done = fork("cache_features", *given, processes=2)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path) == contents(cached)
     assert "12/12" in done.stderr  # the main process's half: 3 of 6 parts of 2 images, in 2 views

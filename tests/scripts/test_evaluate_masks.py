@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from script_runs import TWO_PROCESSES, refuse, run, start
+from script_runs import fork, refuse, run
 from transformers import Sam2Config, SamConfig, SamImageProcessor, SamModel, SamProcessor
 
 from hf_efficientsam import EfficientSamVisionConfig, EfficientSamVisionModel
@@ -51,16 +51,16 @@ def boxes(coco, tmp_path_factory) -> Path:
     return path
 
 
-def numbers(folder: Path, *arguments, python=None) -> dict:
+def numbers(folder: Path, *arguments, processes=0) -> dict:
     """The json that the script writes, without what differs each time."""
     arguments = [*arguments, "--output", folder / "metrics.json"]
-    if python is None:
+    if not processes:
         run("evaluate_masks", "--num_workers", 0, *arguments)
     else:
-        done = start("evaluate_masks", *arguments, python=python)
+        done = fork("evaluate_masks", *arguments, processes=processes)
         assert done.returncode == 0, done.stderr
     report = json.loads((folder / "metrics.json").read_text())
-    if python is not None:  # only the main process prints
+    if processes:  # only the main process prints
         tables = len(report["model"]) if isinstance(report["model"], list) else 1
         assert done.stdout.count("mIoU ") + done.stdout.count("AP75") == tables
     return {name: value for name, value in report.items() if name not in ("seconds", "config")}
@@ -161,7 +161,7 @@ def test_two_processes_give_the_numbers_of_one(coco, tiny_model, tiny_sam, tmp_p
     given = ["--model", tiny_model, tiny_sam, "--annotations", coco / "masks.json", "--batch_size", 2]
     given += ["--clicks", clicks, "--prompts", "box", "click3"]
     one = numbers(tmp_path, *given)
-    two = numbers(tmp_path, *given, "--num_workers", 1, python=TWO_PROCESSES)
+    two = numbers(tmp_path, *given, "--num_workers", 1, processes=2)
     assert one == two
 
 
@@ -171,7 +171,7 @@ def test_two_processes_share_shards_and_detections(coco, shards, boxes, tiny_mod
         ["--annotations", coco / "masks.json", "--detections", boxes, "--batch_size", 1],
     ):
         given += ["--model", tiny_model]
-        assert numbers(tmp_path, *given) == numbers(tmp_path, *given, "--num_workers", 1, python=TWO_PROCESSES)
+        assert numbers(tmp_path, *given) == numbers(tmp_path, *given, "--num_workers", 1, processes=2)
 
 
 # ------------------------------------------------------------------------------------------ detections

@@ -14,16 +14,15 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from script_runs import (
-    KILLED,
     TRAINING,
-    TWO_PROCESSES,
     assert_close,
     assert_equal,
     curve,
+    fork,
+    kill_after_step_5,
     load_script,
     refuse,
     run,
-    start,
     steps_saved,
     stopped_after,
     weights,
@@ -188,9 +187,8 @@ def skipping(arguments, tmp_path_factory) -> tuple[list, Path]:
 
 def test_a_killed_and_resumed_run_ends_as_one_that_was_not(skipping, tmp_path):
     arguments, whole = skipping
-    (tmp_path / "killed.py").write_text(KILLED)
     output = tmp_path / "run"
-    killed = start("finetune_classification", *arguments, "--output_dir", output, python=[tmp_path / "killed.py"])
+    killed = fork("finetune_classification", *arguments, "--output_dir", output, before=kill_after_step_5)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert steps_saved(output) == ["step_00000003"] and [row["step"] for row in curve(output)] == [1, 2, 3, 4, 5]
     run("finetune_classification", *arguments, "--output_dir", output, "--num_workers", 1)
@@ -212,7 +210,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(arguments, whole, tm
 
 def test_two_processes_agree_with_one(arguments, whole, tmp_path):
     output = tmp_path / "run"
-    done = start("finetune_classification", *arguments, "--output_dir", output, python=TWO_PROCESSES)
+    done = fork("finetune_classification", *arguments, "--output_dir", output, processes=2)
     assert done.returncode == 0, done.stderr
     assert_close(output, whole, curves=1e-4, values=1e-4)
     assert {name: metrics(output)[name] for name in ("top1", "top5", "images")} == {

@@ -10,13 +10,13 @@ from datasets import Dataset, Features, Sequence
 from datasets import Image as ImageFeature
 from PIL import Image
 from script_runs import (
-    KILLED,
     ROOT,
     TRAINING,
-    TWO_PROCESSES,
     assert_close,
     assert_equal,
     curve,
+    fork,
+    kill_after_step_5,
     load_script,
     refuse,
     run,
@@ -123,10 +123,9 @@ def test_a_finished_run_has_nothing_left_to_do(arguments, whole):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_killed_and_resumed_run_ends_as_one_that_was_not(arguments, whole, tmp_path, num_workers):
-    (tmp_path / "killed.py").write_text(KILLED)
     output = tmp_path / "run"
     given = [*arguments, "--output_dir", output, "--num_workers", num_workers]
-    killed = start("finetune_masks", *given, python=[tmp_path / "killed.py"])
+    killed = fork("finetune_masks", *given, before=kill_after_step_5)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert steps_saved(output) == ["step_00000003"] and [row["step"] for row in curve(output)] == [1, 2, 3, 4, 5]
     # Half a checkpoint, as if the kill had struck while the next one was written.
@@ -144,13 +143,12 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(arguments, whole, tm
 
 
 def test_two_processes_agree_with_one_even_if_one_of_them_is_killed(arguments, whole, tmp_path):
-    (tmp_path / "killed.py").write_text(KILLED)
     output = tmp_path / "run"
     given = [*arguments, "--output_dir", output]
-    killed = start("finetune_masks", *given, python=[*TWO_PROCESSES, tmp_path / "killed.py"])
-    assert killed.returncode == 1 and "SIGKILL" in killed.stderr
+    killed = fork("finetune_masks", *given, before=kill_after_step_5, processes=2)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert steps_saved(output) == ["step_00000003"]
-    done = start("finetune_masks", *given, "--batch_size", 1, python=TWO_PROCESSES)
+    done = fork("finetune_masks", *given, "--batch_size", 1, processes=2)
     assert done.returncode == 0, done.stderr
     assert_close(output, whole, curves=1e-4, values=1e-4)
 
@@ -285,13 +283,8 @@ def test_the_encoder_learns_more_slowly_and_its_first_layers_most(tiny_model):
 
 
 def test_half_precision_keeps_the_masks(arguments, whole, tmp_path):
-    done = start(
-        "finetune_masks",
-        *arguments,
-        "--output_dir",
-        tmp_path / "run",
-        environment={"ACCELERATE_MIXED_PRECISION": "bf16"},
-    )
+    half = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    done = fork("finetune_masks", *arguments, "--output_dir", tmp_path / "run", environment=half)
     assert done.returncode == 0, done.stderr
     for ours, theirs in zip(curve(tmp_path / "run"), curve(whole), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02) and ours["loss"] != theirs["loss"]
@@ -346,9 +339,8 @@ def test_a_run_on_cells_and_cached_views_resumes_exactly_and_encodes_each_view_o
     assert names == {"vision_encoder.layers", "vision_encoder.neck", "prompt_encoder", "mask_decoder"}
     assert all(row["loss"] > 0 for row in curve(tmp_path / "whole"))
 
-    (tmp_path / "killed.py").write_text(KILLED)
     resumed = [*given, "--output_dir", tmp_path / "resumed"]
-    killed = start("finetune_masks", *resumed, python=[tmp_path / "killed.py"])
+    killed = fork("finetune_masks", *resumed, before=kill_after_step_5)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert "encoding" in killed.stderr
     run("finetune_masks", *resumed)

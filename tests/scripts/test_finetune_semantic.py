@@ -12,16 +12,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from script_runs import (
-    KILLED,
     TRAINING,
-    TWO_PROCESSES,
     assert_close,
     assert_equal,
     curve,
+    fork,
+    kill_after_step_5,
     load_script,
     refuse,
     run,
-    start,
     steps_saved,
     stopped_after,
 )
@@ -159,10 +158,9 @@ def test_a_finished_run_has_nothing_left_to_do(arguments, whole):
 
 
 def test_a_killed_and_resumed_run_ends_as_one_that_was_not(arguments, whole, tmp_path):
-    (tmp_path / "killed.py").write_text(KILLED)
     output = tmp_path / "run"
     given = [*arguments, "--output_dir", output]
-    killed = start("finetune_semantic", *given, "--num_workers", 1, python=[tmp_path / "killed.py"])
+    killed = fork("finetune_semantic", *given, "--num_workers", 1, before=kill_after_step_5)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert steps_saved(output) == ["step_00000003"] and [row["step"] for row in curve(output)] == [1, 2, 3, 4, 5]
     run("finetune_semantic", *given)
@@ -177,7 +175,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(arguments, whole, tm
 
 def test_two_processes_agree_with_one(arguments, whole, tmp_path):
     output = tmp_path / "run"
-    done = start("finetune_semantic", *arguments, "--output_dir", output, python=TWO_PROCESSES)
+    done = fork("finetune_semantic", *arguments, "--output_dir", output, processes=2)
     assert done.returncode == 0, done.stderr
     assert_close(output, whole, curves=1e-4, values=1e-4)
     ours, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (output, whole))

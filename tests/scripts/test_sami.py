@@ -19,14 +19,14 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
 from script_runs import (
-    FREED,
-    KILLED,
     ROOT,
     TRAINING,
-    TWO_PROCESSES,
     assert_close,
     assert_equal,
+    check_that_the_model_is_freed,
     curve,
+    fork,
+    kill_after_step_5,
     load_script,
     run,
     start,
@@ -115,7 +115,7 @@ def arguments(recipe, images, teacher) -> list:
 def whole(arguments, tmp_path_factory) -> Path:
     """The output folder of a run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    done = start("sami", *arguments, "--output_dir", folder, "--trackers", "tensorboard", "trackio")
+    done = fork("sami", *arguments, "--output_dir", folder, "--trackers", "tensorboard", "trackio")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -250,10 +250,9 @@ def test_selected_weights_are_kept_by_finetuning(recipe, images, teacher, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_killed_and_resumed_run_ends_as_one_that_was_not(arguments, whole, tmp_path, num_workers):
-    (tmp_path / "killed.py").write_text(KILLED)
     output = tmp_path / "run"
     given = [*arguments, "--output_dir", output, "--num_workers", num_workers]
-    assert start("sami", *given, python=[tmp_path / "killed.py"]).returncode == -signal.SIGKILL
+    assert fork("sami", *given, before=kill_after_step_5).returncode == -signal.SIGKILL
     assert steps_saved(output) == ["step_00000003"] and [row["step"] for row in curve(output)] == [2, 4]
     # Half a checkpoint, as if the kill had struck while the next one was written.
     (output / "checkpoints" / "writing").mkdir()
@@ -294,13 +293,12 @@ def test_a_run_resumes_with_another_batch_size(arguments, whole, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one_even_if_one_of_them_is_killed(arguments, whole, tmp_path):
-    (tmp_path / "killed.py").write_text(KILLED)
     output = tmp_path / "run"
     given = [*arguments, "--output_dir", output, "--batch_size", 2]
-    killed = start("sami", *given, python=[*TWO_PROCESSES, tmp_path / "killed.py"])
-    assert killed.returncode == 1 and "SIGKILL" in killed.stderr
+    killed = fork("sami", *given, before=kill_after_step_5, processes=2)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert steps_saved(output) == ["step_00000003"]
-    done = start("sami", *given, python=TWO_PROCESSES)
+    done = fork("sami", *given, processes=2)
     assert done.returncode == 0, done.stderr
     assert_close(output, whole)
 
@@ -329,9 +327,8 @@ def test_two_processes_divide_the_shards(recipe, shards, teacher, tmp_path):
     given = ["--config", recipe, "--shards", shards, "--teacher", teacher, "--epoch_images", 16]
     given += ["--global_batch_size", 16, "--epochs", 3]
     run("sami", *given, "--output_dir", tmp_path / "one", "--batch_size", 16)
-    (tmp_path / "freed.py").write_text(FREED)
-    launch = [*TWO_PROCESSES, tmp_path / "freed.py"]
-    done = start("sami", *given, "--output_dir", tmp_path / "two", "--batch_size", 4, python=launch)
+    given += ["--output_dir", tmp_path / "two", "--batch_size", 4]
+    done = fork("sami", *given, before=check_that_the_model_is_freed, processes=2)
     assert done.returncode == 0, done.stderr
     assert_close(tmp_path / "two", tmp_path / "one")
 

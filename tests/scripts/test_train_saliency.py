@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 from script_runs import (
-    KILLED,
     ROOT,
     TWO_PROCESSES,
     assert_close,
     assert_equal,
     curve,
+    fork,
+    kill_after_step_5,
     refuse,
     run,
     start,
@@ -112,10 +113,9 @@ def test_a_finished_run_has_nothing_left_to_do(arguments, whole):
 
 
 def test_a_killed_and_resumed_run_ends_as_one_that_was_not(arguments, whole, tmp_path):
-    (tmp_path / "killed.py").write_text(KILLED)
     output = tmp_path / "run"
     given = [*arguments, "--output_dir", output]
-    killed = start("train_saliency", *given, python=[tmp_path / "killed.py"])
+    killed = fork("train_saliency", *given, before=kill_after_step_5)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert steps_saved(output) == ["step_00000003"] and [row["step"] for row in curve(output)] == [1, 2, 3, 4, 5]
     run("train_saliency", *given)
