@@ -22,6 +22,7 @@ from types import ModuleType
 import pytest
 import torch
 from accelerate import Accelerator
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
@@ -204,6 +205,11 @@ def assert_close(one: Path, other: Path, curves: float = 1e-5, values: float = 1
         # A bias of the keys does not change the attention: its gradient is rounding, which Adam makes a step of.
         if not name.endswith("k_proj.bias"):
             assert (ours[name] - theirs[name]).abs().max() < values, name
+
+
+def card_of(folder: Path) -> ModelCard:
+    """The card beside the model of a run."""
+    return ModelCard.load(folder / "model" / "README.md")
 
 
 def steps_saved(folder: Path) -> list[str]:

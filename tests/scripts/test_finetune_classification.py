@@ -17,6 +17,7 @@ from script_runs import (
     TRAINING,
     assert_close,
     assert_equal,
+    card_of,
     curve,
     fork,
     kill_after_step_5,
@@ -136,6 +137,8 @@ def metrics(folder: Path) -> dict:
 
 
 def test_a_run_leaves_a_model_metrics_curves_and_pictures(whole, data):
+    assert card_of(whole).data.pipeline_tag == "image-classification"
+    assert (whole / "model" / "metrics.json").read_text() == (whole / "metrics.json").read_text()
     model, info = EfficientSamForImageClassification.from_pretrained(whole / "model", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.config.id2label == dict(enumerate(COLORS)) and model.config.image_size == SIZE

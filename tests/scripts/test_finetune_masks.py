@@ -14,6 +14,7 @@ from script_runs import (
     TRAINING,
     assert_close,
     assert_equal,
+    card_of,
     curve,
     fork,
     kill_after_step_5,
@@ -110,6 +111,7 @@ def test_a_run_leaves_a_model_a_processor_a_curve_and_pictures(whole, tiny_model
     assert sorted(path.name for path in (whole / "images").iterdir()) == [f"masks_{n:08}.png" for n in (5, 7)]
     assert Image.open(whole / "images" / "masks_00000007.png").size > (3 * SIZE, 4 * SIZE)
     assert steps_saved(whole) == ["step_00000006", "step_00000007"]
+    assert card_of(whole).data.pipeline_tag == "mask-generation"
 
 
 def test_a_finished_run_has_nothing_left_to_do(arguments, whole):

@@ -13,6 +13,7 @@ from script_runs import (
     TWO_PROCESSES,
     assert_close,
     assert_equal,
+    card_of,
     curve,
     fork,
     kill_after_step_5,
@@ -82,6 +83,8 @@ def whole(arguments, tmp_path_factory):
 
 
 def test_a_run_leaves_a_head_metrics_curves_and_pictures(whole, folder, tiny_model):
+    assert card_of(whole).data.pipeline_tag == "image-segmentation"
+    assert (whole / "model" / "metrics.json").read_text() == (whole / "metrics.json").read_text()
     rows = curve(whole)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1)) and rows[2]["lr"] == pytest.approx(3e-3)
     assert steps_saved(whole) == ["step_00000006", "step_00000007"]
