@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from official_forward import OfficialForward
 from safetensors.torch import load_file
+from torch import nn
 
-from hf_efficientsam import EfficientSamConfig, EfficientSamModel, EfficientSamProcessor
+from hf_efficientsam import EfficientSamConfig, EfficientSamImageProcessor, EfficientSamModel, EfficientSamProcessor
 from hf_efficientsam.export.convert import ConversionError, convert, load_official
+from hf_efficientsam.model import modeling_efficientsam
 
 TINY = {"image_size": 128, "num_attention_heads": 3, "decoder_num_attention_heads": 4}  # what shapes cannot tell
 CASES = (
@@ -45,6 +48,10 @@ def golden(shared) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------------------- the golden numbers
 
 
+def case_of(golden, case: str) -> dict[str, torch.Tensor]:
+    return {name.split(".")[1]: value for name, value in golden.items() if name.startswith(f"{case}.")}
+
+
 def as_prompts(points_xy: torch.Tensor, labels: torch.Tensor) -> dict[str, list]:
     """Official prompts, where labels 2 and 3 are the corners of a box, as arguments of the processor."""
     prompts = {"input_points": [], "input_labels": [], "input_boxes": []}
@@ -69,7 +76,7 @@ def test_the_cases_are_those_of_the_goldens(golden):
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_converted_folder_reproduces_the_official_numbers(converted, golden, case, attention):
-    expected = {name.split(".")[1]: value for name, value in golden.items() if name.startswith(f"{case}.")}
+    expected = case_of(golden, case)
     model = EfficientSamModel.from_pretrained(converted, attn_implementation=attention)
     processor = EfficientSamProcessor.from_pretrained(converted)
     inputs = processor(list(expected["images_uint8"].numpy()), **as_prompts(expected["points_xy"], expected["labels"]))
@@ -93,6 +100,80 @@ def test_converted_folder_reproduces_the_official_numbers(converted, golden, cas
         # mask logits of one case, with the same code.
         atol = 2e-4 if "masks" in name else 1e-4
         torch.testing.assert_close(value, expected[name], atol=atol, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# ------------------------------------------------------------------------------- the same in float64, to 1e-9
+
+
+@pytest.fixture(scope="module")
+def forward(official) -> OfficialForward:
+    """Plain code that is not ours, in float64."""
+    return OfficialForward(official, 128, encoder_heads=3, decoder_heads=4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_plain_forward_gives_the_stored_numbers(forward, golden, case):
+    expected = case_of(golden, case)
+    found = forward(expected["images_uint8"], expected["points_xy"], expected["labels"])
+    for name, value in found.items():
+        torch.testing.assert_close(
+            value, expected[name].double(), atol=1e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def answers_of(model: EfficientSamModel, expected: dict[str, torch.Tensor], pixel_values) -> dict[str, torch.Tensor]:
+    """The model's numbers for a case of the goldens; prompts are scaled in float64."""
+    points, labels = expected["points_xy"].double(), expected["labels"]
+    height, width = expected["images_uint8"].shape[1:3]
+    points = points * (128 / torch.tensor([width, height], dtype=torch.float64))
+    is_corner = [(labels == kind).unsqueeze(-1) for kind in (2, 3)]
+    corners = [torch.where(at.any(2), (points * at).sum(2), -10.0) for at in is_corner]
+    prompts = {"input_points": points, "input_labels": torch.where(labels > 1, -10, labels)}
+    prompts["input_boxes"] = torch.cat(corners, dim=-1)
+    output, single = (model(pixel_values, **prompts, multimask_output=many) for many in (True, False))
+    sizes = len(points) * [(height, width)]
+    return {
+        "image_embeddings": model.get_image_embeddings(pixel_values),
+        "low_res_masks": output.pred_masks,
+        "iou": output.iou_scores,
+        "masks_at_image_size": torch.stack(
+            EfficientSamImageProcessor().post_process_masks(output.pred_masks, sizes, binarize=False)
+        ),
+        "single_low_res_mask": single.pred_masks,
+        "single_iou": single.iou_scores,
+    }
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("decoder", ["reference", "fast"])
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_in_float64_the_model_equals_the_plain_forward(
+    converted, forward, golden, case, decoder, attention, monkeypatch
+):
+    expected = case_of(golden, case)
+    right = forward(expected["images_uint8"], expected["points_xy"], expected["labels"])
+    model = EfficientSamModel.from_pretrained(converted, attn_implementation=attention).double()
+    if decoder == "reference":
+        monkeypatch.setattr(modeling_efficientsam, "can_decode_fast", lambda *args: False)
+    assert modeling_efficientsam.can_decode_fast(model.mask_decoder, right["image_embeddings"]) == (decoder == "fast")
+    for name, value in answers_of(model, expected, right["pixel_values"]).items():
+        torch.testing.assert_close(value, right[name], atol=1e-9, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@torch.no_grad()
+def test_every_epsilon_shows_in_float64(converted, forward, golden):
+    """Ten times the right one, in one normalisation at a time; the goldens in float32 see none of them."""
+    expected = case_of(golden, "box_and_point_and_padding")
+    right = forward(expected["images_uint8"], expected["points_xy"], expected["labels"])
+    model = EfficientSamModel.from_pretrained(converted).double()
+    norms = [(n, module) for n, module in model.named_modules() if isinstance(module, nn.LayerNorm | nn.GroupNorm)]
+    assert len(norms) == 2 * 3 + 2 + 4 * 2 + 1 + 1
+    for name, norm in norms:
+        norm.eps, eps = 10 * norm.eps, norm.eps
+        masks = answers_of(model, expected, right["pixel_values"])["low_res_masks"]
+        norm.eps = eps
+        assert (masks - right["low_res_masks"]).abs().max() > 1e-8, name
 
 
 @torch.no_grad()

@@ -30,15 +30,15 @@ def can_decode_fast(decoder: nn.Module, image_embeddings: torch.Tensor, output_a
     """
     Whether `FastMaskDecoder` may take the place of an `EfficientSamMaskDecoder`. All of this must hold:
 
-    - The numbers are float32, without autocast: half precision stays with the attention functions, which sum in
-      float32.
+    - The numbers are float32 or float64, without autocast: half precision stays with the attention functions, which
+      sum in float32.
     - No activations are needed but those of backward: attentions are not recorded, gradient checkpointing is off.
     - The image is on a CPU or gradients are off. On a CPU this halves the time of a training step; on a GPU that is
       not measured.
     - Every layer whose weights are read is a plain one, see `is_plain`.
     """
     return (
-        image_embeddings.dtype == torch.float32
+        image_embeddings.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled(image_embeddings.device.type)
         and not output_attentions
         and not any(layer.gradient_checkpointing and layer.training for layer in decoder.layers)

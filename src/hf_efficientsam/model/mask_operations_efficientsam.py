@@ -13,13 +13,13 @@ INPUT_PIXELS_PER_MASK_PIXEL = 4
 
 def resize_masks(masks: torch.Tensor, size: tuple[int, int], input_size: tuple[int, int] | None) -> torch.Tensor:
     """
-    [Q, M, h, w] logits of the padded model input -> [Q, M, *size], float32.
+    [Q, M, h, w] logits of the padded model input -> [Q, M, *size], float32 (or float64, if they are).
 
     A pixel centre (x + 0.5) of the image lies at (x + 0.5) * input width / image width in the model input, and a
     quarter of that in the logits. The operator behind F.interpolate takes this scale and the output size apart from
     each other, so padding is left out in the same single interpolation that undoes the resize.
     """
-    masks = masks.float()
+    masks = masks.to(torch.promote_types(masks.dtype, torch.float32))
     padded_size = [INPUT_PIXELS_PER_MASK_PIXEL * n for n in masks.shape[-2:]]
     if input_size is None or list(input_size) == padded_size:
         return F.interpolate(masks, size=tuple(size), mode="bicubic", align_corners=False)

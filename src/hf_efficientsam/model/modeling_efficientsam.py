@@ -82,6 +82,11 @@ class EfficientSamImageSegmentationOutput(ModelOutput):
     mask_decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32 if it is in half precision, else as it is: what loses digits or is slow in half."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -96,7 +101,7 @@ def eager_attention_forward(
     weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
-    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = at_least_float32(weights).softmax(dim=-1).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
@@ -126,7 +131,7 @@ class EfficientSamPatchEmbeddings(nn.Module):
 
     def interpolate_positions(self, height: int, width: int) -> torch.Tensor:
         """The position table `[1, height * width, C]` for a grid of `height` x `width` patches (bicubic)."""
-        table = self.position_embeddings[:, 1:].float()  # bicubic in half precision is slow or missing on CPU
+        table = at_least_float32(self.position_embeddings[:, 1:])  # bicubic in half is slow or missing on CPU
         if (height, width) != (self.pretrain_grid, self.pretrain_grid):
             table = table.reshape(1, self.pretrain_grid, self.pretrain_grid, -1).permute(0, 3, 1, 2)
             table = F.interpolate(table, size=(height, width), mode="bicubic", align_corners=False)
@@ -452,17 +457,18 @@ class EfficientSamPositionEmbedding(nn.Module):
         self.register_buffer("frequencies", torch.zeros(2, config.hidden_size // 2, dtype=torch.float32))
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
-        # float32 throughout, result included: a phase of many cycles has no digits left in half precision. Autocast
-        # would take the product to half precision all the same.
+        # Never in half precision, result included: a phase of many cycles has no digits left there. Autocast would
+        # take the product to half precision all the same.
+        frequencies = at_least_float32(self.frequencies)
         with maybe_autocast(device_type=positions.device.type, enabled=False):
-            phases = 2 * math.pi * ((2 * positions.float() - 1) @ self.frequencies.float())
+            phases = 2 * math.pi * ((2 * positions.to(frequencies.dtype) - 1) @ frequencies)
         return torch.cat([phases.sin(), phases.cos()], dim=-1)
 
     def grid(self, height: int, width: int) -> torch.Tensor:
         """Features of the cell centres of a grid, row by row: `[height * width, C]`."""
-        device = self.frequencies.device
-        y = (torch.arange(height, device=device) + 0.5) / height
-        x = (torch.arange(width, device=device) + 0.5) / width
+        frequencies = at_least_float32(self.frequencies)
+        y = (torch.arange(height, device=frequencies.device, dtype=frequencies.dtype) + 0.5) / height
+        x = (torch.arange(width, device=frequencies.device, dtype=frequencies.dtype) + 0.5) / width
         cells = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)
         return self(cells.flatten(0, 1))
 
@@ -549,16 +555,16 @@ class EfficientSamPromptEncoder(nn.Module):
     def tokens_of(self, points, labels, boxes, masks, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All point and box-corner tokens: positions `[B, Q, T, 2]` in pixels and kinds `[B, Q, T]`."""
         num_prompts = next((x.shape[1] for x in (points, boxes, masks) if x is not None), 1)
-        device = self.position_embedding.frequencies.device
-        positions = torch.empty(batch_size, num_prompts, 0, 2, device=device)
-        kinds = torch.empty(batch_size, num_prompts, 0, dtype=torch.long, device=device)
+        frequencies = at_least_float32(self.position_embedding.frequencies)
+        positions = frequencies.new_empty(batch_size, num_prompts, 0, 2)
+        kinds = positions.new_empty(batch_size, num_prompts, 0, dtype=torch.long)
         if points is not None:
             self.check_labels(labels)
             positions = torch.cat([positions, points.to(positions)], dim=2)
             kinds = torch.cat([kinds, labels.to(kinds)], dim=2)
         if boxes is not None:
             missing = (boxes == MISSING_BOX).all(dim=-1, keepdim=True)
-            corners = torch.tensor([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], device=device)
+            corners = torch.tensor([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], device=kinds.device)
             positions = torch.cat([positions, boxes.to(positions).unflatten(-1, (2, 2))], dim=2)
             kinds = torch.cat([kinds, torch.where(missing, PADDING, corners)], dim=2)
         kinds = kinds.clamp(min=PADDING)
@@ -610,7 +616,8 @@ class EfficientSamPromptEncoder(nn.Module):
             )
         size = (4 * grid_size[0], 4 * grid_size[1])
         if masks.shape[-2:] != size:
-            masks = F.interpolate(masks.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
+            masks = at_least_float32(masks.to(self.mask_embed.conv1.weight.dtype))
+            masks = F.interpolate(masks, size=size, mode="bilinear", align_corners=False, antialias=True)
         return self.mask_embed(masks.flatten(0, 1)).unflatten(0, masks.shape[:2])
 
 
@@ -877,8 +884,8 @@ class EfficientSamMaskDecoder(nn.Module):
     def embed_image(
         self, image_embeddings: torch.Tensor, dense_prompt_embeddings: torch.Tensor | None
     ) -> torch.Tensor:
-        """`[B, C, h, w] -> [B, 1 or Q, N, C]`, with the prompts' masks if there are some."""
-        image = image_embeddings.flatten(2).transpose(1, 2).unsqueeze(1)
+        """`[B, C, h, w] -> [B, 1 or Q, N, C]` in the weights' dtype, with the prompts' masks if there are some."""
+        image = image_embeddings.to(self.iou_token.weight.dtype).flatten(2).transpose(1, 2).unsqueeze(1)
         return image if dense_prompt_embeddings is None else image + dense_prompt_embeddings.to(image.device)
 
     def embed_tokens(
@@ -1116,7 +1123,7 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
                 Mask logits of an earlier prediction, one a prompt (only if the config has `mask_prompts`). Other
                 sizes are resampled; `(B, H / 4, W / 4)` serves all of an image's prompts.
             image_embeddings (`torch.FloatTensor` of shape `(B, 256, H / 16, W / 16)`, *optional*):
-                Result of `get_image_embeddings`, in place of `pixel_values`.
+                Result of `get_image_embeddings`, in place of `pixel_values`, in any precision.
             multimask_output (`bool`, defaults to `True`):
                 Three candidates (whole, part and subpart of what an ambiguous prompt can mean), or one mask.
 
@@ -1216,7 +1223,8 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
             grid_size,
             input_size=(patch_size * grid_size[0], patch_size * grid_size[1]),
         )
-        positions = self.prompt_encoder.position_embedding.grid(*grid_size).to(image_embeddings)
+        dtype = self.mask_decoder.iou_token.weight.dtype
+        positions = self.prompt_encoder.position_embedding.grid(*grid_size).to(image_embeddings.device, dtype)
         return positions, sparse_prompt_embeddings, token_multiplicity, dense_prompt_embeddings
 
 

@@ -17,7 +17,13 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .configuration_efficientsam import EfficientSamSaliencyConfig
-from .modeling_efficientsam import EfficientSamMLP, EfficientSamPreTrainedModel, EfficientSamVisionLayer, check_kwargs
+from .modeling_efficientsam import (
+    EfficientSamMLP,
+    EfficientSamPreTrainedModel,
+    EfficientSamVisionLayer,
+    at_least_float32,
+    check_kwargs,
+)
 
 
 @dataclass
@@ -140,8 +146,8 @@ def saliency_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     if labels.ndim != 3 or len(labels) != len(logits):
         raise ValueError(f"labels has shape {tuple(labels.shape)}; it must be ({len(logits)}, H, W).")
-    logits = logits[:, 0].float()  # sums over a map lose digits in half precision
-    labels = F.adaptive_avg_pool2d(labels.float(), logits.shape[-2:])
+    logits = at_least_float32(logits[:, 0])  # sums over a map lose digits in half precision
+    labels = F.adaptive_avg_pool2d(labels.to(logits.dtype), logits.shape[-2:])
     probabilities = logits.sigmoid()
     overlap = (probabilities * labels).sum((1, 2))
     union = (probabilities + labels).sum((1, 2)) - overlap

@@ -28,6 +28,7 @@ from .modeling_efficientsam import (
     EfficientSamPreTrainedModel,
     EfficientSamVisionAttention,
     EfficientSamVisionLayer,
+    at_least_float32,
     check_kwargs,
     eager_attention_forward,
 )
@@ -79,12 +80,14 @@ class EfficientSamForPreTrainingOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-def sincos_positions(height: int, width: int, channels: int, device: torch.device | None = None) -> torch.Tensor:
+def sincos_positions(
+    height: int, width: int, channels: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """
     Fixed sines and cosines for the cells of a grid, `[height * width, channels]`: a quarter of the channels each for
     sin x, cos x, sin y and cos y, with wavelengths from 2 pi to 20000 pi cells (MAE, after arXiv 1706.03762).
     """
-    rates = 10_000 ** (-torch.arange(channels // 4, device=device) / (channels // 4))
+    rates = 10_000 ** (-torch.arange(channels // 4, device=device, dtype=dtype) / (channels // 4))
     x = torch.arange(width, device=device).repeat(height)[:, None] * rates
     y = torch.arange(height, device=device).repeat_interleave(width)[:, None] * rates
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)
@@ -241,7 +244,8 @@ class EfficientSamSamiDecoder(nn.Module):
         cls_token, kept = encoded.split([1, encoded.shape[1] - 1], dim=1)  # [B, 1, C], [B, K, C]
         num_removed = ids_restore.shape[1] - kept.shape[1]
         # Made on the device: a copy from the CPU would wait for the encoder.
-        positions = sincos_positions(height, width, encoded.shape[2], encoded.device).to(encoded.dtype)
+        dtype = torch.promote_types(encoded.dtype, torch.float32)
+        positions = sincos_positions(height, width, encoded.shape[2], encoded.device, dtype).to(encoded.dtype)
         positions = positions[ids_restore.argsort(dim=1)]  # [B, N, C] in the order of the noise
         positions_kept, positions_removed = positions.split([kept.shape[1], num_removed], dim=1)
         removed = self.mask_token + positions_removed
@@ -330,8 +334,8 @@ class EfficientSamForPreTraining(EfficientSamSamiPreTrainedModel):
 
     def target(self, pixel_values: torch.Tensor, target_features: torch.Tensor | None = None) -> torch.Tensor | None:
         """
-        What is to be reconstructed, float32 `[B, N, target_size]`, normalised if the config says so, or `None`. A
-        patch's pixels are ordered by channel, row, column.
+        What is to be reconstructed, at least in float32, `[B, N, target_size]`, normalised if the config says so, or
+        `None`. A patch's pixels are ordered by channel, row, column.
         """
         patch_size = self.config.vision_config.patch_size
         if self.config.target == "pixels":
@@ -349,7 +353,7 @@ class EfficientSamForPreTraining(EfficientSamSamiPreTrainedModel):
                     "patches, target_size."
                 )
             target = target_features
-        target = target.float()
+        target = at_least_float32(target)
         if self.config.target_normalization == "layer_norm":
             target = F.layer_norm(target, target.shape[-1:], eps=1e-6)
         return target
@@ -359,7 +363,7 @@ class EfficientSamForPreTraining(EfficientSamSamiPreTrainedModel):
     ) -> torch.Tensor | None:
         if target is None:
             return None
-        reconstruction = reconstruction.float()
+        reconstruction = at_least_float32(reconstruction)
         if self.config.loss == "mse":
             losses = F.mse_loss(reconstruction, target, reduction="none").mean(-1)  # [B, N]
         else:
