@@ -141,13 +141,14 @@ def decoder_inputs(
 @contextmanager
 def quiet() -> Iterator[None]:
     """The exporter warns of torchvision, which is not needed, and of names of axes that are the same."""
-    logging.disable(logging.WARNING)
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
 
 
 def export(module: nn.Module, inputs: dict[str, torch.Tensor], outputs: list[str], axes: dict) -> onnx.ModelProto:

@@ -18,6 +18,7 @@ PALETTE = (
     (150, 220, 255),  # pale blue
 )
 FOREGROUND_COLOR, BACKGROUND_COLOR = (0, 158, 60), (214, 20, 40)
+PIXELS_AT_ONCE = 2**20  # that are drawn over
 OPACITY = 0.45  # of the fill
 REMOVED_COLOR = (128, 128, 128)  # of patches that the encoder does not see
 PANEL_SIDE = 192  # pixels
@@ -52,7 +53,7 @@ def draw_masks(
     Raises:
         ValueError: if a mask is not of the image's size, or there is not one entry for each mask.
     """
-    masks = [np.asarray(mask) > 0 for mask in masks]
+    masks = [mask if mask.dtype == bool else mask > 0 for mask in map(np.asarray, masks)]
     for mask in masks:
         if mask.shape != (image.height, image.width):
             raise ValueError(
@@ -121,18 +122,21 @@ def _draw_mask(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int]
     # A blurred step is a function of the distance to the edge; its inverse (that of the logistic curve is close
     # enough) gives the distance in pixels, positive inside, and with it an outline with soft rather than jagged edges.
     blurred = Image.fromarray(inside.astype(np.uint8) * 255).filter(ImageFilter.GaussianBlur(width))
-    step = np.asarray(blurred, dtype=np.float32) / 255
-    step = step.clip(1 / 512, 1 - 1 / 512)
-    distance = width * np.log(step / (1 - step)) / 1.7
-    line = _coverage(distance, 0, width)[..., None]
-    halo = 0.7 * _coverage(distance, -max(1, 0.7 * width), 0)[..., None]
+    blurred = np.asarray(blurred)
+    rows_at_once = max(1, PIXELS_AT_ONCE // blurred.shape[1])
+    for start in range(0, len(blurred), rows_at_once):  # floats of all of a large image would take 100 bytes a pixel
+        band = slice(start, start + rows_at_once)
+        step = (blurred[band] / np.float32(255)).clip(1 / 512, 1 - 1 / 512)
+        distance = width * np.log(step / (1 - step)) / 1.7
+        line = _coverage(distance, 0, width)[..., None]
+        halo = 0.7 * _coverage(distance, -max(1, 0.7 * width), 0)[..., None]
 
-    area = (int(left), int(top), int(right), int(bottom))
-    pixels = np.asarray(image.crop(area), dtype=np.float32)
-    pixels = np.where(inside[..., None], (1 - OPACITY) * pixels + OPACITY * np.float32(color), pixels)
-    pixels = (1 - halo) * pixels + halo * 255
-    pixels = (1 - line) * pixels + line * np.float32(color)
-    image.paste(Image.fromarray(pixels.round().astype(np.uint8)), area[:2])
+        area = (int(left), int(top) + start, int(right), int(top) + start + len(step))
+        pixels = np.asarray(image.crop(area), dtype=np.float32)
+        pixels = np.where(inside[band, :, None], (1 - OPACITY) * pixels + OPACITY * np.float32(color), pixels)
+        pixels = (1 - halo) * pixels + halo * 255
+        pixels = (1 - line) * pixels + line * np.float32(color)
+        image.paste(Image.fromarray(pixels.round().astype(np.uint8)), area[:2])
 
 
 def _coverage(distance: np.ndarray, start: float, end: float) -> np.ndarray:

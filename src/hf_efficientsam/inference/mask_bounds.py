@@ -22,6 +22,7 @@ from hf_efficientsam.model.mask_operations_efficientsam import (
 
 from .resampling import cubic_weights
 
+PIXELS_AT_ONCE = 2**20  # that are computed of open cells: bounds the memory, which does not grow with the image
 NOWHERE = 2**40  # first column or row of an empty mask
 # The absolute weights of a pixel add up to at most 1.375 in one axis, so the negative ones in both to (1.375 ** 2 - 1)
 # / 2: a pixel lies no further than this fraction of their range beyond the 16 logits around it.
@@ -52,15 +53,14 @@ class CubicAxis:
     @classmethod
     def make(cls, num_pixels: int, num_logits: int, scale: float, device: torch.device) -> "CubicAxis":
         """`scale` is the distance of two pixels, in logits."""
-        scale = torch.tensor(scale, dtype=torch.float32)
-        places = scale * (torch.arange(num_pixels, dtype=torch.float32) + 0.5) - 0.5
-        neighbours, neighbour_weights = cubic_weights(places.numpy())
-        cells = torch.from_numpy(neighbours + 2)
-        counts = torch.bincount(cells, minlength=num_logits + 1)
-        first = counts.cumsum(0) - counts
-        weights = torch.zeros(num_logits + 1, max(1, int(counts.max())), 4)
-        weights[cells, torch.arange(num_pixels) - first[cells]] = torch.from_numpy(np.stack(neighbour_weights, axis=1))
-        return cls(*(x.to(device) for x in (first, first + counts - 1, weights)))
+        places = np.float32(scale) * (np.arange(num_pixels, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
+        neighbours, neighbour_weights = cubic_weights(places)
+        cells = neighbours + 2
+        counts = np.bincount(cells, minlength=num_logits + 1)
+        first = counts.cumsum() - counts
+        weights = np.zeros((num_logits + 1, max(1, counts.max()), 4), dtype=np.float32)
+        weights[cells, np.arange(num_pixels) - first[cells]] = np.stack(neighbour_weights, axis=1)
+        return cls(*(torch.from_numpy(x).to(device) for x in (first, first + counts - 1, weights)))
 
 
 def mask_axes(
@@ -106,7 +106,8 @@ def measure_masks(
         counts, part_boxes, dense = bound_masks(logits[part], axes, thresholds)
         surely, never = counts[0, -1] > 0, counts[1, -1] == 0
         if stability_score_thresh > 0:
-            (inner_low, outer_low, _), (inner_high, outer_high, _) = counts.double()
+            # In float32, whose rounding is far below the margin of 1e-6: not every device has float64.
+            (inner_low, outer_low, _), (inner_high, outer_high, _) = counts.float()
             surely &= inner_low > (stability_score_thresh + 1e-6) * outer_high.clamp(min=1)
             never |= inner_high <= (stability_score_thresh - 1e-6) * outer_low.clamp(min=1)
         never &= ~dense
@@ -149,7 +150,9 @@ def bound_masks(
 
     settled = low.masked_fill(is_open | (pixels == 0), -math.inf)  # so not above any threshold
     counts, boxes = measure_settled(settled, axes, thresholds)
-    add_open_cells(counts, boxes, padded, is_open, slack, axes, thresholds)
+    pixels_of_a_cell = rows.weights.shape[1] * columns.weights.shape[1]
+    for cells in is_open.nonzero().split(max(1, PIXELS_AT_ONCE // pixels_of_a_cell)):
+        add_open_cells(counts, boxes, padded, cells, slack, axes, thresholds)
     return counts, boxes, dense
 
 
@@ -181,8 +184,9 @@ def measure_settled(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Numbers of pixels and boxes, as `bound_masks` returns them, from the cells `[N, h + 1, w + 1]` not open."""
     rows, columns = axes
-    widths, heights = columns.counts.float(), rows.counts.double()  # exact up to 2 ** 24 columns
-    counts = torch.stack([((settled > one).float() @ widths).double() @ heights for one in thresholds]).long()
+    widths = columns.counts.float()  # exact up to 2 ** 24 columns
+    counts = [(((settled > one).float() @ widths).long() * rows.counts).sum(dim=1) for one in thresholds]
+    counts = torch.stack(counts)
     inside = settled > thresholds[-1]
     across = pixel_range(inside.any(dim=1), columns)
     down = pixel_range(inside.any(dim=2), rows)
@@ -200,14 +204,17 @@ def add_open_cells(
     counts: torch.Tensor,
     boxes: torch.Tensor,
     padded: torch.Tensor,
-    is_open: torch.Tensor,
+    cells: torch.Tensor,
     slack: torch.Tensor,
     axes: tuple[CubicAxis, CubicAxis],
     thresholds: list[float],
 ) -> None:
-    """Adds the pixels of open cells to `counts` and `boxes`, in place: they are computed, K x K for each cell."""
+    """
+    Adds the pixels of open cells `[n, 3]` (mask, row, column) to `counts` and `boxes`, in place: they are computed,
+    K x K for each cell.
+    """
     rows, columns = axes
-    mask, row, column = is_open.nonzero(as_tuple=True)
+    mask, row, column = cells.unbind(dim=1)
     corner = (mask * padded.shape[1] + row) * padded.shape[2] + column
     window = torch.arange(4, device=padded.device)
     window = (window[:, None] * padded.shape[2] + window).flatten()

@@ -241,11 +241,11 @@ class EfficientSamMaskGenerator:
         input_size: tuple[int, int],
         crop_box: list[int],
         image_size: tuple[int, int],
-        grid: torch.Tensor,
+        grid: np.ndarray,
     ) -> list[Candidate]:
         """The masks of one crop without duplicates, the most confident first."""
         left, top, right, bottom = crop_box
-        points = (grid * torch.tensor(input_size[::-1])).float().to(self.model.device)
+        points = torch.from_numpy((grid * input_size[::-1]).astype(np.float32)).to(self.model.device)
         boxes = torch.empty(0, 4, dtype=torch.int64, device=self.model.device)
         found, keep, scores = [], [], embedding.new_empty(0)
         for start, kept, new_scores, logits in self.predict(embedding, points):
@@ -276,7 +276,7 @@ class EfficientSamMaskGenerator:
                 mask.logits = self.decode_again(mask, embedding, points)
             mask.score, mask.box = float(scores[i]), boxes[i]
             mask.crop_box, mask.input_size = crop_box, input_size
-            x, y = (grid[mask.prompt] * torch.tensor([right - left, bottom - top])).tolist()
+            x, y = (grid[mask.prompt] * (right - left, bottom - top)).tolist()
             mask.point = [left + x, top + y]
         return [found[i] for i in keep]
 
@@ -311,7 +311,7 @@ class EfficientSamMaskGenerator:
             return []
         boxes = torch.stack([mask.box for mask in masks])
         crop_boxes = torch.tensor([mask.crop_box for mask in masks], device=boxes.device)
-        scores = torch.tensor([mask.score for mask in masks], device=boxes.device)
+        scores = torch.tensor([mask.score for mask in masks], dtype=torch.float32, device=boxes.device)
         keep = suppress_duplicates(boxes, scores, crop_boxes, self.box_nms_thresh, self.crop_nms_thresh).tolist()
         records, boxes, changed = [], [], []
         for mask in (masks[i] for i in keep):
@@ -324,7 +324,8 @@ class EfficientSamMaskGenerator:
             records.append(self.record(mask, segmentation, stability, boxes[-1]))
         if self.min_mask_region_area:  # masks that are now alike: those that were left as they were are better
             threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
-            keep = non_maximum_suppression(torch.tensor(boxes), 1 - torch.tensor(changed).float(), threshold)
+            boxes, changed = torch.from_numpy(np.array(boxes)), torch.from_numpy(np.array(changed))
+            keep = non_maximum_suppression(boxes, 1 - changed.float(), threshold)
             records = [records[i] for i in sorted(keep.tolist())]
         return records
 
@@ -343,7 +344,7 @@ class EfficientSamMaskGenerator:
     def enlarge(self, mask: Candidate, image_size: tuple[int, int]) -> tuple[np.ndarray, float]:
         """A mask in the image, bool `[height, width]`, and its stability."""
         left, top, right, bottom = mask.crop_box
-        logits = resize_masks(mask.logits[None, None], (bottom - top, right - left), mask.input_size)[0]
+        logits = resize_masks(mask.logits[None, None].float(), (bottom - top, right - left), mask.input_size)[0]
         stability = calculate_stability_score(logits, self.mask_threshold, self.stability_score_offset).item()
         segmentation = uncrop_masks((logits > self.mask_threshold).cpu(), mask.crop_box, *image_size)
         return segmentation[0].numpy(), stability
@@ -373,14 +374,14 @@ def check_options(at_least: dict[str, tuple], at_most: dict[str, tuple], ious: d
             raise ValueError(f"{name} is compared with an IoU, so it must be at most 1, got {value}.")
 
 
-def check_point_grids(point_grids: list[np.ndarray], crop_n_layers: int) -> list[torch.Tensor]:
-    """Grids of points `[n, 2]` as float64 tensors. ValueError: not one for each layer, or points out of [0, 1]."""
+def check_point_grids(point_grids: list[np.ndarray], crop_n_layers: int) -> list[np.ndarray]:
+    """Grids of points `[n, 2]` as float64. ValueError: not one for each layer, or points out of [0, 1]."""
     if len(point_grids) != crop_n_layers + 1:
         raise ValueError(f"point_grids must hold {crop_n_layers + 1} grids, for the image and each layer of crops.")
     for grid in point_grids:
-        if np.ndim(grid) != 2 or np.shape(grid)[1] != 2 or np.min(grid) < 0 or np.max(grid) > 1:
+        if np.ndim(grid) != 2 or np.shape(grid)[1] != 2 or not len(grid) or np.min(grid) < 0 or np.max(grid) > 1:
             raise ValueError("Each of point_grids must be points [n, 2] with x and y from 0 to 1.")
-    return [torch.as_tensor(np.asarray(grid), dtype=torch.float64) for grid in point_grids]
+    return [np.asarray(grid, dtype=np.float64) for grid in point_grids]
 
 
 __all__ = ["EfficientSamMaskGenerator"]

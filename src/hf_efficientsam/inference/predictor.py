@@ -114,7 +114,7 @@ class EfficientSamPredictor(PredictorBase):
     def _read_image(self, image: ImageInput) -> np.ndarray:
         return self.processor.image_processor.process_image(image)
 
-    @torch.no_grad()
+    @torch.no_grad()  # not inference mode: a decoder may be trained on the embedding
     def _encode(self, pixels: np.ndarray) -> tuple[torch.Tensor, tuple[int, int]]:
         inputs = self.processor.image_processor(pixels, input_data_format="channels_first", return_tensors="pt")
         pixel_values = inputs["pixel_values"].to(self.device, self.model.dtype)

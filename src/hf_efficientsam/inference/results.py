@@ -172,9 +172,8 @@ class SegmentationResult:
 
 def mask_rles(masks: np.ndarray) -> list[dict]:
     """`[N, height, width]`, bool -> N compressed COCO RLEs with text in place of bytes, as json needs it."""
-    if not len(masks):
-        return []
-    rles = coco_mask.encode(np.asfortranarray(np.moveaxis(masks, 0, -1).astype(np.uint8)))
+    # One at a time: pycocotools needs a copy, by column.
+    rles = [coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in masks]
     return [{"size": list(rle["size"]), "counts": rle["counts"].decode()} for rle in rles]
 
 

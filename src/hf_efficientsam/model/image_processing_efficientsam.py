@@ -36,6 +36,8 @@ from .mask_operations_efficientsam import (
     uncrop_masks,
 )
 
+PIXELS_AT_ONCE = 2**24  # of masks that are resized before they become bool
+
 
 class EfficientSamImageProcessorKwargs(TypedDict, total=False):
     """Options of [`EfficientSamImageProcessor`], for its constructor and for a single call."""
@@ -180,8 +182,8 @@ class EfficientSamImageProcessor(PilBackend):
             reshaped_input_sizes.append(tuple(pixel_values[-1].shape[-2:]))
         data = {
             "pixel_values": _pad_and_stack(pixel_values, kwargs["size_divisor"]),
-            "original_sizes": torch.tensor(original_sizes, dtype=torch.int64),
-            "reshaped_input_sizes": torch.tensor(reshaped_input_sizes, dtype=torch.int64),
+            "original_sizes": torch.tensor(original_sizes, dtype=torch.int64, device="cpu"),
+            "reshaped_input_sizes": torch.tensor(reshaped_input_sizes, dtype=torch.int64, device="cpu"),
         }
         if segmentation_maps is not None:
             padded_size = tuple(data["pixel_values"].shape[-2:])
@@ -211,12 +213,15 @@ class EfficientSamImageProcessor(PilBackend):
     ) -> torch.Tensor:
         """Array [3, h, w] of `process_image` -> float32 tensor [3, H, W], resized and normalised, not padded."""
         size = self.get_reshaped_input_size(image.shape[-2:], **kwargs)
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device=device, dtype=torch.float32)
-        pixels = F.interpolate(pixels[None], size=size, mode="bilinear", align_corners=False, antialias=False)[0]
+        channels = []
+        for channel in image:  # one at a time: a large image takes four times its memory in float32
+            channel = torch.from_numpy(np.ascontiguousarray(channel)).to(device=device, dtype=torch.float32)
+            channels.append(F.interpolate(channel[None, None], size=size, mode="bilinear", align_corners=False)[0])
+        pixels = torch.cat(channels)
         if do_rescale:
             pixels = pixels * (rescale_factor if image.dtype == np.uint8 else 255 * rescale_factor)
         if do_normalize:
-            mean, std = (torch.as_tensor(x, device=pixels.device).reshape(-1, 1, 1) for x in (image_mean, image_std))
+            mean, std = (pixels.new_tensor(x).reshape(-1, 1, 1) for x in (image_mean, image_std))
             pixels = (pixels - mean) / std
         return pixels
 
@@ -260,12 +265,18 @@ class EfficientSamImageProcessor(PilBackend):
             )
         output_masks = []
         for image_masks, size, input_size, count in zip(masks, sizes, input_sizes, counts, strict=True):
-            image_masks = torch.as_tensor(image_masks)[:count]
+            if not isinstance(image_masks, torch.Tensor):
+                image_masks = torch.as_tensor(image_masks, device="cpu")
+            image_masks = image_masks[:count]
             if image_masks.ndim != 4:
                 raise ValueError(f"Masks of an image must be [Q, M, h, w], got shape {tuple(image_masks.shape)}.")
-            if binarize:  # a few prompts at a time, as floats take four times the memory of the answer
-                parts = [resize_masks(m, size, input_size) > mask_threshold for m in image_masks.split(8)]
-                output_masks.append(torch.cat(parts))
+            if binarize:  # a few masks at a time, as floats take four times the memory of the answer
+                flat = image_masks.flatten(0, 1)[:, None]
+                answer = flat.new_empty(len(flat), *size, dtype=torch.bool)
+                at_once = max(1, PIXELS_AT_ONCE // math.prod(size))
+                for part, few in zip(answer.split(at_once), flat.split(at_once), strict=True):
+                    part.copy_(resize_masks(few, size, input_size)[:, 0] > mask_threshold)
+                output_masks.append(answer.unflatten(0, image_masks.shape[:2]))
             else:
                 output_masks.append(resize_masks(image_masks, size, input_size))
         return output_masks

@@ -216,9 +216,9 @@ def upscale_masks(
     for conv, norm in zip(upscaling.convs[:-1], upscaling.norms, strict=True):
         image = upscaling.activation(group_normalize(norm, double_cells(conv, image)))
     # The last doubling is the largest by far and nothing is normalised after it: in parts that stay in the cache of a
-    # CPU, unless gradients need all of it anyway.
+    # CPU, unless gradients need all of it anyway; not in compiled code, where the number of parts would be fixed.
     parts = [image]
-    if not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         parts = image.split(max(1, UPSCALED_NUMBERS // image[:, 0].numel()), dim=1)
     last = upscaling.convs[-1]
     masks = [filters @ upscaling.activation(double_cells(last, part)).transpose(1, 2) for part in parts]
@@ -317,13 +317,19 @@ class FastMaskDecoder:
     def attend_in_chunks(
         self, image, image_positional_embeddings, tokens, log_multiplicity, multimask_output
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yields what `attend` returns, of the next prompts of each image."""
+        """
+        Yields what `attend` returns, of the next prompts of each image; in compiled code of all, for a loop would be
+        unrolled anew for each number of prompts.
+        """
         num_prompts, step = tokens.shape[1], self.decoder.config.prompts_per_chunk
         if image.device.type == "cpu":
             step = min(step, CHUNK_ON_CPU)
         shared = None
         if image.shape[1] < num_prompts:
             shared = project_shared_image(self.decoder.layers[0], image, image_positional_embeddings)
+        if torch.compiler.is_compiling():
+            yield self.attend(image, image_positional_embeddings, tokens, log_multiplicity, multimask_output, shared)
+            return
         for start in range(0, num_prompts, step):
             part = slice(start, start + step)
             yield self.attend(

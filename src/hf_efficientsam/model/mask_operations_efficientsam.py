@@ -39,7 +39,7 @@ def calculate_stability_score(masks: torch.Tensor, mask_threshold: float, thresh
     """
     inner = torch.count_nonzero(masks > mask_threshold + threshold_offset, dim=(-2, -1))
     outer = torch.count_nonzero(masks > mask_threshold - threshold_offset, dim=(-2, -1))
-    return inner / outer.clamp(min=1)
+    return inner.float() / outer.clamp(min=1)
 
 
 def boxes_from_masks(masks: torch.Tensor) -> torch.Tensor:
@@ -126,7 +126,8 @@ def non_maximum_suppression(
         at_once: boxes that are compared with all those kept before them; memory grows with `at_once` * N.
     """
     order = scores.argsort(descending=True, stable=True).to(boxes.device)
-    sorted_boxes = boxes[order].double()
+    # In float64, for products of sides; on the CPU, for not every device has that, and boxes are few.
+    sorted_boxes = torch.tensor(boxes[order].tolist(), dtype=torch.float64, device="cpu").reshape(-1, 4)
     keep = sorted_boxes.new_zeros(len(boxes), dtype=torch.bool)
     for start in range(0, len(boxes), at_once):
         part = sorted_boxes[start : start + at_once]
@@ -142,7 +143,7 @@ def non_maximum_suppression(
                 break
             stays = settled
         keep[start : start + at_once] = stays
-    return order[keep]
+    return order[keep.to(order.device)]
 
 
 def _overlap(boxes: torch.Tensor, others: torch.Tensor, iou_threshold: float) -> torch.Tensor:
@@ -168,7 +169,7 @@ def suppress_duplicates(
     Args:
         boxes: [N, 4] of the masks, (x1, y1, x2, y2) in the image.
         scores: [N].
-        crop_boxes: [N, 4], the crop that each mask is from, likewise.
+        crop_boxes: [N, 4], integers, the crop that each mask is from, likewise.
     """
     crops, crop_of_mask = crop_boxes.unique(dim=0, return_inverse=True)
     kept = []
@@ -178,7 +179,7 @@ def suppress_duplicates(
     if len(kept) == 1:
         return kept[0]
     kept = torch.cat(kept) if kept else crop_of_mask
-    smallness = -(crop_boxes[kept, 2:] - crop_boxes[kept, :2]).double().prod(dim=1)
+    smallness = -(crop_boxes[kept, 2:] - crop_boxes[kept, :2]).prod(dim=1)
     return kept[non_maximum_suppression(boxes[kept], smallness, crop_nms_thresh)]
 
 

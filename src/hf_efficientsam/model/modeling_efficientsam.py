@@ -834,6 +834,10 @@ class EfficientSamMaskDecoder(nn.Module):
         image = self.embed_image(image_embeddings, dense_prompt_embeddings)
         tokens, log_multiplicity = self.embed_tokens(sparse_prompt_embeddings, token_multiplicity)
         inputs = (image, image_positional_embeddings, tokens, log_multiplicity)
+        if 0 in tokens.shape[:2]:  # no image, or no prompt
+            iou_scores = image.new_empty(*tokens.shape[:2], len(self.mask_indices(multimask_output)))
+            scale = 2 ** len(self.upscaling.convs)
+            return iou_scores.new_empty(*iou_scores.shape, *(scale * side for side in grid_size)), iou_scores
         if can_decode_fast(self, image, kwargs.get("output_attentions")):
             return FastMaskDecoder(self).predict(*inputs, grid_size, multimask_output)
 
@@ -907,11 +911,14 @@ class EfficientSamMaskDecoder(nn.Module):
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """
         Yields what `attend` returns, of the next `prompts_per_chunk` prompts of each image: memory then does not grow
-        with the number of prompts. Where activations are needed (gradients, attentions), of all prompts at once.
+        with the number of prompts. Of all prompts at once where activations are needed (gradients, attentions), and in
+        compiled code, where a loop would be unrolled anew for each number of prompts.
         """
+        inputs = (image, image_positional_embeddings, tokens, log_multiplicity)
+        if torch.is_grad_enabled() or kwargs.get("output_attentions") or torch.compiler.is_compiling():
+            yield self.attend(*inputs, multimask_output, **kwargs)
+            return
         num_prompts, step = tokens.shape[1], self.config.prompts_per_chunk
-        if torch.is_grad_enabled() or kwargs.get("output_attentions"):
-            step = num_prompts
         for start in range(0, num_prompts, step):
             part = slice(start, start + step)
             image_of_part = image if image.shape[1] == 1 else image[:, part]

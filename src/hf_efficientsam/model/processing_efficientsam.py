@@ -100,13 +100,18 @@ class EfficientSamProcessor(ProcessorMixin):
         Number of real prompts of each image in what a call returned, for `post_process_masks(num_prompts=...)`: those
         up to the last one that has a point or a box. If only masks were given, all count.
         """
+        given = {
+            name: value if isinstance(value, torch.Tensor) else torch.from_numpy(value)
+            for name, value in inputs.items()
+            if name.startswith("input_")
+        }
         real = []  # [B, Q] each
-        if "input_points" in inputs:
-            real.append((torch.as_tensor(inputs["input_labels"]) >= 0).any(dim=-1))
-        if "input_boxes" in inputs:
-            real.append((torch.as_tensor(inputs["input_boxes"]) != PAD_VALUE).any(dim=-1))
-        if not real and "input_masks" in inputs:
-            real.append(torch.ones(inputs["input_masks"].shape[:2], dtype=torch.bool))
+        if "input_points" in given:
+            real.append((given["input_labels"] >= 0).any(dim=-1))
+        if "input_boxes" in given:
+            real.append((given["input_boxes"] != PAD_VALUE).any(dim=-1))
+        if not real and "input_masks" in given:
+            real.append(torch.ones_like(given["input_masks"][:, :, 0, 0], dtype=torch.bool))
         if not real:
             raise ValueError("There are no prompts in the inputs; pass what the processor returned.")
         positions = torch.arange(1, real[0].shape[1] + 1, device=real[0].device)

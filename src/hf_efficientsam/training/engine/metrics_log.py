@@ -32,7 +32,8 @@ def tracker_arguments(names: list[str], folder: Path) -> dict:
             f"There is no tracker {', '.join(sorted(unknown))} here; install it, or take {', '.join(available)}."
         )
     folder = Path(folder) / "trackers"
-    os.environ.setdefault("TRACKIO_DIR", str(folder.absolute()))  # read when trackio is imported
+    if "trackio" in names:
+        os.environ.setdefault("TRACKIO_DIR", str(folder.absolute()))  # read when trackio is imported
     return {"log_with": names or None, "project_dir": folder}
 
 

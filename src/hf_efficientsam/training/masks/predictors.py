@@ -52,7 +52,7 @@ class Predictor:
         height, width = prepare_image(self.processor, Image.new("RGB", (64, 64))).pixel_values.shape[1:]
         return {"height": height, "width": width}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, images: list[PreparedImage]) -> list["ImagePredictor"]:
         """One predictor for each image; images that the processor made equally large are encoded together."""
         shapes = dict.fromkeys(image.pixel_values.shape for image in images)
@@ -83,7 +83,7 @@ class ImagePredictor:
         scale = [width / image.original_size[1], height / image.original_size[0]]
         self.scale = torch.tensor(scale, dtype=torch.float64)  # from the image's pixels to the model's
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         multimask_output: bool = True,
