@@ -66,9 +66,9 @@ class EfficientSamImageProcessor(PilBackend):
     Images may be paths, URLs, `bytes`, file objects, PIL images of any mode, arrays or tensors, a stacked batch, or a
     list of any of these. What each means is the same wherever this package takes an image:
 
-    - Files: PIL reads them, HEIC only where pillow-heif is installed. They are turned upright as their EXIF tag says.
-      Of an animated image or one of several pages the first frame is taken, which is said once. Colour profiles are
-      not applied, except that LAB needs one.
+    - Files: PIL reads them, HEIC only where pillow-heif is installed (the extra `heif`). They are turned upright as
+      their EXIF tag says. Of an animated image or one of several pages the first frame is taken, which is said once.
+      Colour profiles are not applied, except that LAB needs one.
     - PIL images: alpha is dropped, so that what is transparent has the colour that is stored there. 16-bit gray
       ("I;16", and "I") is divided by 65535. "F" follows the rules of float arrays.
     - Arrays and tensors: H x W, H x W x C or C x H x W with 1, 3 or 4 channels; where both layouts fit, an array is
