@@ -32,7 +32,6 @@ class EfficientSamProcessor(ProcessorMixin):
         input_masks: Any = None,
         original_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         segmentation_maps: ImageInput | None = None,
-        return_tensors: str | None = "pt",
         **kwargs,
     ) -> BatchFeature:
         """
@@ -53,9 +52,9 @@ class EfficientSamProcessor(ProcessorMixin):
             original_sizes: `[B, 2]`, height and width of each image.
             segmentation_maps: what is to be found in the images, for training: see the image processor, which makes
                 `labels` of them.
-            return_tensors: "pt" (as is `None`) or "np".
-            kwargs: options of the image processor for this call, also as transformers' `images_kwargs` and
-                `common_kwargs`; there is no text, audio or video, so `text_kwargs` and the like must be empty.
+            kwargs: `return_tensors`, "pt" (as is `None`) or "np", and options of the image processor for this call,
+                also as transformers' `images_kwargs` and `common_kwargs`; there is no text, audio or video,
+                so `text_kwargs` and the like must be empty.
 
         Returns:
             What the image processor returns, and, each only if something of it was given, with Q and P the largest
@@ -72,7 +71,7 @@ class EfficientSamProcessor(ProcessorMixin):
             TypeError: prompts that are not numbers, or an unknown option.
         """
         kwargs = _image_options(**kwargs)
-        return_tensors = kwargs.pop("return_tensors", return_tensors)
+        return_tensors = kwargs.pop("return_tensors", None)
         if segmentation_maps is not None:
             if images is None:
                 raise ValueError("segmentation_maps are read together with images; pass these, too.")
