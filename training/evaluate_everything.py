@@ -33,6 +33,9 @@ class EvaluateEverythingConfig:
     points_per_side: list[int] = field(default_factory=lambda: [32], metadata={"help": "one or several"})
     pred_iou_thresh: float = field(default=0.0, metadata={"help": "least predicted IoU, exclusive; 0 keeps all"})
     stability_score_thresh: float = field(default=0.0, metadata={"help": "least stability, likewise"})
+    box_nms_thresh: float = field(
+        default=0.7, metadata={"help": "of two masks whose boxes overlap by more, the less confident is left out"}
+    )
     output: str | None = field(default=None, metadata={"help": "json file for the numbers"})
     masks: str | None = field(default=None, metadata={"help": "folder that keeps what was found, to go on from"})
     device: str | None = field(default=None, metadata={"help": "by default a GPU if there is one"})
@@ -51,7 +54,7 @@ def check(config: EvaluateEverythingConfig) -> None:
 def check_same_masks(config: EvaluateEverythingConfig) -> None:
     """Notes in the folder of masks how they were found, and compares if it is noted already."""
     path = Path(config.masks) / "config.json"
-    names = ("model", "annotations", "images", "pred_iou_thresh", "stability_score_thresh")
+    names = ("model", "annotations", "images", "pred_iou_thresh", "stability_score_thresh", "box_nms_thresh")
     now = {name: getattr(config, name) for name in names}
     if path.exists() and (before := json.loads(path.read_text())) != now:
         different = [name for name in names if before.get(name) != now[name]]
@@ -84,6 +87,7 @@ def measure(
         points_per_side=points,
         pred_iou_thresh=config.pred_iou_thresh,
         stability_score_thresh=config.stability_score_thresh,
+        box_nms_thresh=config.box_nms_thresh,
         output_mode="coco_rle",
     )
     found = []

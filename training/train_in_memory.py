@@ -155,13 +155,15 @@ class Summary:
         if since < ROW_SECONDS and step > 1:
             return
         means = {name: torch.stack([one[name] for one in self.losses]).mean().item() for name in losses}
-        self.add(self.curve, step=step, **means, lr=lr, steps_per_second=len(self.losses) / since)
+        self.add(self.curve, step=step, **means, lr=lr)
         self.losses = []
         if not math.isfinite(means["loss"]):
             raise TrainingStopped(f"The loss of step {step} or one before is not finite; lower --learning_rate.")
 
     def write(self) -> None:
         report = {"evaluations": self.evaluations, "curve": self.curve, **self.run, "seconds": self.seconds()}
+        if torch.cuda.is_available():
+            report["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         write_report(self.path, report, ("numpy", "pillow", "pycocotools"))
 
 
@@ -259,10 +261,11 @@ def fit(
         if norm.isfinite():
             optimizer.step()
         optimizer.zero_grad()
+        rate_now = max(scheduler.get_last_lr())
         scheduler.step()
         if average is not None:
             average.update_parameters(model)
-        summary.add_step(step, parts, max(scheduler.get_last_lr()))
+        summary.add_step(step, parts, rate_now)
         if measured / config.evaluations <= part_of_time() < 1:
             measured += 1
             measure(averaged)
