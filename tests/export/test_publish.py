@@ -62,7 +62,8 @@ class FakeHub:
 
     def __init__(self, monkeypatch, error: Exception | None = None):
         self.calls, self.files, self.error = [], {}, error
-        for name in ("create_repo", "upload_folder"):
+        self.private = set()
+        for name in ("create_repo", "upload_folder", "repo_exists", "model_info"):
             monkeypatch.setattr(huggingface_hub.HfApi, name, getattr(self, name))
         monkeypatch.setattr(publish, "constants", SimpleNamespace(HF_HUB_OFFLINE=False))
         monkeypatch.setattr(publish, "get_token", lambda: "hf_token")
@@ -72,6 +73,12 @@ class FakeHub:
             raise self.error
         self.calls.append(("create_repo", repo_id, options))
         return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def repo_exists(self, repo_id):
+        return repo_id in self.private
+
+    def model_info(self, repo_id):
+        return SimpleNamespace(private=repo_id in self.private)
 
     def upload_folder(self, repo_id, folder_path, **options):
         self.calls.append(("upload_folder", repo_id, options))
@@ -183,6 +190,10 @@ def test_hub_knows_the_numbers_and_where_the_model_comes_from(checkpoint, tmp_pa
     )
     assert (entry.dataset_id, entry.task_id, entry.value) == ("someone/val", "box_confident", 0.6543)
     assert "no name of a repository" in refused(checkpoint, "someone/tiny", "--dataset", "my images")
+    unmeasured = tmp_path / "unmeasured"
+    shutil.copytree(checkpoint, unmeasured)
+    (unmeasured / "metrics.json").unlink()
+    assert "has no metrics.json" in refused(unmeasured, "someone/tiny", "--evaluated-on", "someone/val")
 
 
 def test_card_of_a_training_is_written_anew_with_what_it_knew(checkpoint, tmp_path):
@@ -337,6 +348,9 @@ def test_private_repositories(checkpoint, monkeypatch, unproved):
     assert message in refused(checkpoint, "someone/tiny", "--push", "--private", "--space", "someone/show")
     assert call(checkpoint, "someone/tiny", "--push", "--private")[0] == 0
     assert hub.calls[0][2]["private"] is True
+    hub.private = {"someone/tiny"}  # from then on
+    assert "someone/tiny is private on the Hub" in refused(checkpoint, "someone/tiny", "--push", "--demo")
+    assert call(checkpoint, "someone/tiny", "--push")[0] == 0
 
 
 def test_push_makes_one_commit_a_repository(checkpoint, monkeypatch, unproved, tmp_path):

@@ -6,7 +6,14 @@ from typing import Annotated
 import typer
 
 from hf_efficientsam.export.model_card import Provenance
-from hf_efficientsam.export.publish import Repository, check_hub_in_reach, made_repositories, upload
+from hf_efficientsam.export.publish import (
+    Repository,
+    check_hub_in_reach,
+    check_model_is_public,
+    check_repository_name,
+    made_repositories,
+    upload,
+)
 from hf_efficientsam.inference.loading import bundled_checkpoint, is_bundled
 
 from .options import new_commands
@@ -63,6 +70,9 @@ def publish_command(
     if demo and space is None:
         space = f"{name}-demo"
     provenance = Provenance(license, base_model, tuple(dataset or ()), evaluated_on)
+    if push and space is not None:
+        check_repository_name(name)
+        check_model_is_public(name)
     with made_repositories(directory, name, space, onnx, output, provenance) as repositories:
         for repository in repositories:
             typer.echo(describe_repository(repository))

@@ -174,10 +174,16 @@ def make_model(
     processor.image_processor.save_pretrained(folder)
     build_wheel(folder)
     card = write_card(model, name, folder, provenance)
-    if metrics := provenance.evaluated_on and read_metrics(str(folder)):
-        entries = eval_result_entries_to_yaml(metrics_as_entries(metrics, provenance.evaluated_on))
+    if provenance.evaluated_on:
+        entries = metrics_as_entries(read_metrics(str(folder)) or "", provenance.evaluated_on)
+        if not entries:
+            raise ValueError(
+                "--evaluated-on names what metrics.json was measured on, but the checkpoint has no metrics.json of "
+                "training/evaluate_masks.py; measure it, or leave the option out."
+            )
         (folder / ".eval_results").mkdir()
-        (folder / ".eval_results" / "masks.yaml").write_text(yaml_dump(entries, sort_keys=False))
+        text = yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+        (folder / ".eval_results" / "masks.yaml").write_text(text)
     if not any(folder.glob("LICENSE*")):  # ours is of the code; the card may say something else of the weights
         name = "LICENSE" if card.data.license == "apache-2.0" else "LICENSE-CODE"
         (folder / name).write_text(metadata.distribution("hf-efficientsam").read_text("licenses/LICENSE"))
@@ -347,6 +353,39 @@ def made_repositories(
 # ------------------------------------------------------------------------------------------------ upload
 
 
+@contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """Turns what the Hub answers about the repository `name` into a ValueError of one sentence."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise ValueError(
+                f"the Hub does not let this token write to {name}; log in with `hf auth login`, by a token that may "
+                "write there."
+            ) from None
+        raise ValueError(f"the Hub refused {name}: {' '.join(str(error).split())}") from None
+    except (HTTPError, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name} could not be uploaded: {reason}") from None
+
+
+def check_model_is_public(name: str) -> None:
+    """
+    For a Space, which is built without a token: it could not install the package from a private repository.
+
+    Raises:
+        ValueError: if the repository `name` is private, or the Hub is not in reach.
+    """
+    with hub_errors(name):
+        is_private = HfApi().repo_exists(name) and HfApi().model_info(name).private
+    if is_private:
+        raise ValueError(
+            f"{name} is private on the Hub, so a Space could not install the package from it; make it public, or "
+            "leave out the Space."
+        )
+
+
 def upload(repository: Repository, private: bool) -> str:
     """
     Uploads a repository in one commit. Files of the same name are replaced, others stay.
@@ -362,18 +401,8 @@ def upload(repository: Repository, private: bool) -> str:
     """
     api, space_sdk = HfApi(), "gradio" if repository.kind == "space" else None
     options = {"repo_id": repository.name, "repo_type": repository.kind}
-    try:
+    with hub_errors(repository.name):
         url = api.create_repo(**options, space_sdk=space_sdk, private=private or None, exist_ok=True)
         message = f"Published by hf_efficientsam {__version__}"
         api.upload_folder(**options, folder_path=repository.folder, commit_message=message)
-    except HfHubHTTPError as error:
-        if error.response.status_code in (401, 403):
-            raise ValueError(
-                f"the Hub does not let this token write to {repository.name}; log in with `hf auth login`, by a token "
-                "that may write there."
-            ) from None
-        raise ValueError(f"the Hub refused {repository.name}: {' '.join(str(error).split())}") from None
-    except (HTTPError, OSError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{repository.name} could not be uploaded: {reason}") from None
     return str(url)
