@@ -16,7 +16,7 @@ from transformers import pipeline
 
 from hf_efficientsam import EfficientSamMaskGenerator, EfficientSamOnnxPredictor, EfficientSamPredictor
 from hf_efficientsam.demo.service import Demo
-from hf_efficientsam.export.onnx_export import export_onnx
+from hf_efficientsam.export.onnx_export import describe, export_onnx
 from hf_efficientsam.inference.everything_files import EverythingSegmenter
 from hf_efficientsam.inference.segment_files import Segmenter, set_image_file
 from hf_efficientsam.training.data.reading import decode_image
@@ -252,3 +252,36 @@ def test_paths_bytes_and_files_are_the_same(ways, way, tmp_path):
             assert np.array_equal(ways[way](source), expected)
         assert not file.closed
     assert np.array_equal(ways[way]("data:image/png;base64," + base64.b64encode(content).decode()), expected)
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+OPTIONS = [
+    {"do_rescale": False, "image_mean": [124.0, 116.0, 104.0], "image_std": [58.0, 57.0, 57.0]},
+    {"do_rescale": False, "do_normalize": False},
+    {"rescale_factor": 1 / 127.5, "image_mean": 1.0, "image_std": 1.0},
+    {"do_convert_rgb": False},
+    {"do_resize": False},
+    {"size": {"height": 64, "width": 96}, "keep_aspect_ratio": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ", ".join(options))
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_every_option_holds_for_every_way(onnx, monkeypatch, options, dtype):
+    model, processor = tiny.model(), tiny.processor(**options)
+    image = RGB[:50].astype(dtype)
+    with torch.no_grad():
+        expected = model.get_image_embeddings(processor(image)["pixel_values"]).numpy()
+    predictor, generator = EfficientSamPredictor(model, processor), EfficientSamMaskGenerator(model, processor)
+    predictor.set_image(image)
+    monkeypatch.setattr(onnx, "options", describe("", model, processor)["preprocessing"])
+    onnx.set_image(image)
+    ((embedding, _),) = generator.embed([generator.image_processor.process_image(image)], batch_size=1)
+    for found in (predictor.features, onnx.features, embedding.detach()):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+    assert np.array_equal(predictor.image, RGB[:50]) and np.array_equal(onnx.image, RGB[:50])
+    if options.get("do_convert_rgb") is False:
+        for one in (predictor, onnx):
+            with pytest.raises(ValueError, match="needs 3 channels, got 1"):
+                one.set_image(GRAY)
