@@ -17,6 +17,8 @@ COMMANDS = {  # name: its module, and its line in the list that --help prints
     "salient": ("find", "Cut out what stands out, without a prompt."),
     "text": ("find", "Cut out objects by their names, with a detector of your choice."),
     "everything": ("everything", "Find all objects: images become a COCO dataset."),
+    "train": ("scripts", "Train a model with one of the training scripts."),
+    "evaluate": ("scripts", "Measure a model with one of the evaluation scripts."),
     "info": ("checkpoints", "Describe a checkpoint."),
     "convert": ("checkpoints", "Convert an official EfficientSAM checkpoint."),
     "export-onnx": ("checkpoints", "Export a checkpoint to ONNX."),

@@ -1,6 +1,6 @@
 """`efficientsam info`, `convert` and `export-onnx`: describe a checkpoint, make one of official weights, export it."""
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -79,7 +79,7 @@ def convert_command(
     typer.echo(f"{output}: {model.num_parameters() / 1e6:.2f} M parameters, input {image_size} x {image_size} pixels")
 
 
-class Variant(str, Enum):
+class Variant(StrEnum):
     """Of an exported model."""
 
     float16 = "float16"

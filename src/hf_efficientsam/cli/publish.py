@@ -53,8 +53,7 @@ def publish_command(
     process without this package, where it must give the same masks. The same checkpoint makes the same files.
 
     Without --push this only lists the files. With it each repository is uploaded in one commit: files of the same
-    name are replaced, others stay. The token is that of `hf auth login` or HF_TOKEN. The Space's files are in a
-    checkout of the project only, not in the package.
+    name are replaced, others stay. The token is that of `hf auth login` or HF_TOKEN.
     """
     if private and not push:
         raise ValueError("--private is for new repositories that --push makes; give both, or neither.")

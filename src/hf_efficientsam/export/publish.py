@@ -28,9 +28,10 @@ from hf_efficientsam.export.metrics_report import metrics_as_entries, read_metri
 from hf_efficientsam.export.model_card import GENERATED, Provenance, complete_card, model_card
 from hf_efficientsam.export.package_wheel import WHEEL_NAME, build_wheel
 from hf_efficientsam.inference.loading import find_checkpoint, load_head, load_model, stored_dtype
+from hf_efficientsam.inference.project_files import project_files
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 
-SPACES = Path(__file__).resolve().parents[3] / "spaces"  # in a checkout; not installed with the package
+SPACES = project_files("spaces")
 SPACE_FILES = ("app.py", "README.md", "requirements.txt")
 MODEL_OF_THE_SPACE = 'os.environ.get("EFFICIENTSAM_MODEL"'  # in app.py
 # Of a checkpoint, beside weights, configurations and code.

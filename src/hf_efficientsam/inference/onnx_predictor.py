@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_efficientsam.model.image_reading_efficientsam import image_to_array, resized_size
-from hf_efficientsam.model.prompts_efficientsam import PAD_VALUE, prepare_prompts
-
+from ..model.image_reading_efficientsam import image_to_array, resized_size
+from ..model.prompts_efficientsam import PAD_VALUE, prepare_prompts
 from .predictor_base import PredictorBase
 from .resampling import cubic_weights, linear_weights, resample
 

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hf_efficientsam.model.image_reading_efficientsam import to_pil_image
-from hf_efficientsam.model.prompts_efficientsam import nesting, read_mask
-
+from ..model.image_reading_efficientsam import to_pil_image
+from ..model.prompts_efficientsam import nesting, read_mask
 from .results import SegmentationResult, boxes_from_masks_np
 
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from hf_efficientsam.inference.project_files import project_files
+
 Config = TypeVar("Config")
 
 
@@ -180,8 +182,16 @@ def _read_yaml(parser: argparse.ArgumentParser, path: Path, names: set[str]) -> 
     arguments = []
     for name, value in values.items():
         if value is not None:
-            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            given = [str(one) for one in (value if isinstance(value, list) else [value])]
+            arguments += [f"--{name}", *(_example_file(one) or one for one in given)]
     return arguments
+
+
+def _example_file(value: str) -> str | None:
+    """Where `examples/...` is that a miniature names, if the script is started elsewhere than in a checkout."""
+    installed = project_files("examples").parent / value
+    is_elsewhere = value.startswith("examples/") and not Path(value).exists() and installed.exists()
+    return str(installed) if is_elsewhere else None
 
 
 def check_ranges(config: Any) -> None:
