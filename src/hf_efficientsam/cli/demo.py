@@ -6,7 +6,7 @@ import typer
 
 from hf_efficientsam.demo.session import MAX_PIXELS
 
-from .options import ModelOption, new_commands
+from .options import Device, DeviceOption, Dtype, DtypeOption, ModelOption, new_commands
 
 commands = new_commands()
 
@@ -14,6 +14,8 @@ commands = new_commands()
 @commands.command("demo")
 def demo_command(
     model: ModelOption = None,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = Dtype.float32,
     detector: Annotated[
         str | None, typer.Option(metavar="DIR_OR_HUB_ID", help="Zero-shot object detector, to find objects by words.")
     ] = None,
@@ -45,4 +47,4 @@ def demo_command(
         if error.name != "gradio":
             raise
         raise ValueError('the page needs gradio; install it with pip install "hf-efficientsam[demo]".') from None
-    launch_demo(Demo(model, detector, saliency, max_pixels), host, port, share)
+    launch_demo(Demo(model, detector, saliency, max_pixels, device, dtype), host, port, share)

@@ -17,7 +17,17 @@ from hf_efficientsam.inference.folder_runs import run_jobs
 from hf_efficientsam.inference.image_files import read_image, upright_size
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 
-from .options import MAX_PIXELS, JsonOption, MaxPixelsOption, ModelOption, new_commands
+from .options import (
+    MAX_PIXELS,
+    Device,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    MaxPixelsOption,
+    ModelOption,
+    new_commands,
+)
 from .reports import report_folder
 
 commands = new_commands()
@@ -58,6 +68,8 @@ def everything_command(
     ] = GENERATOR_DEFAULTS["min_mask_region_area"],
     overlay: Annotated[bool, typer.Option("--overlay/--no-overlay", help="Draw the masks over each image.")] = True,
     model: ModelOption = None,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = Dtype.float32,
     as_json: JsonOption = False,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
 ) -> None:
@@ -88,7 +100,7 @@ def everything_command(
         "min_mask_region_area": min_mask_region_area,
     }
     crop_progress = len(jobs) == 1 and crop_n_layers > 0
-    segmenter = EverythingSegmenter.load(model, options, points_per_batch, max_pixels, crop_progress)
+    segmenter = EverythingSegmenter.load(model, options, points_per_batch, max_pixels, crop_progress, device, dtype)
     records, failures = run_jobs(
         jobs, segmenter, lambda record: None if as_json else tqdm.write(describe_annotations(record))
     )

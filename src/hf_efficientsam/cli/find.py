@@ -14,6 +14,10 @@ from hf_efficientsam.inference.segment_files import find_in_file, load_predictor
 
 from .options import (
     MAX_PIXELS,
+    Device,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
     ImageArgument,
     JsonOption,
     MaskOption,
@@ -49,6 +53,8 @@ def salient_command(
         float, typer.Option(help="Leave out objects of less than this share of the largest one's area, 0 to 1.")
     ] = 0.05,
     model: ModelOption = None,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = Dtype.float32,
     as_json: JsonOption = False,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
 ) -> None:
@@ -60,7 +66,7 @@ def salient_command(
     area, and the tight box around it, as `segment` does. Masks are written as `segment` writes them: mask.png for one
     object, and mask_1.png, mask_2.png, ... for several.
     """
-    predictor = open_predictor(image, output, overlay, model, max_pixels)
+    predictor = open_predictor(image, output, overlay, model, max_pixels, device, dtype)
     prompter = SalientPrompter(predictor, saliency, threshold, min_area, trust_remote_code)
     record = find_in_file(predictor, image, prompter, output, overlay, max_pixels)
     report_found(record, as_json, f"try a lower --threshold (now {threshold:g})")
@@ -79,6 +85,8 @@ def text_command(
         float | None, typer.Option(help="Leave out boxes of lower scores, 0 to 1; by default the detector's own.")
     ] = None,
     model: ModelOption = None,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = Dtype.float32,
     as_json: JsonOption = False,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
 ) -> None:
@@ -90,21 +98,27 @@ def text_command(
     `segment` writes them: mask.png for one object, and mask_1.png, mask_2.png, ... for several.
     """
     split_names(words)
-    predictor = open_predictor(image, output, overlay, model, max_pixels)
+    predictor = open_predictor(image, output, overlay, model, max_pixels, device, dtype)
     prompter = TextPrompter(predictor, Detector(detector, predictor.device), threshold)
     record = find_in_file(predictor, image, lambda: prompter(words), output, overlay, max_pixels)
     report_found(record, as_json, "try other names or a lower --threshold")
 
 
 def open_predictor(
-    image: Path, output: Path | None, overlay: Path | None, model: str | None, max_pixels: int
+    image: Path,
+    output: Path | None,
+    overlay: Path | None,
+    model: str | None,
+    max_pixels: int,
+    device: Device,
+    dtype: Dtype,
 ) -> EfficientSamPredictor:
     """The model, after all checks that can be made before it is loaded."""
     if image.is_dir():
         raise ValueError(f"{image} is a folder; give one image.")
     check_image_outputs(output, overlay)
     read_image(image, max_pixels, upright_size)
-    return load_predictor(model, max_pixels)
+    return load_predictor(model, max_pixels, device, dtype)
 
 
 def report_found(record: dict, as_json: bool, advice: str) -> None:

@@ -1,6 +1,7 @@
 """Options that several commands have, declared once, and what is checked for them."""
 
 from collections.abc import Iterable
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,11 +12,30 @@ from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImag
 MAX_PIXELS = EfficientSamImageProcessor.max_image_pixels
 OVERLAY_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
 ImageArgument = Annotated[Path, typer.Argument(help="An image.")]
 MaskOption = Annotated[Path | None, typer.Option(help="PNG file for the mask.")]
 OverlayOption = Annotated[Path | None, typer.Option(help="Image file for a picture with the masks drawn in.")]
 ModelOption = Annotated[
     str | None, typer.Option(metavar="DIR_OR_HUB_ID", help="Checkpoint to use instead of the bundled one.")
+]
+DeviceOption = Annotated[Device, typer.Option(help="Where the model runs; auto takes cuda, else mps, else cpu.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option(help="Precision of the model; auto is the checkpoint's own, but not half of it on a CPU.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
 MaxPixelsOption = Annotated[int, typer.Option(min=1, help="Refuse images of more pixels than this.")]

@@ -17,7 +17,18 @@ from hf_efficientsam.inference.prompt_files import (
 )
 from hf_efficientsam.inference.segment_files import Segmenter, plan_segment_jobs, segment_file
 
-from .options import MAX_PIXELS, JsonOption, MaxPixelsOption, ModelOption, check_image_outputs, new_commands
+from .options import (
+    MAX_PIXELS,
+    Device,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    MaxPixelsOption,
+    ModelOption,
+    check_image_outputs,
+    new_commands,
+)
 from .reports import describe_objects, report_folder
 
 commands = new_commands()
@@ -47,6 +58,8 @@ def segment_command(
         typer.Option(help="Image file for a picture with the masks drawn in; for a folder of images, another folder."),
     ] = None,
     model: ModelOption = None,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = Dtype.float32,
     as_json: JsonOption = False,
     all_masks: Annotated[
         bool, typer.Option("--all-masks", help="Give every candidate of each object, best first, not only the best.")
@@ -96,7 +109,7 @@ def segment_command(
                 f"{image} is a folder; it needs a prompts file (--prompts) and a folder for results (--output)."
             )
         entries = read_entries(image, prompts, separate_points, only_listed, output, overlay)
-        segmenter = Segmenter.load(model, all_masks, max_pixels)
+        segmenter = Segmenter.load(model, all_masks, max_pixels, device, dtype)
         segment_folder(segmenter, image, entries, output, overlay, as_json)
         return
     if prompts is not None or only_listed:
@@ -104,7 +117,7 @@ def segment_command(
     check_image_outputs(output, overlay)
     objects = parse_objects(point, background, box, separate_points)
     read_image(image, max_pixels, upright_size)  # before the model is loaded
-    record = segment_file(Segmenter.load(model, all_masks, max_pixels), image, objects, output, overlay)
+    record = segment_file(Segmenter.load(model, all_masks, max_pixels, device, dtype), image, objects, output, overlay)
     typer.echo(json.dumps(record) if as_json else describe_objects(record))
 
 

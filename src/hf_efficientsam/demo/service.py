@@ -58,6 +58,7 @@ class Demo:
         saliency: a name that `load_saliency` takes; by default the checkpoint's own head, without which the mode is
             disabled.
         max_pixels: larger images are refused.
+        device, dtype: of the model, as of `load_model`.
 
     Attributes:
         no_detector, no_saliency: why a mode is disabled; empty if it is not.
@@ -73,10 +74,12 @@ class Demo:
         detector: str | None = None,
         saliency: str | None = None,
         max_pixels: int = MAX_PIXELS,
+        device: str = "auto",
+        dtype: str = "float32",
     ):
         self.checkpoint = None if is_bundled(model) else model
         self.detector, self.saliency, self.max_pixels = detector, saliency, max_pixels
-        self.model, self.processor = load_model(find_checkpoint(model))
+        self.model, self.processor = load_model(find_checkpoint(model), dtype, device)
         self.processor.image_processor.max_image_pixels = max_pixels
         thresholds = self.model.config.mask_generation
         self.everything_thresholds = thresholds["pred_iou_thresh"], thresholds["stability_score_thresh"]

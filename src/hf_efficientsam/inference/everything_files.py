@@ -56,11 +56,18 @@ class EverythingSegmenter:
 
     @classmethod
     def load(
-        cls, name: str | None, options: dict, points_per_batch: int, max_pixels: int, crop_progress: bool
+        cls,
+        name: str | None,
+        options: dict,
+        points_per_batch: int,
+        max_pixels: int,
+        crop_progress: bool,
+        device: str = "auto",
+        dtype: str = "float32",
     ) -> "EverythingSegmenter":
         """From a checkpoint's name as `find_checkpoint` takes it."""
         name = find_checkpoint(name)
-        model, processor = load_model(name)
+        model, processor = load_model(name, dtype, device)
         fingerprint = checkpoint_fingerprint(model, processor)
         processor.image_processor.max_image_pixels = max_pixels
         generator = EfficientSamMaskGenerator(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from hf_efficientsam.model.configuration_efficientsam import EfficientSamConfig
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.modeling_saliency import EfficientSamSaliencyHead
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
+
+logger = logging.getLogger(__name__)
 
 
 def bundled_checkpoint(name: str = "s") -> str:
@@ -143,16 +146,41 @@ def load_processor(model: EfficientSamModel) -> EfficientSamProcessor:
         return EfficientSamProcessor.from_pretrained(model.name_or_path)
 
 
-def load_model(name: str, dtype: torch.dtype | str = torch.float32) -> tuple[EfficientSamModel, EfficientSamProcessor]:
+def find_device(device: torch.device | str = "auto") -> torch.device:
     """
-    Model and processor of a directory or Hub name, the model on a GPU if there is one.
-
-    Args:
-        dtype: float32 by default, because half precision is slow on CPUs.
+    The device of a name; "auto" is CUDA, else Apple's MPS, else the CPU, whichever is there.
 
     Raises:
-        ValueError: a checkpoint that cannot be loaded, lacks weights, or has weights that are no finite numbers.
+        ValueError: a device that torch does not know, or that is not there.
     """
+    is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return torch.device(next(kind for kind, there in is_there.items() if there))
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f'device must be "auto", "cpu", "cuda" or "mps", not {device!r}.') from None
+    if not is_there.get(device.type, True):
+        raise ValueError(f"torch finds no {device.type} device here; use the device cpu, or auto.")
+    return device
+
+
+def load_model(
+    name: str, dtype: torch.dtype | str = torch.float32, device: torch.device | str = "auto"
+) -> tuple[EfficientSamModel, EfficientSamProcessor]:
+    """
+    Model and processor of a directory or Hub name.
+
+    Args:
+        dtype: float32 by default; "auto" is what the checkpoint's config says, but float32 instead of half precision
+            on a CPU, where that is ten times slower.
+        device: see `find_device`.
+
+    Raises:
+        ValueError: a device that is not there; a checkpoint that cannot be loaded, lacks weights, or has weights that
+            are no finite numbers.
+    """
+    device = find_device(device)
     with loading(name):
         processor = EfficientSamProcessor.from_pretrained(name)
         model, loaded = EfficientSamModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
@@ -160,4 +188,8 @@ def load_model(name: str, dtype: torch.dtype | str = torch.float32) -> tuple[Eff
     for part, weights in model.state_dict().items():
         if not weights.isfinite().all():
             raise ValueError(f"{name} has weights that are no finite numbers, in {part}; use an earlier checkpoint.")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+    if dtype == "auto" and device.type == "cpu" and model.dtype in (torch.float16, torch.bfloat16):
+        stored = str(model.dtype).removeprefix("torch.")
+        logger.warning(f"{name} is in {stored}, which is slow on a CPU; it is computed in float32.")
+        model = model.float()
+    return model.to(device).eval(), processor

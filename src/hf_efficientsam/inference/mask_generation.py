@@ -45,7 +45,7 @@ from .amg import (
     uncrop_boxes_xyxy,
     uncrop_masks,
 )
-from .loading import load_processor
+from .loading import find_checkpoint, load_model, load_processor
 from .mask_bounds import measure_masks
 from .results import mask_rles
 
@@ -175,6 +175,25 @@ class EfficientSamMaskGenerator:
         self.min_mask_region_area = min_mask_region_area
         self.multimask_output = multimask_output
         self.output_mode = output_mode
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | None = None,
+        device: torch.device | str = "auto",
+        dtype: torch.dtype | str = torch.float32,
+        **options,
+    ) -> "EfficientSamMaskGenerator":
+        """
+        From a directory, a Hub name or "bundled", the default; `device` and `dtype` as of `load_model`, `options` as
+        of the class.
+        """
+        return cls(*load_model(find_checkpoint(name), dtype, device), **options)
+
+    def to(self, *args, **kwargs) -> "EfficientSamMaskGenerator":
+        """Moves the model as `torch.Tensor.to` does."""
+        self.model.to(*args, **kwargs)
+        return self
 
     def generate(self, image: ImageInput, progress: bool = False) -> list[dict]:
         """

@@ -63,9 +63,21 @@ class EfficientSamPredictor(PredictorBase):
         self.reset_image()
 
     @classmethod
-    def from_pretrained(cls, name: str | None = None) -> "EfficientSamPredictor":
-        """From a directory, a Hub name or "bundled", the default; on a GPU if there is one."""
-        return cls(*load_model(find_checkpoint(name)))
+    def from_pretrained(
+        cls,
+        name: str | None = None,
+        device: torch.device | str = "auto",
+        dtype: torch.dtype | str = torch.float32,
+    ) -> "EfficientSamPredictor":
+        """From a directory, a Hub name or "bundled", the default; `device` and `dtype` as of `load_model`."""
+        return cls(*load_model(find_checkpoint(name), dtype, device))
+
+    def to(self, *args, **kwargs) -> "EfficientSamPredictor":
+        """Moves the model and the encoded image as `torch.Tensor.to` does."""
+        self.model.to(*args, **kwargs)
+        if self.is_image_set:
+            self.features = self.features.to(self.model.device, self.model.dtype)
+        return self
 
     @property
     def device(self) -> torch.device:

@@ -21,9 +21,11 @@ from .records import image_record, mask_record
 from .results import SegmentationResult
 
 
-def load_predictor(name: str | None, max_pixels: int) -> EfficientSamPredictor:
+def load_predictor(
+    name: str | None, max_pixels: int, device: str = "auto", dtype: str = "float32"
+) -> EfficientSamPredictor:
     """The predictor of a checkpoint for image files of up to `max_pixels`."""
-    predictor = EfficientSamPredictor.from_pretrained(name)
+    predictor = EfficientSamPredictor.from_pretrained(name, device, dtype)
     predictor.processor.image_processor.max_image_pixels = max_pixels
     return predictor
 
@@ -105,10 +107,12 @@ class Segmenter:
     max_pixels: int
 
     @classmethod
-    def load(cls, name: str | None, all_masks: bool, max_pixels: int) -> "Segmenter":
+    def load(
+        cls, name: str | None, all_masks: bool, max_pixels: int, device: str = "auto", dtype: str = "float32"
+    ) -> "Segmenter":
         """From a checkpoint's name as `find_checkpoint` takes it."""
         name = find_checkpoint(name)
-        predictor = EfficientSamPredictor.from_pretrained(name)
+        predictor = EfficientSamPredictor.from_pretrained(name, device, dtype)
         fingerprint = checkpoint_fingerprint(predictor.model, predictor.processor)
         predictor.processor.image_processor.max_image_pixels = max_pixels
         return cls(name, predictor, fingerprint, all_masks, max_pixels)

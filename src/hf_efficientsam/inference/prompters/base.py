@@ -1,5 +1,8 @@
 """What the prompters have in common."""
 
+from typing import Self
+
+import torch
 from transformers.image_utils import ImageInput
 
 from ..predictor import EfficientSamPredictor
@@ -15,6 +18,22 @@ class Prompter:
 
     def __init__(self, predictor: EfficientSamPredictor):
         self.predictor = predictor
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | None = None,
+        device: torch.device | str = "auto",
+        dtype: torch.dtype | str = torch.float32,
+        **options,
+    ) -> Self:
+        """Of the predictor that `EfficientSamPredictor.from_pretrained` makes; `options` are those of the class."""
+        return cls(EfficientSamPredictor.from_pretrained(name, device, dtype), **options)
+
+    def to(self, *args, **kwargs) -> Self:
+        """Moves the predictor, and the model that finds its prompts, as `torch.Tensor.to` does."""
+        self.predictor.to(*args, **kwargs)
+        return self
 
     def look_at(self, image: ImageInput | None = None) -> None:
         """

@@ -57,7 +57,7 @@ def load_saliency(
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     if isinstance(config, EfficientSamSaliencyConfig):
         return HeadSaliency(predictor, load_head(name))
-    return ModelSaliency(name, config, trust_remote_code, predictor.device)
+    return ModelSaliency(name, config, trust_remote_code, predictor)
 
 
 def load_own_head(predictor: EfficientSamPredictor) -> EfficientSamSaliencyHead:
@@ -85,12 +85,12 @@ class HeadSaliency:
                 f"the saliency head {head.name_or_path} takes {head.config.input_channels} channels, but this "
                 f"checkpoint's embeddings have {channels}; use the head that was trained with it."
             )
-        self.predictor, self.head = predictor, head.to(predictor.device, torch.float32).eval()
+        self.predictor, self.head = predictor, head.float().eval()
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image) -> torch.Tensor:
         predictor = self.predictor
-        logits = self.head(predictor.features).logits
+        logits = self.head.to(predictor.device)(predictor.features.float()).logits
         sizes = [predictor.original_size], [predictor.input_size]
         return predictor.processor.post_process_masks([logits], *sizes, binarize=False)[0][0, 0].sigmoid()
 
@@ -108,7 +108,7 @@ class ModelSaliency:
     mean and standard deviation, as BiRefNet and RMBG 2.0 need it.
     """
 
-    def __init__(self, name: str, config, trust_remote_code: bool, device: torch.device):
+    def __init__(self, name: str, config, trust_remote_code: bool, predictor: EfficientSamPredictor):
         remote = "AutoModelForImageSegmentation" in (getattr(config, "auto_map", None) or {})
         if not remote and type(config) not in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING:
             raise ValueError(f"{name} holds a model of type {config.model_type!r}, which gives no saliency map.")
@@ -119,7 +119,7 @@ class ModelSaliency:
             self.processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
         except (OSError, ValueError):
             self.processor = None
-        self.name, self.model, self.device = name, model.to(device).eval(), device
+        self.name, self.model, self.predictor = name, model.eval(), predictor
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image) -> np.ndarray:
@@ -127,7 +127,8 @@ class ModelSaliency:
             pixel_values = torch.from_numpy(squash(image, (1024, 1024)))
         else:
             pixel_values = self.processor(images=image, return_tensors="pt")["pixel_values"]
-        outputs = self.model(pixel_values.to(self.device))
+        device = self.predictor.device
+        outputs = self.model.to(device)(pixel_values.to(device))
         outputs = outputs.logits if hasattr(outputs, "logits") else outputs
         return pick_map(self._foreground(outputs), self.name)
 

@@ -67,6 +67,7 @@ class TextPrompter(Prompter):
         """
         names = split_names(text)
         self.look_at(image)
+        self.detector.to(self.predictor.device)
         boxes, scores, labels = self.detector(self.predictor.image, names, self.threshold)
         order = [i for i in self._best_of_each(boxes, scores, labels) if (boxes[i, 2:] > boxes[i, :2]).all()]
         labels = [labels[i] for i in order]
@@ -116,6 +117,10 @@ class Detector:
             self.processor = AutoProcessor.from_pretrained(name)
             model = AutoModelForZeroShotObjectDetection.from_pretrained(name, dtype=torch.float32)
         self.model, self.device = model.to(device).eval(), device
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves the detector to a device."""
+        self.model, self.device = self.model.to(device), device
 
     @torch.inference_mode()
     def __call__(
