@@ -42,7 +42,7 @@ def run_installed(site: Path, folder: Path, *arguments) -> subprocess.CompletedP
 @pytest.mark.slow
 def test_an_installed_package_trains_and_evaluates_its_miniature(site, tmp_path):
     miniature = site / "hf_efficientsam" / "project" / "training" / "recipes" / "miniature" / "masks.yaml"
-    options = ["--config", miniature, "--steps", "2", "--eval_steps", "2", "--output_dir", "run"]
+    options = ["--config", miniature, "--steps", "2", "--output_dir", "run"]
     done = run_installed(site, tmp_path, "train", "--num_processes", "1", "masks", *options)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
