@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from PIL import Image
@@ -53,6 +54,11 @@ class TextPrompter(Prompter):
         self.threshold, self.nms_threshold = threshold, nms_threshold
         self.detector = detector if isinstance(detector, Detector) else Detector(str(detector), predictor.device)
 
+    def to(self, *args, **kwargs) -> Self:
+        super().to(*args, **kwargs)
+        self.detector.to(self.predictor.device)
+        return self
+
     def __call__(self, text: str | Sequence[str], image: ImageInput | None = None) -> SegmentationResult:
         """
         The objects, best first; their `scores` and `boxes` are the detector's, their `labels` names from `text`.
@@ -67,7 +73,6 @@ class TextPrompter(Prompter):
         """
         names = split_names(text)
         self.look_at(image)
-        self.detector.to(self.predictor.device)
         boxes, scores, labels = self.detector(self.predictor.image, names, self.threshold)
         order = [i for i in self._best_of_each(boxes, scores, labels) if (boxes[i, 2:] > boxes[i, :2]).all()]
         labels = [labels[i] for i in order]
