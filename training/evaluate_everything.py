@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from hf_efficientsam import EfficientSamModel, EfficientSamProcessor
 from hf_efficientsam.inference.loading import find_checkpoint, load_model
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
-from hf_efficientsam.training.data.coco import CocoMasks
+from hf_efficientsam.training.data.coco import AnnotationConfig, CocoMasks
 from hf_efficientsam.training.engine.config import parse_config
 from hf_efficientsam.training.engine.reports import replace_text, write_report
 from hf_efficientsam.training.engine.run import check_device, run_script
@@ -25,10 +25,10 @@ from hf_efficientsam.training.masks.coco_ar import NAMES, PROTOCOL, average_reca
 
 
 @dataclass(frozen=True)
-class EvaluateEverythingConfig:
+class EvaluateEverythingConfig(AnnotationConfig):
     model: str = field(default="bundled", metadata={"help": "path or Hub name of an EfficientSAM, or: bundled"})
     annotations: str | None = field(default=None, metadata={"help": "COCO-style json file with the true masks"})
-    images: str | None = field(default=None, metadata={"help": "folder of its images; by default `images` beside it"})
+    images: str | None = field(default=None, metadata={"help": "folder of its images; by default beside it"})
     limit: int | None = field(default=None, metadata={"help": "only the first so many images that have masks"})
     points_per_side: list[int] = field(default_factory=lambda: [32], metadata={"help": "one or several"})
     pred_iou_thresh: float = field(default=0.0, metadata={"help": "least predicted IoU, exclusive; 0 keeps all"})
@@ -128,7 +128,7 @@ def load(config: EvaluateEverythingConfig) -> tuple[EfficientSamModel, Efficient
 
 def evaluate(config: EvaluateEverythingConfig) -> None:
     check(config)
-    dataset = CocoMasks(config.annotations, config.images)
+    dataset = CocoMasks(config.annotations, config.images, reading=config)
     if not len(dataset):
         raise ValueError(f"There is no mask to evaluate in {config.annotations}; check the file.")
     count = min(len(dataset), config.limit or len(dataset))

@@ -32,9 +32,9 @@ from matplotlib.patches import Rectangle
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from hf_efficientsam.training.data.coco import CocoMasks, decode_rles, with_folders
+from hf_efficientsam.training.data.coco import AnnotationConfig, decode_rles, with_folders
+from hf_efficientsam.training.data.folder_masks import open_annotations
 from hf_efficientsam.training.data.sa1b import Sa1bShards
-from hf_efficientsam.training.data.saliency import SaliencyMasks
 from hf_efficientsam.training.engine.config import parse_config
 from hf_efficientsam.training.engine.reports import replace_text, write_report
 from hf_efficientsam.training.engine.run import check_device, run_script
@@ -55,7 +55,7 @@ from hf_efficientsam.training.masks.predictors import Predictor, load_mask_predi
 
 
 @dataclass(frozen=True)
-class EvaluateMasksConfig:
+class EvaluateMasksConfig(AnnotationConfig):
     model: list[str] = field(
         default_factory=lambda: ["bundled"],
         metadata={"help": "one or several: path or Hub name of an EfficientSAM or SAM, or: bundled"},
@@ -63,7 +63,7 @@ class EvaluateMasksConfig:
     # What it is asked.
     annotations: list[str] = field(
         default_factory=list,
-        metadata={"help": "one or several COCO-style json files, LVIS's, or folders with images/*.jpg, masks/*.png"},
+        metadata={"help": "one or several COCO-style json files, LVIS's, or folders with images/ and masks/"},
     )
     images: list[str] = field(
         default_factory=list,
@@ -122,15 +122,12 @@ def check(config: EvaluateMasksConfig) -> None:
 
 def open_sources(config: EvaluateMasksConfig) -> list[Any]:
     if config.shards:
-        return [Sa1bShards(config.shards)]
+        return [Sa1bShards(config.shards, reading=config)]
     pairs = with_folders(config.annotations, config.images, "--annotations")
     if config.detections is not None:
-        sources = [Detections(pairs[0][0], config.detections, pairs[0][1], config.limit)]
+        sources = [Detections(pairs[0][0], config.detections, pairs[0][1], config.limit, config.crowds)]
     else:
-        sources = [
-            SaliencyMasks(annotations) if Path(annotations).is_dir() else CocoMasks(annotations, folder)
-            for annotations, folder in pairs
-        ]
+        sources = [open_annotations(*pair, config) for pair in pairs]
     for source, (annotations, _) in zip(sources, pairs, strict=True):
         if not len(source):
             raise ValueError(f"There is no mask to evaluate in {annotations}; check the file and --limit.")

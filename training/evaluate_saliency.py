@@ -24,8 +24,8 @@ from hf_efficientsam import EfficientSamPredictor
 from hf_efficientsam.inference.drawing import draw_masks, image_table
 from hf_efficientsam.inference.loading import find_checkpoint, load_model
 from hf_efficientsam.inference.prompters import SalientPrompter
-from hf_efficientsam.training.data.coco import decode_rles
-from hf_efficientsam.training.data.saliency import SaliencyMasks, UnitedMasks, open_saliency
+from hf_efficientsam.training.data.coco import AnnotationConfig, decode_rles
+from hf_efficientsam.training.data.folder_masks import UnitedMasks, open_annotations
 from hf_efficientsam.training.engine.config import parse_config
 from hf_efficientsam.training.engine.reports import write_report
 from hf_efficientsam.training.engine.run import check_device, run_script
@@ -35,7 +35,7 @@ PRIOR_SIDE = 128  # pixels of the mean mask, high and wide
 
 
 @dataclass(frozen=True)
-class EvaluateSaliencyConfig:
+class EvaluateSaliencyConfig(AnnotationConfig):
     model: str = field(default="bundled", metadata={"help": "path or Hub name of an EfficientSAM, or: bundled"})
     data: str | None = field(default=None, metadata={"help": "folder with images/ and masks/, or a COCO-style json"})
     limit: int | None = field(default=None, metadata={"help": "only the first so many images"})
@@ -59,7 +59,7 @@ def check(config: EvaluateSaliencyConfig) -> None:
         raise ValueError("--saliency prior is the mean of the masks of --prior; give both or neither.")
 
 
-def mean_mask(source: SaliencyMasks | UnitedMasks) -> np.ndarray:
+def mean_mask(source: UnitedMasks) -> np.ndarray:
     """The mean of all masks, each squashed to a square: float32 `[PRIOR_SIDE, PRIOR_SIDE]`, 0 to 1."""
     total = torch.zeros(PRIOR_SIDE, PRIOR_SIDE)
     for index in range(len(source)):
@@ -73,7 +73,7 @@ def open_source(name: str, config: EvaluateSaliencyConfig) -> Callable | str | N
     if name == "whole":
         return lambda image: np.ones((image.height, image.width), np.float32)
     if name == "prior":
-        prior = mean_mask(open_saliency(config.prior))
+        prior = mean_mask(UnitedMasks(open_annotations(config.prior, reading=config)))
         return lambda image: prior
     return None if name == "own" else name
 
@@ -96,7 +96,7 @@ def summarize(scores: list[dict]) -> dict:
     }
 
 
-def draw(source: SaliencyMasks | UnitedMasks, prompters: dict, scores: list[dict]) -> Image.Image:
+def draw(source: UnitedMasks, prompters: dict, scores: list[dict]) -> Image.Image:
     """The images whose masks by the first source are best, median and worst: truth, and maps and masks by each."""
     order = np.argsort([-one["masks"]["iou"] for one in scores], kind="stable")
     columns = {"image": [], "truth": []}
@@ -133,7 +133,7 @@ def print_table(results: dict[str, dict]) -> None:
 
 def evaluate(config: EvaluateSaliencyConfig) -> None:
     check(config)
-    source = open_saliency(config.data)
+    source = UnitedMasks(open_annotations(config.data, reading=config))
     count = min(len(source), config.limit or len(source))
     model, processor = load_model(find_checkpoint(config.model))
     predictor = EfficientSamPredictor(model.to(config.device or model.device), processor)

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_efficientsam.training.data.coco import read_json
+from hf_efficientsam.training.data.coco_json import read_json
 from hf_efficientsam.training.engine.config import PositiveInt, parse_config
 from hf_efficientsam.training.engine.run import run_script
 

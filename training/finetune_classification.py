@@ -61,9 +61,9 @@ from hf_efficientsam.training.engine.config import (
 from hf_efficientsam.training.engine.encoder_weights import EncoderConfig, load_around_encoder
 from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
 from hf_efficientsam.training.engine.optimization import (
+    clip_gradients,
     encoder_lr_scale,
     parameter_groups,
-    stop_unless_finite,
     weight_average,
 )
 from hf_efficientsam.training.engine.reports import describe_model, write_report
@@ -294,13 +294,13 @@ def training_function(config: ClassificationConfig, run: TrainingRun) -> None:
                 loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                    grad_norm = clip_gradients(accelerator, model.parameters(), config.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append(loss.detach())
             keys += batch["key"]
         loss, lr = torch.stack(losses).mean(), max(scheduler.get_last_lr())
-        stop_unless_finite(accelerator, loss, grad_norm, step, keys)
+        run.check_finite(step, loss, grad_norm, keys)
         if not accelerator.optimizer_step_was_skipped:  # as in float16, for an infinite gradient
             scheduler.step()
         if average is not None:
@@ -313,7 +313,7 @@ def training_function(config: ClassificationConfig, run: TrainingRun) -> None:
             run.log.add_evaluation(step, top1=scores["top1"], top5=scores["top5"])
             if accelerator.is_main_process:
                 write_metrics(config, scores, step)
-        if run.is_due(step, config.save_steps):
+        if run.is_save_due(step):
             if accelerator.is_main_process:
                 save_model(averaged, processor, config, run.output_dir / "model")
             run.save(step)

@@ -46,7 +46,7 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from hf_efficientsam import EfficientSamBackbone, EfficientSamBackboneConfig
-from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
+from hf_efficientsam.training.data.coco import AnnotationConfig, CocoMasks, decode_rles
 from hf_efficientsam.training.data.images import to_image
 from hf_efficientsam.training.detection.data import DetectionViews
 from hf_efficientsam.training.detection.evaluation import (
@@ -83,9 +83,9 @@ from hf_efficientsam.training.engine.config import (
 from hf_efficientsam.training.engine.encoder_weights import EncoderConfig, load_around_encoder
 from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
 from hf_efficientsam.training.engine.optimization import (
+    clip_gradients,
     encoder_lr_scale,
     parameter_groups,
-    stop_unless_finite,
     weight_average,
 )
 from hf_efficientsam.training.engine.reports import describe_model, replace_text, write_report
@@ -97,7 +97,9 @@ SHOWN = 4  # images in a drawing
 
 
 @dataclass(frozen=True)
-class DetectionConfig(RunConfig, EpochsConfig, LearningRateConfig, EvaluationConfig, LoaderConfig, EncoderConfig):
+class DetectionConfig(
+    RunConfig, EpochsConfig, LearningRateConfig, EvaluationConfig, LoaderConfig, EncoderConfig, AnnotationConfig
+):
     evaluate: str | None = field(
         default=None, metadata={"help": "only measure this model of an earlier run on --val, into OUTPUT_DIR"}
     )
@@ -181,7 +183,7 @@ def build_model(config: DetectionConfig, categories: list[dict]) -> MaskDetector
 def open_truth(config: DetectionConfig, categories: list[dict]) -> Truth | None:
     if config.val is None:
         return None
-    truth = Truth(config.val, config.val_images, config.val_limit)
+    truth = Truth(config.val, config.val_images, config.val_limit, config.crowds)
     if not any(truth.rles):
         raise ValueError(f"There is no object to find in {config.val}; check the file and --val_limit.")
     match_categories(categories, truth)  # now, not after a day of training
@@ -272,7 +274,8 @@ def save_model(detector: MaskDetector, config: DetectionConfig, folder: Path) ->
 
 def training_function(config: DetectionConfig, run: TrainingRun) -> None:
     accelerator = run.accelerator
-    scale, source = (config.least_scale, config.greatest_scale), CocoMasks(config.train, config.train_images)
+    scale = (config.least_scale, config.greatest_scale)
+    source = CocoMasks(config.train, config.train_images, reading=config)
     data = DetectionViews(source, config.image_size, scale, config.flip, config.seed)
     truth = open_truth(config, data.categories)
     loading = (config.global_batch_size, config.num_workers, config.epoch_images)
@@ -294,14 +297,14 @@ def training_function(config: DetectionConfig, run: TrainingRun) -> None:
                 parts = model(items)
                 accelerator.backward(parts["loss"])
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                    grad_norm = clip_gradients(accelerator, model.parameters(), config.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append({name: part.detach() for name, part in parts.items()})
             keys += [item["key"] for item in items]
         means = {name: torch.stack([parts[name] for parts in losses]).mean() for name in losses[0]}
         lr = max(scheduler.get_last_lr())
-        stop_unless_finite(accelerator, means["loss"], grad_norm, step, keys)
+        run.check_finite(step, means["loss"], grad_norm, keys)
         if not accelerator.optimizer_step_was_skipped:  # as in float16, for an infinite gradient
             scheduler.step()
         if average is not None:
@@ -314,7 +317,7 @@ def training_function(config: DetectionConfig, run: TrainingRun) -> None:
             run.log.add_evaluation(step, **{f"{kind}_ap": values["AP"] for kind, values in scores.items()})
             if accelerator.is_main_process:
                 write_metrics(averaged, truth, scores, results, config, step)
-        if run.is_due(step, config.save_steps):
+        if run.is_save_due(step):
             if accelerator.is_main_process:
                 save_model(averaged, config, run.output_dir / "model")
             run.save(step)

@@ -48,9 +48,9 @@ from hf_efficientsam.training.engine.config import (
 )
 from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
 from hf_efficientsam.training.engine.optimization import (
+    clip_gradients,
     encoder_lr_scale,
     parameter_groups,
-    stop_unless_finite,
     weight_average,
 )
 from hf_efficientsam.training.engine.reports import describe_model
@@ -318,13 +318,13 @@ def training_function(config: MasksConfig, run: TrainingRun) -> None:
                 parts = task(*inputs, generator, num_prompts, synthetic, known, num_cells)
                 accelerator.backward(parts["loss"])
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(task.parameters(), config.max_grad_norm)
+                    grad_norm = clip_gradients(accelerator, task.parameters(), config.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append({name: part.detach() for name, part in parts.items()})
         means = {name: torch.stack([parts[name] for parts in losses]).mean() for name in losses[0]}
         lr = max(scheduler.get_last_lr())
-        stop_unless_finite(accelerator, means["loss"], grad_norm, step, [key for one in batches for key in one.keys])
+        run.check_finite(step, means["loss"], grad_norm, [key for one in batches for key in one.keys])
         if not accelerator.optimizer_step_was_skipped:  # as in float16, for an infinite gradient
             scheduler.step()
         if average is not None:
@@ -332,7 +332,7 @@ def training_function(config: MasksConfig, run: TrainingRun) -> None:
         run.log.add(step, images=config.global_batch_size, **means, lr=lr)
         if run.is_due(step, config.image_steps):
             run.log.add_image(step, draw(segmenter, batch), "masks")
-        if run.is_due(step, config.save_steps):
+        if run.is_save_due(step):
             if accelerator.is_main_process:
                 averaged = segmenter if average is None else average.module
                 save_model(averaged, config, run.output_dir / "model")

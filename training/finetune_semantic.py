@@ -67,9 +67,9 @@ from hf_efficientsam.training.engine.config import (
 from hf_efficientsam.training.engine.encoder_weights import EncoderConfig, load_around_encoder
 from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
 from hf_efficientsam.training.engine.optimization import (
+    clip_gradients,
     encoder_lr_scale,
     parameter_groups,
-    stop_unless_finite,
     weight_average,
 )
 from hf_efficientsam.training.engine.reports import describe_model, write_report
@@ -341,12 +341,12 @@ def training_function(config: SemanticConfig, run: TrainingRun) -> None:
                 loss = criterion(model(batch["pixel_values"], **criterion.options), batch["labels"], seeds, amounts)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                    grad_norm = clip_gradients(accelerator, model.parameters(), config.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append(loss.detach())
         loss, lr = torch.stack(losses).mean(), max(scheduler.get_last_lr())
-        stop_unless_finite(accelerator, loss, grad_norm, step, [key for batch in batches for key in batch["key"]])
+        run.check_finite(step, loss, grad_norm, [key for batch in batches for key in batch["key"]])
         if not accelerator.optimizer_step_was_skipped:  # as in float16, for an infinite gradient
             scheduler.step()
         if average is not None:
@@ -359,7 +359,7 @@ def training_function(config: SemanticConfig, run: TrainingRun) -> None:
             run.log.add_evaluation(step, mean_iou=scores["mean_iou"], pixel_accuracy=scores["pixel_accuracy"])
             if accelerator.is_main_process:
                 write_metrics(config, scores, step)
-        if run.is_due(step, config.save_steps):
+        if run.is_save_due(step):
             if accelerator.is_main_process:
                 save_model(averaged, processor, config, run.output_dir / "model")
             run.save(step)

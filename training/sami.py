@@ -37,7 +37,7 @@ from hf_efficientsam.training.engine.config import (
 )
 from hf_efficientsam.training.engine.encoder_weights import load_vit, select_weights
 from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
-from hf_efficientsam.training.engine.optimization import parameter_groups, stop_unless_finite, weight_average
+from hf_efficientsam.training.engine.optimization import clip_gradients, parameter_groups, weight_average
 from hf_efficientsam.training.engine.reports import describe_model
 from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
 from hf_efficientsam.training.sami.teachers import Teacher, load_teacher
@@ -209,13 +209,13 @@ def training_function(config: SamiConfig, run: TrainingRun) -> None:
                 loss = model(normalize(batch["pixel_values"]), target, batch["noise"]).loss
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                    grad_norm = clip_gradients(accelerator, model.parameters(), config.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append(loss.detach())
             keys += batch["key"]
         loss, lr = torch.stack(losses).mean(), max(scheduler.get_last_lr())
-        stop_unless_finite(accelerator, loss, grad_norm, step, keys)
+        run.check_finite(step, loss, grad_norm, keys)
         if not accelerator.optimizer_step_was_skipped:  # as in float16, for an infinite gradient
             scheduler.step()
         if average is not None:
@@ -223,7 +223,7 @@ def training_function(config: SamiConfig, run: TrainingRun) -> None:
         run.log.add(step, images=config.global_batch_size, loss=loss, lr=lr)
         if run.is_due(step, config.image_steps):
             run.log.add_image(step, draw(student, batch, target, grid), "reconstruction")
-        if run.is_due(step, config.save_steps):
+        if run.is_save_due(step):
             # On every process: FSDP gathers the weights from all of them.
             state_dict = accelerator.get_state_dict(model if average is None else average.module)
             if accelerator.is_main_process:

@@ -31,7 +31,8 @@ from hf_efficientsam import (
 )
 from hf_efficientsam.inference.drawing import image_table
 from hf_efficientsam.inference.loading import find_checkpoint, load_model
-from hf_efficientsam.training.data.saliency import open_saliency
+from hf_efficientsam.training.data.coco import AnnotationConfig
+from hf_efficientsam.training.data.folder_masks import UnitedMasks, open_annotations
 from hf_efficientsam.training.engine.checkpoints import replaced_folder
 from hf_efficientsam.training.engine.config import (
     EvaluationConfig,
@@ -44,7 +45,7 @@ from hf_efficientsam.training.engine.config import (
     parse_config,
 )
 from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
-from hf_efficientsam.training.engine.optimization import parameter_groups, stop_unless_finite, weight_average
+from hf_efficientsam.training.engine.optimization import clip_gradients, parameter_groups, weight_average
 from hf_efficientsam.training.engine.reports import describe_model, write_report
 from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
 from hf_efficientsam.training.saliency.embeddings import EncodedImages, MirroredEmbeddings, whiten
@@ -56,7 +57,7 @@ WHITENED = 100  # images whose embeddings a new head starts from
 
 
 @dataclass(frozen=True)
-class SaliencyConfig(RunConfig, StepsConfig, EvaluationConfig):
+class SaliencyConfig(RunConfig, StepsConfig, EvaluationConfig, AnnotationConfig):
     # Data.
     train: list[str] = field(default_factory=list, metadata={"help": "folders with images/ and masks/, or COCO jsons"})
     val: str | None = field(default=None, metadata={"help": "such a folder or json to measure on"})
@@ -93,9 +94,11 @@ def get_data(config: SaliencyConfig, device: torch.device) -> tuple[MirroredEmbe
     model, vision = model.to(device), model.config.vision_config
     side = config.image_size or vision.image_size
     processor = EfficientSamProcessor(EfficientSamImageProcessor(size={"height": side, "width": side}))
-    source = ConcatDataset([open_saliency(path) for path in config.train])
+    source = ConcatDataset([UnitedMasks(open_annotations(path, reading=config)) for path in config.train])
     data = MirroredEmbeddings(EncodedImages(model, processor, source), config.seed)
-    val = None if config.val is None else EncodedImages(model, processor, open_saliency(config.val))
+    val = None
+    if config.val is not None:
+        val = EncodedImages(model, processor, UnitedMasks(open_annotations(config.val, reading=config)))
     return data, val, vision.output_channels
 
 
@@ -188,13 +191,13 @@ def training_function(config: SaliencyConfig, run: TrainingRun) -> None:
                 loss = model(batch["image_embeddings"], batch["labels"]).loss
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                    grad_norm = clip_gradients(accelerator, model.parameters(), config.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append(loss.detach())
             keys += batch["key"]
         loss, lr = torch.stack(losses).mean(), max(scheduler.get_last_lr())
-        stop_unless_finite(accelerator, loss, grad_norm, step, keys)
+        run.check_finite(step, loss, grad_norm, keys)
         if not accelerator.optimizer_step_was_skipped:  # as in float16, for an infinite gradient
             scheduler.step()
         if average is not None:
@@ -207,7 +210,7 @@ def training_function(config: SaliencyConfig, run: TrainingRun) -> None:
             run.log.add_evaluation(step, **{name: scores[name] for name in ("iou", "mae", "max_f")})
             if accelerator.is_main_process:
                 write_metrics(config, scores, step)
-        if run.is_due(step, config.save_steps):
+        if run.is_save_due(step):
             if accelerator.is_main_process:
                 save_head(averaged, config, run.output_dir / "model")
             run.save(step)

@@ -11,7 +11,7 @@ from script_runs import load_script, refuse, run
 
 from hf_efficientsam import EfficientSamPredictor, EfficientSamSaliencyConfig, EfficientSamSaliencyHead
 from hf_efficientsam.inference.prompters import SalientPrompter
-from hf_efficientsam.training.data.saliency import SaliencyMasks
+from hf_efficientsam.training.data.folder_masks import FolderMasks
 from hf_efficientsam.training.saliency.evaluation import mean_scores, score_map
 
 SHARES = (0.25, 0.5)  # of the two images that is salient
@@ -80,7 +80,7 @@ def test_a_perfect_map_through_the_prompter(folder, model):
         load_script("evaluate_saliency"),
         EfficientSamPredictor.from_pretrained(model),
     )
-    sample = SaliencyMasks(folder)[0]
+    sample = FolderMasks(folder)[0]
     truth = np.zeros((20, 40), bool)
     truth[:, :10] = True
     predictor.set_image(sample.image)
@@ -136,7 +136,7 @@ def test_a_limit(folder, model, tmp_path):
         (["--data", "FOLDER", "--prior", "FOLDER"], "the mean of the masks of --prior; give both or neither."),
         (["--data", "FOLDER", "--saliency", "absent.onnx"], "absent.onnx: no such file."),
         (["--data", "FOLDER", "--threshold", 1], "threshold must be at least 0 and below 1, not 1."),
-        (["--data", "absent"], "There is no image"),
+        (["--data", "absent"], "There is no annotation file absent."),
     ],
 )
 def test_what_cannot_be_measured_is_refused(folder, model, options, sentence):

@@ -355,9 +355,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(arguments,
         options = ["--base_learning_rate", 1e30, "--warmup_epochs", 0, "--save_steps", 1, "--seed", seed]
         said = run("sami", *arguments, *options, "--output_dir", tmp_path / str(seed), code=1)
         (sentence,) = [line for line in said.splitlines() if line.startswith("sami: ")]
-        assert sentence.startswith("sami: The loss of step 2 is nan ") and "Traceback" not in said
+        assert sentence.startswith("sami: The loss of step ") and "in a row" in sentence and "Traceback" not in said
         named[seed] = re.findall(r"\d\d\.png", sentence)
-        assert steps_saved(tmp_path / str(seed)) == ["step_00000001"]
         assert len(named[seed]) == len(set(named[seed])) == 8
     assert set(named[0]) != set(named[1])  # another seed, another order
 

@@ -25,8 +25,8 @@ from script_runs import (
 
 from hf_efficientsam import EfficientSamSaliencyConfig, EfficientSamSaliencyHead
 from hf_efficientsam.inference.loading import load_model
-from hf_efficientsam.training.data.coco import decode_rles
-from hf_efficientsam.training.data.saliency import SaliencyMasks, UnitedMasks
+from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
+from hf_efficientsam.training.data.folder_masks import FolderMasks, UnitedMasks
 from hf_efficientsam.training.saliency.embeddings import EncodedImages, MirroredEmbeddings, whiten
 from hf_efficientsam.training.saliency.evaluation import predict_map
 
@@ -98,7 +98,7 @@ def test_a_run_leaves_a_head_metrics_curves_and_pictures(whole, folder, tiny_mod
 
     # The numbers are those of the saved head.
     head = EfficientSamSaliencyHead.from_pretrained(whole / "model")
-    images = EncodedImages(*load_model(str(tiny_model)), SaliencyMasks(folder))
+    images = EncodedImages(*load_model(str(tiny_model)), FolderMasks(folder))
     mae = [
         np.abs(predict_map(head, images.processor, image) - image["truth"]).mean()
         for image in map(images.__getitem__, range(9))
@@ -145,7 +145,7 @@ def test_images_are_encoded_once_and_mirrored_half_of_the_time(folder, tiny_mode
     model, processor = load_model(str(tiny_model))
     encoded, get_image_embeddings = [], model.get_image_embeddings
     model.get_image_embeddings = lambda pixels: encoded.append(1) or get_image_embeddings(pixels)
-    images = EncodedImages(model, processor, SaliencyMasks(folder))
+    images = EncodedImages(model, processor, FolderMasks(folder))
     data, seen = MirroredEmbeddings(images), []
     for epoch in range(12):
         data.set_epoch(epoch)
@@ -177,7 +177,7 @@ def test_a_new_head_sees_all_directions_of_the_embeddings_alike():
 
 
 def test_the_objects_of_a_coco_json_are_salient_together(coco):
-    dataset = UnitedMasks(coco / "masks.json")
+    dataset = UnitedMasks(CocoMasks(coco / "masks.json"))
     assert len(dataset) == 5
     for united, sample in ((dataset[i], dataset.masks[i]) for i in range(5)):
         assert len(united.rles) == len(united.annotation_ids) == 1 and len(sample.rles) == sample.image_id + 1

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from pycocotools import mask as rle_codec
 
-from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
+from hf_efficientsam.model.image_reading_efficientsam import image_to_array
+from hf_efficientsam.training.data.coco import AnnotationConfig, CocoMasks, decode_rles
 
 
 def write(folder, annotations, size=(8, 6), content=None):
@@ -49,7 +50,7 @@ def test_polygons_of_one_object_are_united(tmp_path):
     assert np.array_equal(decode_rles(CocoMasks(write(tmp_path, [annotation(halves)]))[0].rles), SQUARE[None])
 
 
-def test_what_is_left_out(tmp_path):
+def test_what_is_left_out_is_said_by_reason(tmp_path, caplog):
     path = write(
         tmp_path,
         [
@@ -58,12 +59,18 @@ def test_what_is_left_out(tmp_path):
             annotation([[0, 0, 1, 0, 1, 1, 0, 1]], id=3),  # one pixel
             annotation([], id=4),
             annotation([[0, 0, 5, 5]], id=5),  # two corners enclose nothing
+            annotation(None, id=6),  # a box
+            {"id": 7, "image_id": 7},
         ],
     )
     assert CocoMasks(path)[0].annotation_ids == [1, 3]
-    assert CocoMasks(path, skip_crowd=False)[0].annotation_ids == [1, 2, 3]
+    assert "1 images with 2 masks; left out: 1 masks marked as crowds" in caplog.text
+    assert "2 boxes without a mask, 2 masks without pixels." in caplog.text
+    assert CocoMasks(path, reading=AnnotationConfig(crowds="keep"))[0].annotation_ids == [1, 2, 3]
     assert CocoMasks(path, min_area=2)[0].annotation_ids == [1]
+    caplog.clear()
     assert len(CocoMasks(path, min_area=13)) == 0, "an image without masks is left out"
+    assert "2 masks of fewer than 13 pixels, 1 images without a mask." in caplog.text
 
 
 def test_image_is_turned_upright(tmp_path):
@@ -97,7 +104,8 @@ def test_images_may_lie_elsewhere(tmp_path):
         annotation([[2, 1, 6, 1, float("nan"), 4]]),
         annotation([[2, 1, 6, 1, 6, 1e9]]),
         annotation([[2, 1, 6, 1, 6, None]]),
-        annotation(None),
+        annotation([[2, 1, 6, 1, 6, 4, 2]]),
+        annotation(square_as("uncompressed"), iscrowd="maybe"),
     ],
     ids=[
         "unknown image",
@@ -111,7 +119,8 @@ def test_images_may_lie_elsewhere(tmp_path):
         "corner not a number",
         "corner far away",
         "corner missing",
-        "null",
+        "x without y",
+        "iscrowd",
     ],
 )
 def test_an_annotation_that_does_not_fit_is_named(tmp_path, wrong):
@@ -144,7 +153,7 @@ def test_lvis_has_urls_in_place_of_names(shared, tmp_path):
     for sample in lvis:
         assert sample == coco[ids.index(sample.image_id)]
     (tmp_path / "images" / "train2017").rename(tmp_path / "images" / "val2017")
-    with pytest.raises(FileNotFoundError, match=r"lists train2017/(\d+\.jpg) or \1, which is not in .*images;"):
+    with pytest.raises(FileNotFoundError, match=r"lists train2017/(\d+\.jpg) or \1, .* which is not in .*images;"):
         CocoMasks(tmp_path / "lvis.json")
 
 
@@ -207,13 +216,182 @@ def test_a_broken_json_is_named(tmp_path):
             CocoMasks(tmp_path / "masks.json")
 
 
-def test_an_image_that_does_not_fit_is_named(tmp_path):
-    dataset = CocoMasks(write(tmp_path, [annotation(square_as("polygon"))], size=(6, 8)))
+def test_images_that_do_not_fit_are_all_named_at_the_start(tmp_path):
+    images = [{"id": i, "file_name": f"{i}.png", "width": 8, "height": 6} for i in range(12)]
+    content = {"images": images, "annotations": [annotation(square_as("polygon"), i, i) for i in range(12)]}
+    path = write(tmp_path, [], content=content)
+    for i in range(12):
+        Image.new("RGB", (6, 8)).save(tmp_path / "images" / f"{i}.png")
+    named = r"(?s)\(12\):.*0\.png is 6 x 8 .* 8 x 6.*9\.png is 6 x 8[^\n]*\n  and 2 more$"
+    with pytest.raises(ValueError, match=named):
+        CocoMasks(path)
+    for i in range(12):
+        (tmp_path / "images" / f"{i}.png").write_bytes(b"not an image")
+    with pytest.raises(
+        ValueError, match=r"(?s)\(12\):.*0\.png cannot be read.*9\.png cannot be read[^\n]*\n  and 2 more$"
+    ):
+        CocoMasks(path)
+
+
+def test_an_image_that_changes_later_is_named(tmp_path):
+    dataset = CocoMasks(write(tmp_path, [annotation(square_as("polygon"))]))
+    Image.new("RGB", (6, 8)).save(tmp_path / "images" / "a.png")
     with pytest.raises(ValueError, match=r"a\.png is 6 x 8 .* 8 x 6"):
         dataset[0]
     (tmp_path / "images" / "a.png").write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"a\.png cannot be read"):
         dataset[0]
+
+
+def image(id, name="a.png", **more):
+    return {"id": id, "file_name": name, "width": 8, "height": 6, **more}
+
+
+@pytest.mark.parametrize(
+    ("images", "annotations", "sentence"),
+    [
+        ([image(7), image(7, "b.png")], [], "has the image id 7 more than once"),
+        ([image(7), image("7", "b.png")], [], "has the image id 7 more than once"),
+        ([image(7), image(8), image(9, "./a.png")], [], r"has the image a\.png more than once"),
+        (
+            [image(7)],
+            [annotation([], 1), annotation([], 2), annotation([], "1")],
+            "the annotation id 1 more than once",
+        ),
+        ([image(7)], [annotation([], 1, 8), annotation([], 2, 9)], r"annotation 1, 2 of .* does not list \(8, 9\)"),
+        ([image(7)], [{"id": 1, "segmentation": []}], r"annotation 1 of .* does not list \(None\)"),
+    ],
+    ids=["image id", "image id as text", "file name", "annotation id", "unknown images", "no image"],
+)
+def test_what_is_ambiguous_is_refused_and_named(tmp_path, images, annotations, sentence):
+    path = write(tmp_path, [], content={"images": images, "annotations": annotations})
+    with pytest.raises(ValueError, match=sentence):
+        CocoMasks(path)
+
+
+@pytest.mark.parametrize(
+    ("record", "entry"),
+    [
+        (image("7"), annotation(square_as("polygon"))),
+        (image(7), annotation(square_as("polygon"), image_id="7")),
+        (image(7, width="8", height=6.0), annotation(square_as("polygon"), image_id=7.0)),
+        (image("x", "sub\\b.png"), annotation(square_as("polygon"), image_id="x")),
+        (image(7), annotation(square_as("polygon")[0])),
+        (image(7), annotation([[2, 1], [6, 1], [6, 4], [2, 4]])),
+        (image(7), annotation([square_as("compressed"), square_as("uncompressed")])),
+        (image(7), annotation(square_as("polygon"), iscrowd="0")),
+    ],
+    ids=["id as text", "image_id as text", "sizes as text", "backslash", "one polygon", "corners", "RLEs", "iscrowd"],
+)
+def test_what_tools_write_in_other_ways_is_read(tmp_path, record, entry):
+    path = write(tmp_path, [], content={"images": [record], "annotations": [entry]})
+    (tmp_path / "images" / "sub").mkdir()
+    Image.new("RGB", (8, 6)).save(tmp_path / "images" / "sub" / "b.png")
+    sample = CocoMasks(path)[0]
+    assert np.array_equal(decode_rles(sample.rles), SQUARE[None])
+    assert sample.image_id == record["id"], "as the file has it"
+
+
+def test_categories_are_matched_like_ids_of_images(tmp_path):
+    content = {
+        "images": [image(7)],
+        "annotations": [annotation(square_as("polygon"), category_id="3")],
+        "categories": [{"id": 3, "name": "cat"}],
+    }
+    assert CocoMasks(write(tmp_path, [], content=content)).category_ids == [[3]]
+
+
+@pytest.mark.parametrize(
+    ("json_at", "images_at", "name"),
+    [
+        ("train/_annotations.coco.json", "train", "a.png"),
+        ("annotations.json", "", "JPEGImages/a.png"),
+        ("labels.json", "data", "a.png"),
+        ("annotations/instances_default.json", "images/default", "a.png"),
+        ("annotations/instances.json", "images", "a.png"),
+        ("annotations/instances_val2017.json", "val2017", "a.png"),
+        ("result.json", "", "images\\a.png"),
+    ],
+    ids=["Roboflow", "labelme", "FiftyOne", "CVAT", "Supervisely", "COCO", "Label Studio"],
+)
+def test_images_are_found_where_tools_put_them(tmp_path, json_at, images_at, name):
+    for path in (tmp_path / json_at, tmp_path / images_at / name.replace("\\", "/")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 6)).save(tmp_path / images_at / name.replace("\\", "/"))
+    content = {"images": [image(7, name)], "annotations": [annotation(square_as("polygon"))]}
+    (tmp_path / json_at).write_text(json.dumps(content))
+    assert len(CocoMasks(tmp_path / json_at)) == 1
+
+
+def brush(id, category_id=1, **more):
+    return annotation(square_as("uncompressed"), id, category_id=category_id, iscrowd=1, **more)
+
+
+@pytest.mark.parametrize(
+    ("annotations", "kept"),
+    [
+        ([brush(1), *[annotation(square_as("polygon"), id) for id in (2, 3, 4)]], [2, 3, 4]),
+        ([brush(1, 1), brush(2, 2), *[annotation(square_as("polygon"), id) for id in range(3, 9)]], [*range(3, 9)]),
+        ([brush(1), brush(2, 2)], [1, 2]),
+        ([brush(1, 1), brush(2, 2), *[annotation(square_as("polygon"), id) for id in (3, 4)]], [1, 2, 3, 4]),
+        ([brush(1), brush(2), *[annotation(square_as("polygon"), id) for id in range(3, 9)]], [*range(1, 9)]),
+        ([brush(1, attributes={}), *[annotation(square_as("polygon"), id) for id in (2, 3, 4)]], [1, 2, 3, 4]),
+        ([annotation(square_as("polygon"), 1, iscrowd=1), brush(2), brush(3)], [2, 3]),
+    ],
+    ids=["COCO", "two of COCO", "all", "half", "two of a kind", "CVAT", "outlines are meant"],
+)
+def test_masks_that_a_tool_marks_as_crowds_are_read(tmp_path, caplog, annotations, kept):
+    path = write(tmp_path, annotations)
+    assert CocoMasks(path)[0].annotation_ids == kept
+    said = "are read as masks, because tools such as CVAT" if 1 in kept or 2 in kept else "masks marked as crowds"
+    assert said in caplog.text or kept == [2, 3, 4]
+    skipped = [one["id"] for one in annotations if not one.get("iscrowd")]
+    found = CocoMasks(path, reading=AnnotationConfig(crowds="skip"))
+    assert [ids for ids in found.annotation_ids] == ([skipped] if skipped else [])
+    everything = CocoMasks(path, reading=AnnotationConfig(crowds="keep"))
+    assert everything[0].annotation_ids == [one["id"] for one in annotations]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_masks_in_the_stored_frame_come_out_upright(tmp_path, caplog, orientation):
+    path = write(tmp_path, [annotation(square_as("polygon"))])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(SQUARE * 255).convert("RGB")
+    stored.save(tmp_path / "images" / "a.png", exif=exif)
+    tells = orientation >= 5  # 8 x 6 in the json, 6 x 8 once upright
+    sample = CocoMasks(path, reading=AnnotationConfig(mask_frame=None if tells else "stored"))[0]
+    assert np.array_equal(decode_rles(sample.rles)[0] * 255, np.asarray(sample.image)[..., 0])
+    assert "EXIF" not in caplog.text
+    if orientation in (2, 3, 4):
+        assert np.array_equal(decode_rles(CocoMasks(path)[0].rles)[0], SQUARE)
+        assert "an EXIF tag turns or mirrors" in caplog.text and "a.png" in caplog.text
+
+
+def test_what_inference_reads_is_what_is_trained_on(tmp_path):
+    grey = np.linspace(0, 1, 48, dtype=np.float32).reshape(6, 8)
+    images = {"a.tif": grey, "b.png": (grey * 65535).astype(np.uint16), "c.png": (grey * 255).astype(np.uint8)}
+    path = write(tmp_path, [])
+    for name, pixels in images.items():
+        Image.fromarray(pixels).save(tmp_path / "images" / name)
+    content = {
+        "images": [image(i, name) for i, name in enumerate(images)],
+        "annotations": [annotation(square_as("polygon"), i, i) for i in range(3)],
+    }
+    path.write_text(json.dumps(content))
+    for sample, name in zip(CocoMasks(path), images, strict=False):
+        seen = image_to_array(tmp_path / "images" / name)
+        seen = seen if seen.dtype == np.float32 else seen / 255
+        assert np.abs(np.asarray(sample.image).transpose(2, 0, 1) / 255 - seen).max() <= 0.5 / 255 + 1e-6
+
+
+def test_of_an_animation_the_first_frame_is_used(tmp_path):
+    path = write(
+        tmp_path, [], content={"images": [image(7, "a.gif")], "annotations": [annotation(square_as("polygon"))]}
+    )
+    frames = [Image.new("RGB", (8, 6), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "images" / "a.gif", save_all=True, append_images=frames[1:])
+    assert CocoMasks(path)[0].image.getpixel((0, 0))[0] > 200
 
 
 def test_decode_wants_a_mask():

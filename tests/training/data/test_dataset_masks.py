@@ -72,6 +72,8 @@ def save(folder, feature, rows, image=None):
 KINDS = {
     "map L": (ImageFeature(), encoded(MAP)),
     "map P": (ImageFeature(), encoded(MAP, "P")),
+    "map in colours": (ImageFeature(), encoded(np.stack([MAP, 0 * MAP, 9 * (MAP == 3)], 2).astype(np.uint8))),
+    "map RGBA": (ImageFeature(), encoded(MAP, "RGBA")),
     "map I;16": (ImageFeature(), encoded(MAP.astype(np.uint16) * 1000)),
     "map I": (ImageFeature(), encoded(MAP.astype(np.int32) * 1000, file_format="TIFF")),
     "images 1": (List(ImageFeature()), [encoded(mask.astype(bool)) for mask in MASKS]),
@@ -221,8 +223,7 @@ def test_a_column_of_another_kind_is_refused(tmp_path, feature, value):
 
 
 WRONG = {
-    "rgb": (ImageFeature(), encoded((8, 6)), "image of mode RGB, but one channel"),
-    "rgba": (List(ImageFeature()), [encoded(MAP, "RGBA")], "image of mode RGBA, but one channel"),
+    "floats": (ImageFeature(), encoded(MAP.astype(np.float32), file_format="TIFF"), "image of mode F, but 8, 16 or"),
     "jpeg": (ImageFeature(), encoded(MAP, file_format="JPEG"), "JPEG, whose values are not exact; save masks as PNG"),
     "map size": (ImageFeature(), encoded(MAP.T.copy()), "mask is 6 x 8 pixels, but the image is 8 x 6"),
     "image size": (List(ImageFeature()), [encoded(MAP), encoded(MAP[1:])], "mask is 8 x 5 pixels"),

@@ -99,7 +99,7 @@ def broken(folder, change):
         ("twice", "has a name twice"),
         ("no json", "labels.json is not valid json"),
         ("name", "has the value 3, which has no name; name it or set --ignore_label."),
-        ("missing", "b.png is missing; every image needs its labels."),
+        ("missing", "b.png; every image needs one."),
         ("no image", "b.png cannot be read as an image"),
         ("one class", "must have 2 to 255 classes, and has 1."),
         ("no names", "needs a labels.json"),
@@ -107,7 +107,7 @@ def broken(folder, change):
         (("RGB", (40, 32)), "b.png is RGB of 40 x 32 pixels; labels are 8-bit"),
         (
             ("L", (20, 32)),
-            "b.png is L of 20 x 32 pixels; labels are 8-bit, one value a pixel, of the image's 40 x 32.",
+            "b.png does not fit its image: it is 40 x 32 pixels, its masks are 20 x 32",
         ),
     ],
 )

@@ -241,3 +241,33 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path):
         no_space(writing)
     assert (folder / "weights").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "random_states_0.pkl"])
+@pytest.mark.parametrize("damage", [cut, os.unlink, lambda path: path.write_bytes(b"")], ids=["cut", "gone", "empty"])
+def test_of_a_damaged_checkpoint_the_one_before_is_resumed(tmp_path, caplog, file, damage):
+    run = Run(tmp_path)
+    run.step()
+    run.checkpoints.save(1)
+    expected = run.step()
+    run.checkpoints.save(2)
+    damage(tmp_path / "step_00000002" / file)
+    torch.randn(7)
+    resumed = Run(tmp_path)
+    assert resumed.checkpoints.resume() == 1
+    assert torch.equal(resumed.step(), expected)
+    assert caplog.text.count("step_00000002 is damaged") == 1
+    resumed.checkpoints.save(2)  # the damaged one is not in its way
+    assert Run(tmp_path).checkpoints.resume() == 2
+
+
+def test_damaged_checkpoints_alone_are_refused(tmp_path):
+    run = Run(tmp_path)
+    run.checkpoints.save(1)
+    cut(tmp_path / "step_00000001" / "optimizer.bin")
+    with pytest.raises(ValueError, match=r"All checkpoints in .* are damaged; delete"):
+        Run(tmp_path).checkpoints.resume()

@@ -4,9 +4,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from hf_efficientsam.training.engine.optimization import (
+    clip_gradients,
+    describe_unless_finite,
     encoder_lr_scale,
     parameter_groups,
-    stop_unless_finite,
     weight_average,
 )
 
@@ -50,18 +51,30 @@ def test_an_average_of_the_weights_forgets_its_start():
 
 def test_in_float16_an_infinite_gradient_is_left_to_the_scaler(monkeypatch):
     accelerator = Accelerator(cpu=True)
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.full((2,), float("inf"))
     monkeypatch.setattr(accelerator, "scaler", object())
-    stop_unless_finite(accelerator, torch.tensor(1.0), torch.tensor(float("inf")), 3, ["a.jpg"])
-    with pytest.raises(FloatingPointError, match="step 3"):
-        stop_unless_finite(accelerator, torch.tensor(float("nan")), torch.tensor(1.0), 3, ["a.jpg"])
+    monkeypatch.setattr(accelerator, "unscale_gradients", lambda: None)
+    assert not clip_gradients(accelerator, [weight], 1.0).isfinite() and weight.grad is not None
+    assert describe_unless_finite(accelerator, torch.tensor(1.0), torch.tensor(float("inf")), ["a.jpg"]) is None
+    assert describe_unless_finite(accelerator, torch.tensor(float("nan")), torch.tensor(1.0), ["a.jpg"]) is not None
 
 
 @pytest.mark.parametrize(("loss", "grad_norm"), [(float("nan"), 1.0), (1.0, float("inf"))])
 def test_a_step_that_is_not_finite_names_its_images(loss, grad_norm):
     accelerator = Accelerator(cpu=True)
-    stop_unless_finite(accelerator, torch.tensor(1.0), torch.tensor(2.0), 3, ["a.jpg"])
-    with pytest.raises(FloatingPointError, match=r"step 3 is .* on the images a\.jpg, b\.jpg"):
-        stop_unless_finite(accelerator, torch.tensor(loss), torch.tensor(grad_norm), 3, ["a.jpg", "b.jpg"])
+    assert describe_unless_finite(accelerator, torch.tensor(1.0), torch.tensor(2.0), ["a.jpg"]) is None
+    said = describe_unless_finite(accelerator, torch.tensor(loss), torch.tensor(grad_norm), ["a.jpg", "b.jpg"])
+    assert said.endswith("on the images a.jpg, b.jpg")
+
+
+@pytest.mark.parametrize("gradient", [3.0, float("nan"), float("inf")])
+def test_gradients_are_clipped_or_removed(gradient):
+    weight = nn.Parameter(torch.zeros(1))
+    weight.grad = torch.full((1,), gradient)
+    norm = clip_gradients(Accelerator(cpu=True), [weight], 1.0)
+    assert norm.item() == pytest.approx(gradient, nan_ok=True)
+    assert weight.grad.item() == pytest.approx(1) if gradient == 3 else weight.grad is None
 
 
 def test_layer_decay_counts_from_the_last_layer_of_the_encoder():

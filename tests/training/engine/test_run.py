@@ -1,4 +1,8 @@
 import dataclasses
+import json
+import logging
+import os
+import signal
 
 import pytest
 import torch
@@ -6,6 +10,7 @@ from accelerate import Accelerator
 
 from hf_efficientsam.training.engine.checkpoints import SaveError
 from hf_efficientsam.training.engine.config import LoaderConfig, RunConfig
+from hf_efficientsam.training.engine.optimization import clip_gradients
 from hf_efficientsam.training.engine.run import (
     TrainingRun,
     TrainingStopped,
@@ -49,26 +54,32 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
         check(2, True, batch_size=2, num_workers=1)
 
 
-def train(folder, until=6):
-    """A run of 6 steps of one random weight each, with a checkpoint every 2."""
-    config = RunConfig(output_dir=str(folder), save_steps=2, log_steps=1)
+def train(folder, at=None, happens=None, steps=6, **options):
+    """A run of 6 steps of one random weight each, with a checkpoint every 2; after step `at` something happens."""
+    config = RunConfig(output_dir=str(folder), **{"save_steps": 2, "log_steps": 1, **options})
     with TrainingRun(Accelerator(cpu=True), config, "test") as run:
         model = torch.nn.Linear(2, 2)
         optimizer = torch.optim.AdamW(model.parameters(), 0.1)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
         model, optimizer = run.accelerator.prepare(model, optimizer)
-        for step in range(run.resume(6, [scheduler, None]) + 1, 7):
+        for step in range(run.resume(steps, [scheduler, None]) + 1, steps + 1):
             loss = model(torch.randn(3, 2)).sum()
+            if step == at:
+                loss = happens() * loss
             run.accelerator.backward(loss)
+            grad_norm = clip_gradients(run.accelerator, model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            run.check_finite(step, loss, grad_norm, [f"{step}.jpg"])
             scheduler.step()
             run.log.add(step, images=3, loss=loss.detach(), lr=scheduler.get_last_lr()[0])
-            if run.is_due(step, config.save_steps):
+            if run.is_save_due(step):
                 run.save(step)
-            if step == until < 6:
-                raise OSError("no disk")
         return model.weight.detach().clone()
+
+
+def fail():
+    raise OSError("no disk")
 
 
 def test_a_run_that_stopped_goes_on_from_its_checkpoint(tmp_path):
@@ -76,7 +87,7 @@ def test_a_run_that_stopped_goes_on_from_its_checkpoint(tmp_path):
     whole = train(tmp_path / "whole")
     torch.manual_seed(0)
     with pytest.raises(TrainingStopped, match="no disk"):
-        train(tmp_path / "stopped", until=5)
+        train(tmp_path / "stopped", 5, fail)
     resumed = train(tmp_path / "stopped")
     assert torch.equal(resumed, whole)
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == [
@@ -85,6 +96,87 @@ def test_a_run_that_stopped_goes_on_from_its_checkpoint(tmp_path):
         "curve.jsonl",
         "curve.png",
     ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_told_to_stop_ends_its_step_and_saves_it(tmp_path, number):
+    torch.manual_seed(0)
+    whole = train(tmp_path / "whole")
+    torch.manual_seed(0)
+    handler = signal.getsignal(number)
+    with pytest.raises(TrainingStopped, match=f"Stopped by {number.name} after step 3, which is saved") as stopped:
+        train(tmp_path / "stopped", 3, lambda: os.kill(os.getpid(), number) or 1)
+    assert stopped.value.code == 128 + number and signal.getsignal(number) is handler
+    assert torch.equal(train(tmp_path / "stopped"), whole)
+    assert (tmp_path / "stopped" / "checkpoints" / "step_00000004").exists()
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    def twice():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, 3, twice)
+
+
+def test_checkpoints_by_time(tmp_path):
+    with pytest.raises(TrainingStopped):
+        train(tmp_path / "often", 6, fail, save_steps=100, save_minutes=1e-9)
+    with pytest.raises(TrainingStopped):
+        train(tmp_path / "never", 6, fail, save_steps=100, save_minutes=0)
+    assert sorted(path.name for path in (tmp_path / "often" / "checkpoints").iterdir()) == [
+        "step_00000004",
+        "step_00000005",
+    ]
+    assert not (tmp_path / "never" / "checkpoints").exists()
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_said(tmp_path, caplog):
+    def left_out(folder):
+        torch.manual_seed(0)
+        return train(folder, 3, lambda: float("nan"))
+
+    weight = left_out(tmp_path / "whole")
+    assert weight.isfinite().all() and not torch.equal(weight, train(tmp_path / "other"))
+    assert "The loss of step 3 is nan" in caplog.text and "on the images 3.jpg; the step is left out." in caplog.text
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "curve.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 4, 5, 6]
+
+
+def test_a_run_that_stays_not_finite_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, given: self.weight * float("inf"))
+    with pytest.raises(TrainingStopped, match=r"The loss of step 5 is .*5 in a row.*lower --learning_rate"):
+        train(tmp_path / "long", steps=20)
+    with pytest.raises(TrainingStopped, match="The loss of step 2 is"):
+        train(tmp_path / "short", steps=2)
+
+
+def test_a_worker_that_was_killed_gives_a_sentence(tmp_path):
+    def killed():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    with pytest.raises(TrainingStopped, match="A process that reads images was killed"):
+        train(tmp_path, 3, killed)
+
+
+def test_ctrl_c_at_the_start_gives_a_sentence(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        run_script("sami", main)
+    assert ended.value.code == 130 and capsys.readouterr().err == "\nsami: Stopped by Ctrl-C.\n"
+
+
+def test_what_readers_say_is_shown(capsys, monkeypatch):
+    def main():
+        logging.getLogger("hf_efficientsam.training.data.reading").info("3 images")
+
+    for rank, shown in (("0", "3 images\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        run_script("sami", main)
+        assert capsys.readouterr().err == shown
 
 
 def test_a_finished_run_says_so(tmp_path, capsys):

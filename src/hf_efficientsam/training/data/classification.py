@@ -27,7 +27,7 @@ from hf_efficientsam.training.engine.config import NotNegativeFloat, NotNegative
 
 from .augment import random_resized_crop
 from .images import DatasetImages, FolderImages, hash_key, load_split
-from .reading import IMAGE_SUFFIXES, decode_image
+from .reading import IMAGE_SUFFIXES, decode_image, logger
 from .shards import Shards, Streamed, shared_number
 
 PATTERNS = "patterns"  # in place of a folder's name
@@ -88,8 +88,8 @@ class ClassFolders:
         seed: of which images the limit chooses.
 
     Raises:
-        ValueError: if there are less than two classes, one without images, or a limit that cannot be met, and on
-            access for a file that cannot be read.
+        ValueError: if there are less than two classes, one without images, a file that cannot be opened, or a limit
+            that cannot be met, and on access for a file that cannot be decoded.
     """
 
     def __init__(self, folder: str | Path, limit: int | None = None, seed: int = 0):
@@ -106,6 +106,9 @@ class ClassFolders:
             name, _, file = key.partition("/")
             if file and name in rows:
                 rows[name].append(row)
+        self.images.headers()  # a broken file is named now, not in the middle of a run
+        if strays := len(self.images.files) - sum(map(len, rows.values())):
+            logger.warning("%s: %s images lie in no class's folder and are left out.", folder, strays)
         self.rows, self.labels, random = [], [], np.random.default_rng(seed)
         for label, (name, found) in enumerate(rows.items()):
             if len(found) < (each or 1):

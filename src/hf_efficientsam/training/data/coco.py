@@ -1,9 +1,8 @@
 """Masks from COCO-style json, kept as run-length code (RLE) until someone asks for the pixels."""
 
-import json
 import os.path
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,36 @@ from PIL import Image
 from pycocotools import mask as rle_codec
 from torch.utils.data import Dataset
 
-from .reading import decode_image
+from .coco_json import CROWDS, file_names, find_folder, mark_crowds, read_json
+from .reading import (
+    FRAMES,
+    TURNS,
+    FrameConfig,
+    Header,
+    decode_image,
+    listed,
+    logger,
+    read_headers,
+    refuse_if_any,
+    say_what_is_read,
+    warn_of_hidden_frames,
+)
 from .shards import hash_lines
+
+
+@dataclass(frozen=True)
+class AnnotationConfig(FrameConfig):
+    """How masks are read that may mean two things."""
+
+    crowds: str = field(
+        default="auto",
+        metadata={
+            "help": "iscrowd 1 in json: skip (regions of many objects), keep (masks like others), or auto: by the file"
+        },
+    )
+
+
+DEFAULT_READING = AnnotationConfig()
 
 
 @dataclass(frozen=True)
@@ -37,52 +64,125 @@ class CocoMasks(Dataset):
 
     All masks are read at the start, some two minutes for a million of them, and kept as compressed RLE, which takes a
     third of the memory of their polygons. `categories` are the json's, `category_ids[i]` those of `dataset[i].rles`;
-    both are None where the json leaves them out.
+    both are None where the json leaves them out. What is kept and what is left out is said in the log, with numbers.
+
+    Masks of a photograph that its EXIF tag turns by 90 degrees are read in the frame that the json's sizes tell, and
+    come out upright.
 
     Args:
         annotations: the json file.
-        images: the folder that `file_name` is relative to; by default `images` beside the json.
-        skip_crowd: leave out annotations with `iscrowd`.
+        images: the folder that `file_name` is relative to; by default see `find_folder`.
         min_area: leave out masks of fewer pixels, counted in the mask itself (the json's `area` is not read).
+        reading: `crowds` is what `iscrowd` means: "skip" leaves these regions out, "keep" reads them as masks, "auto"
+            decides for the file, see `mark_crowds`. `mask_frame`: see `FrameConfig`.
 
-    Raises FileNotFoundError for a json or image that is not there, and ValueError for a json that is broken, that
-    names files outside the folder of images or whose sizes do not fit them. The pixels of an image are first looked at
-    when it is read.
+    Raises FileNotFoundError for a json or images that are not there, and ValueError for a json that is broken or
+    ambiguous (see `read_json`) and for images that cannot be opened or whose sizes do not fit. The pixels of an image
+    are first looked at when it is read.
     """
 
     def __init__(
         self,
         annotations: str | Path,
         images: str | Path | None = None,
-        skip_crowd: bool = True,
         min_area: int = 1,
+        reading: AnnotationConfig = DEFAULT_READING,
     ):
-        self.annotations = Path(annotations)
-        self.images = Path(images) if images is not None else self.annotations.parent / "images"
-        content = read_json(self.annotations)
-        records = {record["id"]: record for record in content["images"]}
-
-        rles, ids, categories = defaultdict(list), defaultdict(list), defaultdict(list)
+        content = self._open(annotations, images, reading.crowds)
+        self.categories, left_out, drawn = content.get("categories"), Counter(), defaultdict(list)
         for number, annotation in enumerate(content["annotations"]):
-            if skip_crowd and annotation.get("iscrowd", 0):
-                continue
-            try:
-                record = records[annotation["image_id"]]
-                rle = to_rle(annotation["segmentation"], record["height"], record["width"])
-            except Exception as error:  # damaged masks make pycocotools raise nearly anything
-                name = f"annotation {annotation.get('id')} of {self.annotations}"
-                raise ValueError(f"{name} cannot be read ({error!r}); repair or remove it.") from error
-            if rle is not None and rle_codec.area(rle) >= min_area:
-                rles[record["id"]].append(rle)
-                ids[record["id"]].append(annotation.get("id", number))
-                categories[record["id"]].append(annotation.get("category_id"))
+            if annotation["iscrowd"]:
+                left_out["masks marked as crowds (--crowds keep reads them)"] += 1
+            elif annotation.get("segmentation") is None:
+                left_out["boxes without a mask"] += 1
+            else:
+                drawn[annotation["image_id"]].append((annotation.get("id", number), annotation))
+        records = [record for record in content["images"] if record["id"] in drawn]
+        files = self._find(records)
+        headers = read_headers(files, str(self.annotations))
+        orientations = self._orientations(records, files, headers, reading.mask_frame)
 
-        self.categories = content.get("categories")
-        self.records = [record for record in content["images"] if record["id"] in rles]
-        self.rles = [rles[record["id"]] for record in self.records]
-        self.annotation_ids = [ids[record["id"]] for record in self.records]
-        self.category_ids = [categories[record["id"]] for record in self.records]
-        self.files = [self._find(record) for record in self.records]
+        self.records, self.files, self.rles, self.annotation_ids, self.category_ids = [], [], [], [], []
+        for record, file, header, orientation in zip(records, files, headers, orientations, strict=True):
+            rles = [self._read_mask(annotation, record, orientation) for _, annotation in drawn[record["id"]]]
+            areas = [0 if rle is None else int(rle_codec.area(rle)) for rle in rles]
+            kept = [place for place, area in enumerate(areas) if area >= max(min_area, 1)]
+            left_out["masks without pixels"] += areas.count(0)
+            left_out[f"masks of fewer than {min_area} pixels"] += len(areas) - areas.count(0) - len(kept)
+            if kept:
+                own = [drawn[record["id"]][place] for place in kept]
+                self.records.append(record | dict(zip(("width", "height"), header.size, strict=True)))
+                self.files.append(file)
+                self.rles.append([rles[place] for place in kept])
+                self.annotation_ids.append([name for name, _ in own])
+                self.category_ids.append([annotation.get("category_id") for _, annotation in own])
+        left_out["images without a mask"] = len(content["images"]) - len(self.records)
+        kept = f"{len(self.records)} images with {sum(map(len, self.rles))} masks"
+        say_what_is_read(str(self.annotations), kept, left_out)
+
+    def _open(self, annotations: str | Path, images: str | Path | None, crowds: str) -> dict:
+        """The content of the json, what is a crowd being settled."""
+        if crowds not in CROWDS:
+            raise ValueError(f"--crowds {crowds} is not known; choose {', '.join(CROWDS)}.")
+        self.annotations = Path(annotations)
+        content = read_json(self.annotations)
+        self.images = Path(images) if images is not None else find_folder(self.annotations, content["images"])
+        if unmarked := mark_crowds(content["annotations"], self.annotations, crowds):
+            logger.warning(
+                "%s: %s masks are marked as crowds (iscrowd) and are read as masks, because tools such as CVAT mark "
+                "every RLE so; --crowds skip leaves them out.",
+                self.annotations,
+                unmarked,
+            )
+        return content
+
+    def _find(self, records: list[dict]) -> list[str]:
+        """The files of images."""
+        found, missing = [], []
+        for record in records:
+            paths = [os.path.join(self.images, name) for name in file_names(record)]
+            path = next(filter(os.path.isfile, paths), None)
+            found.append(path)
+            if path is None:
+                missing.append(" or ".join(file_names(record)))
+        if missing:
+            raise FileNotFoundError(
+                f"{self.annotations} lists {listed(missing)}, which is not in {self.images}; give the folder of the "
+                "images (`--images`)."
+            )
+        return found
+
+    def _orientations(
+        self, records: list[dict], files: list[str], headers: list[Header], mask_frame: str | None
+    ) -> list[int]:
+        """The EXIF orientation that the masks of each image are stored in."""
+        if mask_frame not in (*FRAMES, None):
+            raise ValueError(f"--mask_frame {mask_frame} is not known; choose {', '.join(FRAMES)}.")
+        orientations, problems = [], []
+        for record, file, header in zip(records, files, headers, strict=True):
+            try:
+                orientations.append(header.mask_orientation((record["width"], record["height"]), mask_frame))
+            except ValueError:
+                problems.append(self._other_size(record, file, header.size))
+        what = f"Masks of {self.annotations} belong to other versions of the images"
+        refuse_if_any(problems, what)
+        warn_of_hidden_frames(files, headers, mask_frame, str(self.annotations))
+        return orientations
+
+    def _other_size(self, record: dict, file: str, size: tuple[int, int]) -> str:
+        """What is wrong with a file of this (width, height)."""
+        return (
+            f"{file} is {size[0]} x {size[1]} pixels when upright, but {self.annotations} says {record['width']} x "
+            f"{record['height']}"
+        )
+
+    def _read_mask(self, annotation: dict, record: dict, orientation: int) -> dict | None:
+        try:
+            rle = to_rle(annotation["segmentation"], record["height"], record["width"])
+        except Exception as error:  # damaged masks make pycocotools raise nearly anything
+            name = f"annotation {annotation.get('id')} of {self.annotations}"
+            raise ValueError(f"{name} cannot be read ({error!r}); repair or remove it.") from error
+        return rle if rle is None or orientation == 1 else turn_rle(rle, orientation)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -92,10 +192,7 @@ class CocoMasks(Dataset):
         path = self.files[index]
         image = decode_image(path, path)
         if image.size != (record["width"], record["height"]):
-            raise ValueError(
-                f"{path} is {image.width} x {image.height} pixels when upright, but {self.annotations} says "
-                f"{record['width']} x {record['height']}; the masks belong to another version of the image."
-            )
+            raise ValueError(self._other_size(record, path, image.size))
         source = record.get("source", self.annotations.parent.name)
         return Sample(image, self.rles[index], record["id"], self.annotation_ids[index], source)
 
@@ -103,16 +200,6 @@ class CocoMasks(Dataset):
         """Changes with the name or the size in bytes of any image, and with any mask."""
         lines = (f"{path} {os.path.getsize(path)} {rles}" for path, rles in zip(self.files, self.rles, strict=True))
         return hash_lines(line.removeprefix(str(self.images)) for line in lines)
-
-    def _find(self, record: dict) -> str:
-        names = _file_names(record)
-        for path in (os.path.join(self.images, name) for name in names):
-            if os.path.isfile(path):
-                return path
-        raise FileNotFoundError(
-            f"{self.annotations} lists {' or '.join(names)}, which is not in {self.images}; "
-            "give the folder of the images (`--images`)."
-        )
 
 
 def with_folders(annotations: list[str], images: list[str], option: str) -> list[tuple[str, str | None]]:
@@ -130,38 +217,14 @@ def decode_rles(rles: list[dict]) -> np.ndarray:
     return rle_codec.decode(rles).transpose(2, 0, 1)
 
 
-def read_json(path: Path) -> dict:
-    """What a COCO-style json holds, once its images have what is needed of them; see `CocoMasks` for errors."""
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no annotation file {path}.")
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid json ({error}); download or export it again.") from error
-    lists = [content.get(key) for key in ("images", "annotations")] if isinstance(content, dict) else [None]
-    if not all(isinstance(entries, list) and all(isinstance(one, dict) for one in entries) for entries in lists):
-        raise ValueError(f"{path} is not COCO-style: it needs the lists `images` and `annotations` of objects.")
-    for record in content["images"]:
-        missing = {key for key in ("id", "width", "height") if not isinstance(record.get(key), int | float | str)}
-        if not any(isinstance(record.get(key), str) for key in ("file_name", "coco_url")):
-            missing.add("file_name")
-        if missing:
-            raise ValueError(f"{path} has an image without {', '.join(sorted(missing))}: {record}.")
-        for name in _file_names(record):
-            if Path(name).anchor or ".." in Path(os.path.normpath(name)).parts:
-                raise ValueError(
-                    f"{path} names the image {name}, outside the folder of images; make it relative to that."
-                )
-    return content
+def encode_mask(mask: np.ndarray) -> dict:
+    """The compressed COCO RLE of a mask [H,W]."""
+    return rle_codec.encode(np.asfortranarray(mask, np.uint8))
 
 
-def _file_names(record: dict) -> list[str]:
-    """Where an image may be in the folder of images, the likeliest first."""
-    if isinstance(record.get("file_name"), str):
-        return [record["file_name"]]
-    # Some images of LVIS's val split lie in COCO's train2017.
-    parts = record["coco_url"].split("/")
-    return ["/".join(parts[-2:]), parts[-1]]
+def turn_rle(rle: dict, orientation: int) -> dict:
+    """The upright mask of one that is stored in an EXIF orientation."""
+    return encode_mask(TURNS[orientation](rle_codec.decode(rle)))
 
 
 def to_rle(segmentation: list | dict, height: int, width: int) -> dict | None:
@@ -170,12 +233,20 @@ def to_rle(segmentation: list | dict, height: int, width: int) -> dict | None:
     A damaged one raises ValueError, or whatever else pycocotools thinks of it: catch Exception.
     """
     if isinstance(segmentation, list):
+        if segmentation and all(isinstance(part, dict) for part in segmentation):
+            return rle_codec.merge([to_rle(part, height, width) for part in segmentation])
+        if segmentation and all(isinstance(number, int | float) for number in segmentation):
+            segmentation = [segmentation]  # one polygon that is no list of polygons
+        elif len(segmentation) > 2 and all(isinstance(part, list) and len(part) == 2 for part in segmentation):
+            segmentation = [[number for corner in segmentation for number in corner]]  # a list of corners
         # Fewer than three corners enclose nothing, and pycocotools would take four numbers for a box.
         polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
         # pycocotools asks for endless memory where a corner is far away or, as some exports have it, NaN.
         limit = max(height, width)
         if not all(-limit <= number <= 2 * limit for polygon in polygons for number in polygon):
             raise ValueError("a corner of a polygon is far outside the image, or no number")
+        if any(len(polygon) % 2 for polygon in polygons):
+            raise ValueError("a polygon has an x without a y")
         return rle_codec.merge(rle_codec.frPyObjects(polygons, height, width)) if polygons else None
     if list(segmentation["size"]) != [height, width]:
         raise ValueError(f"mask size {segmentation['size']} is not the image's [height, width] {[height, width]}")

@@ -1,7 +1,9 @@
 """Masks from a `datasets` dataset, in whichever of the usual ways its rows hold them."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import datasets
 import numpy as np
@@ -13,12 +15,13 @@ from PIL import Image
 from pycocotools import mask as rle_codec
 from torch.utils.data import Dataset
 
-from .coco import Sample, to_rle
+from .coco import DEFAULT_READING, AnnotationConfig, Sample, encode_mask, to_rle, turn_rle
 from .images import DatasetImages, load_split
-from .shards import hash_lines
+from .mask_images import all_objects, is_soft, mask_values, one_object
+from .reading import logger, read_header, say_what_is_read
+from .shards import CountedWarnings, hash_lines
 
 MASKS_PER_ROW = 100_000  # ids that each row reserves for its masks
-MASK_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 JSON = getattr(datasets, "Json", ())  # which the oldest versions that we allow do not have
 
 
@@ -26,21 +29,25 @@ class DatasetMasks(Dataset):
     """The rows of a split of a `datasets` dataset that list masks; `dataset[i]` is a `Sample`.
 
     The column of masks may be
-    - an image: each of its values but 0 is an object, so a binary mask is one and a map of instances several;
-    - a list of images: each is an object, where it is not 0;
+    - an image: each of its values (or colours) but 0 is an object, so a binary mask is one and a map of instances
+      several; of a mask with a soft edge what is at least half white is the object;
+    - a list of images: each is an object, where it is not 0, or half white at a soft edge;
     - a list of COCO segmentations: polygons or RLE, compressed or not, or json of any of these;
-    - a list of structs with a `segmentation`, or a struct of such lists; those with `iscrowd` are left out.
+    - a list of structs with a `segmentation`, or a struct of such lists; those with `iscrowd` are left out,
+      unless all have it.
 
-    Images of masks have one channel and the upright image's size, and are not JPEG. A sample's `image_id` is its row's
-    number, an annotation id that number times 100,000 plus the mask's place in the row (maps: the place of its value
-    among those but 0), and `source` the dataset's name.
+    Images of masks are not JPEG. Masks are drawn on the upright image, or on the stored one if an EXIF tag turns it by
+    90 degrees and their size says so, or if `reading` does. A sample's `image_id` is its row's number, an annotation
+    id that number times 100,000 plus the mask's place in the row (maps: the place of its value among those but 0), and
+    `source` the dataset's name.
 
     Args:
         name: of a dataset on the Hub, or a directory: written by `save_to_disk`, or with images or parquet files.
         split: its name, or a slice such as "train[:10%]" except with `save_to_disk`.
         image_column: of images, or of their encoded bytes.
         mask_column: see above.
-        min_area: leave out masks of fewer pixels.
+        min_area: leave out masks of fewer pixels, with warnings that count them.
+        reading: how masks are read that may mean two things, see `CocoMasks`.
 
     Rows whose list of masks is empty, or whose map is missing, are left out at the start, without a look at any mask.
     In the place of a row of which no mask has `min_area`, such as an empty map, comes the next one that has, with a
@@ -58,8 +65,12 @@ class DatasetMasks(Dataset):
         image_column: str = "image",
         mask_column: str = "masks",
         min_area: int = 1,
+        reading: AnnotationConfig = DEFAULT_READING,
     ):
         self.name, self.split, self.mask_column, self.min_area = name, split, mask_column, min_area
+        self.mask_frame = reading.mask_frame
+        self.empty = CountedWarnings("Left out")
+        self.hidden = CountedWarnings("Taken to be, give --mask_frame upright or stored")
         rows = load_split(name, split)
         self.images = DatasetImages(name, split, image_column, rows)
         if mask_column not in rows.column_names:
@@ -73,9 +84,18 @@ class DatasetMasks(Dataset):
                 f"The column {mask_column} of {name} holds {rows.features[mask_column]}, not masks (an image, a list "
                 "of images, of COCO segmentations or of structs with a `segmentation`); set another or cast it."
             )
-        self.row_numbers = _rows_with_masks(self.rows.data.column(mask_column))
+        column = self.rows.data.column(mask_column)
+        self.row_numbers = _rows_with_masks(column)
         if not len(self.row_numbers):
             raise ValueError(f"The column {mask_column} of {name}, split {split}, lists no mask; set another.")
+        marked, total = _count_crowds(column)
+        self.keeps_crowds = reading.crowds == "keep" or (reading.crowds == "auto" and marked == total)
+        left_out = {"rows without a mask": len(self.rows) - len(self.row_numbers)}
+        if self.keeps_crowds and marked:
+            logger.warning("%s: %s masks are marked as crowds (iscrowd) and are read as masks.", name, marked)
+        else:
+            left_out["masks marked as crowds (--crowds keep reads them)"] = marked
+        say_what_is_read(f"{name}, split {split}", f"{len(self.row_numbers)} rows with masks", Counter(left_out))
 
     def __len__(self) -> int:
         return len(self.row_numbers)
@@ -101,7 +121,7 @@ class DatasetMasks(Dataset):
         _, image = self.images[row]
         place = f"Row {row} of {self.name}, split {self.split},"
         try:
-            rles = self.read(self.rows[row][self.mask_column], *image.size)
+            rles = self._read_upright(row)
         except MemoryError:
             raise
         except Exception as error:  # damaged masks make Pillow and pycocotools raise nearly anything
@@ -109,8 +129,50 @@ class DatasetMasks(Dataset):
         kept = [i for i, rle in enumerate(rles) if rle is not None and rle_codec.area(rle) >= self.min_area]
         if not kept:
             return None
+        if len(kept) < len(rles):
+            self.empty(f"{place} has {len(rles) - len(kept)} crowds or masks of less than {self.min_area} pixels.")
         annotation_ids = [row * MASKS_PER_ROW + i for i in kept]
         return Sample(image, [rles[i] for i in kept], row, annotation_ids, self.name)
+
+    def _read_upright(self, row: int) -> list[dict | None]:
+        """The masks of a row, upright: read at the upright image's size, or at the stored one's."""
+        value, header = self.rows[row][self.mask_column], read_header(self.images.file(row))
+        if self.keeps_crowds:
+            value = _unmarked(value)
+        if header.hides_frame and self.mask_frame is None:
+            self.hidden(f"An EXIF tag turns or mirrors row {row} of {self.name}; are its masks upright?")
+        tried = [(header.size, 1), (header.stored_size, header.orientation)]
+        first, second = tried[::-1] if self.mask_frame == "stored" else tried
+        try:
+            rles, orientation = self.read(value, *first[0]), first[1]
+        except ValueError:
+            if first[0] == second[0]:
+                raise
+            rles, orientation = self.read(value, *second[0]), second[1]
+        return [rle if rle is None or orientation == 1 else turn_rle(rle, orientation) for rle in rles]
+
+
+def _unmarked(value: Any) -> Any:
+    """Annotations, a list or a struct of lists, without `iscrowd`."""
+    if isinstance(value, dict):
+        return {name: one for name, one in value.items() if name != "iscrowd"}
+    return [_unmarked(one) for one in value] if isinstance(value, list) else value
+
+
+def _count_crowds(column: pa.ChunkedArray) -> tuple[int, int]:
+    """How many annotations of a column have `iscrowd`, and how many there are; zeros where none can have it."""
+    lists = _field(column, "iscrowd") if pa.types.is_struct(column.type) else column
+    if lists is None or not hasattr(lists.type, "value_type"):
+        return 0, 0
+    marks = pc.list_flatten(lists)
+    marks = _field(marks, "iscrowd") if pa.types.is_struct(marks.type) else marks if lists is not column else None
+    if marks is None or not (pa.types.is_integer(marks.type) or pa.types.is_boolean(marks.type)):
+        return 0, 0
+    return pc.sum(pc.cast(marks, pa.int64())).as_py() or 0, len(marks)
+
+
+def _field(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray | None:
+    return pc.struct_field(column, name) if column.type.get_field_index(name) >= 0 else None
 
 
 def _reader(feature) -> Callable[..., list[dict | None]] | None:
@@ -159,12 +221,11 @@ def _rows_with_masks(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _read_map(mask: Image.Image, width: int, height: int) -> list[dict]:
-    values = _mask_values(mask, width, height)
-    return [_encode(values == value) for value in np.unique(values) if value != 0]
+    return [encode_mask(pixels) for pixels in all_objects(_mask_values(mask, width, height))]
 
 
 def _read_images(masks: list[Image.Image], width: int, height: int) -> list[dict]:
-    return [_encode(_mask_values(mask, width, height) != 0) for mask in masks]
+    return [encode_mask(one_object(_mask_values(mask, width, height))) for mask in masks]
 
 
 def _read_segmentations(segmentations: list, width: int, height: int) -> list[dict | None]:
@@ -172,7 +233,11 @@ def _read_segmentations(segmentations: list, width: int, height: int) -> list[di
 
 
 def _read_annotations(annotations: list[dict], width: int, height: int) -> list[dict | None]:
-    return [None if a.get("iscrowd") else to_rle(a["segmentation"], height, width) for a in annotations]
+    is_left_out = [one.get("iscrowd") or one["segmentation"] is None for one in annotations]
+    return [
+        None if skip else to_rle(one["segmentation"], height, width)
+        for one, skip in zip(annotations, is_left_out, strict=True)
+    ]
 
 
 def _read_annotation_lists(lists: dict[str, list], width: int, height: int) -> list[dict | None]:
@@ -184,14 +249,11 @@ def _read_annotation_lists(lists: dict[str, list], width: int, height: int) -> l
 
 def _mask_values(mask: Image.Image, width: int, height: int) -> np.ndarray:
     """The values [H,W] of a mask's image."""
-    if mask.mode not in MASK_MODES:
-        raise ValueError(f"a mask is an image of mode {mask.mode}, but one channel of 8, 16 or 32 bits is needed")
     if mask.format == "JPEG":
         raise ValueError("a mask is a JPEG, whose values are not exact; save masks as PNG")
     if mask.size != (width, height):
         raise ValueError(f"a mask is {mask.width} x {mask.height} pixels, but the image is {width} x {height}")
-    return np.asarray(mask)
-
-
-def _encode(mask: np.ndarray) -> dict:
-    return rle_codec.encode(np.asfortranarray(mask, np.uint8))
+    values = mask_values(mask)
+    if is_soft(values):
+        warnings.warn("Masks have soft edges; what is at least half white is taken.", stacklevel=2)
+    return values

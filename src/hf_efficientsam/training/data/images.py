@@ -7,6 +7,7 @@ and resumed run sees the same crops and the same noise.
 import hashlib
 import io
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.utils import data
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .augment import random_resized_crop
-from .reading import IMAGE_SUFFIXES, decode_image
+from .reading import IMAGE_SUFFIXES, Header, decode_image, read_headers, say_what_is_read
 from .shards import Shards, Streamed, hash_lines, shared_number
 
 
@@ -63,13 +64,13 @@ def open_images(
 
 
 class FolderImages:
-    """The jpg, jpeg, png and webp files under one or several folders; `source[i]` is its key and the image.
+    """The image files (`IMAGE_SUFFIXES`) under one or several folders; `source[i]` is its key and the image.
 
     The key is the file's path relative to the folder, or to the folders' common parent, so that it is unique and
     stays the same where all are moved together. Sorted by key.
 
     Args:
-        folders: searched recursively, through links too; hidden files are left out.
+        folders: searched recursively, through links too; hidden files are left out, and others, which are counted.
 
     Raises:
         ValueError: for a folder that is not there or holds no image, and on access for a file that cannot be read.
@@ -78,29 +79,38 @@ class FolderImages:
     def __init__(self, folders: Sequence[str | Path]):
         folders = [os.path.abspath(folder) for folder in folders]
         self.root = os.path.commonpath(folders)
-        keys = set()
+        keys, others = set(), Counter()
         for folder in folders:
-            found = {
-                Path(parent, name).relative_to(self.root).as_posix()
-                for parent, _, names in os.walk(folder, followlinks=True)
-                for name in names
-                if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-            }
+            found = set()
+            for parent, _, names in os.walk(folder, followlinks=True):
+                for name in names:
+                    if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                        found.add(Path(parent, name).relative_to(self.root).as_posix())
+                    elif not name.startswith("."):
+                        others[f"files ending in {os.path.splitext(name)[1] or 'nothing'}"] += 1
             if not found:
                 raise ValueError(f"There is no image ({', '.join(IMAGE_SUFFIXES)}) under {folder}; check the folder.")
             keys |= found
         self.files = sorted(keys)
+        say_what_is_read(self.root, f"{len(self.files)} images", others)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[str, Image.Image]:
-        path = os.path.join(self.root, self.files[index])
+        path = self.path(self.files[index])
         return self.files[index], decode_image(path, path)
+
+    def path(self, key: str) -> str:
+        return os.path.join(self.root, key)
+
+    def headers(self) -> list[Header]:
+        """Of all files; ValueError naming the first ten that cannot be opened."""
+        return read_headers([self.path(key) for key in self.files], self.root)
 
     def fingerprint(self) -> str:
         """Changes with any key and with the size in bytes of any file."""
-        return hash_lines(f"{key} {os.path.getsize(os.path.join(self.root, key))}" for key in self.files)
+        return hash_lines(f"{key} {os.path.getsize(self.path(key))}" for key in self.files)
 
 
 class DatasetImages:
@@ -136,9 +146,12 @@ class DatasetImages:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[str, Image.Image]:
+        return str(index), decode_image(self.file(index), f"Row {index} of {self.name}, split {self.split},")
+
+    def file(self, index: int) -> str | io.BytesIO:
+        """Where the image of a row is, or its bytes."""
         encoded = self.rows[index][self.column] or {"bytes": b""}
-        file = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
-        return str(index), decode_image(file, f"Row {index} of {self.name}, split {self.split},")
+        return encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
 
     def fingerprint(self) -> str:
         """Changes with the size in bytes of any row, or its file's name where the bytes are not in the dataset."""

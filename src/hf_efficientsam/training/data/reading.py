@@ -1,12 +1,57 @@
-"""One way to decode an image file, for all data."""
+"""One way to look at an image file and to decode it, for all data, and one way to say what a reader leaves out."""
 
 import io
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
-from PIL import Image
+import numpy as np
+from PIL import ExifTags, Image
 
-from hf_efficientsam.model.image_reading_efficientsam import MAX_IMAGE_PIXELS, image_to_array, to_pil_image
+from hf_efficientsam.model.image_reading_efficientsam import (
+    MAX_IMAGE_PIXELS,
+    ImageError,
+    image_to_array,
+    open_image,
+    to_pil_image,
+    upright_size,
+)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif",
+    ".hif", ".jp2", ".pgm", ".ppm",
+)  # fmt: skip
+FRAMES = ("upright", "stored")  # in which masks of a photograph with an EXIF orientation may be drawn
+# How an array [H,W] becomes upright, by the EXIF orientation that it is stored in.
+TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda stored: stored,
+    2: np.fliplr,
+    3: lambda stored: np.rot90(stored, 2),
+    4: np.flipud,
+    5: np.transpose,
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: np.rot90(stored, 2).T,
+    8: np.rot90,
+}
+READERS, AT_ONCE = 16, 8192  # threads that look at headers, and files between two of their meetings
+LISTED = 10
+
+
+@dataclass(frozen=True)
+class FrameConfig:
+    """In which frame masks of a photograph are drawn that its EXIF tag turns, where sizes do not tell: `FRAMES`, or
+    None for upright with a warning."""
+
+    mask_frame: str | None = field(
+        default=None,
+        metadata={"help": "masks of photographs with an EXIF orientation, where sizes do not tell: upright or stored"},
+    )
+
+
+logger = logging.getLogger(__name__)
 
 
 def decode_image(file: str | io.BytesIO, name: str) -> Image.Image:
@@ -15,3 +60,102 @@ def decode_image(file: str | io.BytesIO, name: str) -> Image.Image:
     more pixels than the image processor takes by default.
     """
     return to_pil_image(image_to_array(file, max_image_pixels=MAX_IMAGE_PIXELS, name=name))
+
+
+# ------------------------------------------------------------------------------------------ headers
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image file says before its pixels: (width, height) once upright, and the EXIF orientation, 1 to 8."""
+
+    size: tuple[int, int]
+    orientation: int = 1
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        return self.size[::-1] if self.orientation >= 5 else self.size
+
+    def mask_orientation(self, size: tuple[int, int], frame: str | None) -> int:
+        """
+        The EXIF orientation in which masks of (width, height) `size` are stored, 1 if they are upright. The size
+        decides where it can, else `frame`, one of `FRAMES`; None is upright.
+
+        Raises:
+            ValueError: if the size is neither the upright nor the stored one.
+        """
+        if size == self.size and (size != self.stored_size or frame != "stored"):
+            return 1
+        if size == self.stored_size:
+            return self.orientation
+        raise ValueError(f"it is {self.size[0]} x {self.size[1]} pixels, its masks are {size[0]} x {size[1]}")
+
+    @property
+    def hides_frame(self) -> bool:
+        """Whether the size of masks cannot tell if they are drawn on the upright image."""
+        return self.orientation > 1 and self.size == self.stored_size
+
+
+def read_header(file: str | io.BytesIO, name: str | None = None) -> Header:
+    """The header of an image file; ImageError with `name`, by default the path, if it is none."""
+    with open_image(file, name) as opened:
+        orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
+        return Header(upright_size(opened), orientation if orientation in TURNS else 1)
+
+
+def read_headers(files: Sequence[str], what: str) -> list[Header]:
+    """
+    The headers of image files, 0.1 ms each.
+
+    Raises:
+        ValueError: if some cannot be read, naming `what` they belong to and the first ten.
+    """
+
+    def look(file: str) -> Header | str:
+        try:
+            return read_header(file)
+        except ImageError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        parts = (files[start : start + AT_ONCE] for start in range(0, len(files), AT_ONCE))
+        headers = [header for part in parts for header in pool.map(look, part)]
+    refuse_if_any((one for one in headers if isinstance(one, str)), f"Images of {what} are broken; replace or remove")
+    return headers
+
+
+def warn_of_hidden_frames(files: Iterable[str], headers: Iterable[Header], frame: str | None, what: str) -> None:
+    """Says which photographs have masks of which nothing tells in which frame they are, unless `frame` does."""
+    hidden = [file for file, header in zip(files, headers, strict=True) if header.hides_frame]
+    if hidden and frame is None:
+        logger.warning(
+            "%s: an EXIF tag turns or mirrors %s, and nothing tells whether their masks are drawn on the upright "
+            "image; they are taken to be. Give --mask_frame upright or stored.",
+            what,
+            listed(hidden),
+        )
+
+
+# ------------------------------------------------------------------------------------------ what is said
+
+
+def listed(items: Iterable[Any]) -> str:
+    """The first ten, and how many more there are."""
+    items = list(items)
+    more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
+    return ", ".join(map(str, items[:LISTED])) + more
+
+
+def refuse_if_any(problems: Iterable[str] | Iterator[str], what: str, error: type[Exception] = ValueError) -> None:
+    """Raises one error with the first ten of several problems, a line each, and how many more there are."""
+    problems = list(problems)
+    if problems:
+        more = f"\n  and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        raise error(f"{what} ({len(problems)}):\n  " + "\n  ".join(problems[:LISTED]) + more)
+
+
+def say_what_is_read(what: str, kept: str, left_out: Counter[str]) -> None:
+    """One line of the log: what a reader keeps of `what`, and how many of what it leaves out."""
+    reasons = ", ".join(f"{number} {reason}" for reason, number in left_out.items() if number)
+    level = logging.WARNING if reasons else logging.INFO
+    logger.log(level, "%s: %s%s.", what, kept, f"; left out: {reasons}" if reasons else "")

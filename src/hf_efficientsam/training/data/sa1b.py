@@ -6,9 +6,9 @@ import os
 
 from pycocotools import mask as rle_codec
 
-from .coco import Sample, to_rle
-from .reading import IMAGE_SUFFIXES, decode_image
-from .shards import Shards
+from .coco import DEFAULT_READING, AnnotationConfig, Sample, to_rle, turn_rle
+from .reading import IMAGE_SUFFIXES, decode_image, read_header
+from .shards import CountedWarnings, Shards
 
 
 class Sa1bShards(Shards):
@@ -20,7 +20,8 @@ class Sa1bShards(Shards):
 
     Args:
         shards: see `Shards`.
-        min_area: leave out masks of fewer pixels, counted in the mask itself (the json's `area` is not read).
+        min_area: leave out masks of fewer pixels, with warnings that count them. The json's `area` is not read.
+        reading: its `mask_frame`, see `FrameConfig`.
 
     A record is broken if its image, json or any mask cannot be read, if they disagree about the size, or if no mask of
     `min_area` pixels is left.
@@ -28,9 +29,10 @@ class Sa1bShards(Shards):
 
     needs = (IMAGE_SUFFIXES, (".json",))
 
-    def __init__(self, shards: list[str], min_area: int = 1):
+    def __init__(self, shards: list[str], min_area: int = 1, reading: AnnotationConfig = DEFAULT_READING):
         super().__init__(shards)
-        self.min_area = min_area
+        self.min_area, self.mask_frame = min_area, reading.mask_frame
+        self.empty = CountedWarnings("Left out")
 
     def decode(self, record: dict) -> Sample:
         (image_name, encoded), (name, text) = record["members"]
@@ -43,20 +45,24 @@ class Sa1bShards(Shards):
         except (KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{name} cannot be read as SA-1B's json ({error!r}).") from error
         image = decode_image(io.BytesIO(encoded), image_name)
-        if image.size != size:
+        try:
+            orientation = read_header(io.BytesIO(encoded)).mask_orientation(size, self.mask_frame)
+        except ValueError:
             raise ValueError(
                 f"{image_name} is {image.width} x {image.height} pixels when upright, but its json says {size[0]} x "
                 f"{size[1]}."
-            )
+            ) from None
         rles, ids = [], []
         for annotation_id, segmentation in annotations:
             try:
-                rle = to_rle(segmentation, image.height, image.width)
+                rle = to_rle(segmentation, size[1], size[0])
             except Exception as error:  # damaged masks make pycocotools raise nearly anything
                 raise ValueError(f"Mask {annotation_id} of {name} cannot be read ({error!r}).") from error
             if rle is not None and rle_codec.area(rle) >= self.min_area:
-                rles.append(rle)
+                rles.append(rle if orientation == 1 else turn_rle(rle, orientation))
                 ids.append(annotation_id)
+            else:
+                self.empty(f"Mask {annotation_id} of {name} has less than {self.min_area} pixels.")
         if not rles:
             raise ValueError(f"{name} has no mask of at least {self.min_area} pixels.")
         source = os.path.basename(record["shard"].partition("?")[0]).removesuffix(".tar")

@@ -19,7 +19,9 @@ from hf_efficientsam.model.image_reading_efficientsam import open_image
 from hf_efficientsam.training.engine.config import PositiveFloat, PositiveInt, RatioBelowOne
 
 from .augment import jitter_color
+from .folder_masks import find_partners
 from .images import FolderImages, hash_key, normalize
+from .reading import TURNS, FrameConfig, read_headers, refuse_if_any, warn_of_hidden_frames
 from .shards import shared_number
 
 SHAPES = "shapes"  # in place of a folder's name
@@ -27,7 +29,7 @@ NO_CLASS = 255  # of pixels that are neither learnt nor measured
 
 
 @dataclass(frozen=True)
-class LabelSourceConfig:
+class LabelSourceConfig(FrameConfig):
     """Where images with labels come from."""
 
     train: str | None = field(
@@ -77,9 +79,11 @@ class LabelledImages:
         validation: of ADE20K the images to evaluate on.
         reduce_labels: the names count from value 1, and 0 is no class.
         ignore_label: a value that is no class; a name that it has is left out.
+        mask_frame: see `FrameConfig`.
 
     Raises:
-        ValueError: if files or names are missing, and on access for a file that cannot be read or does not fit.
+        ValueError: if files or names are missing, files cannot be opened, or sizes do not fit, and on access for a
+            file that cannot be decoded or has a value without a name.
     """
 
     def __init__(
@@ -88,8 +92,9 @@ class LabelledImages:
         validation: bool = False,
         reduce_labels: bool = False,
         ignore_label: int | None = None,
+        mask_frame: str | None = None,
     ):
-        images, self.labels, names = _find(Path(folder), validation)
+        images, labels, names = _find(Path(folder), validation)
         if not reduce_labels and (Path(folder) / "images" / "training").is_dir():
             raise ValueError(f"In ADE20K, as {folder} is, 0 is no class; give --reduce_labels true.")
         first = int(reduce_labels)
@@ -103,21 +108,25 @@ class LabelledImages:
         no_class = {NO_CLASS, *range(first), *([] if ignore_label is None else [ignore_label])}
         self.meaning[list(no_class)] = NO_CLASS
         self.images = FolderImages([images])
-        for key in self.images.files:
-            if not self.label_path(key).is_file():
-                raise ValueError(f"{self.label_path(key)} is missing; every image needs its labels.")
-
-    def label_path(self, key: str) -> Path:
-        return (self.labels / key).with_suffix(".png")
+        self.label_files = find_partners(images, self.images.files, labels)
+        headers, label_headers = self.images.headers(), read_headers(self.label_files, str(folder))
+        self.orientations, problems = [], []
+        for path, header, label_header in zip(self.label_files, headers, label_headers, strict=True):
+            try:
+                self.orientations.append(header.mask_orientation(label_header.size, mask_frame))
+            except ValueError as error:
+                problems.append(f"{path} does not fit its image: {error}")
+        refuse_if_any(problems, f"Labels of {folder} are of other sizes than their images")
+        warn_of_hidden_frames(map(self.images.path, self.images.files), headers, mask_frame, str(folder))
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[str, Image.Image, np.ndarray]:
         key, image = self.images[index]
-        path = self.label_path(key)
+        path = self.label_files[index]
         with open_image(path) as opened:
-            mode, values = opened.mode, np.array(opened)
+            mode, values = opened.mode, TURNS[self.orientations[index]](np.array(ImageOps.exif_transpose(opened)))
         if mode not in ("L", "P") or values.shape != (image.height, image.width):
             raise ValueError(
                 f"{path} is {mode} of {values.shape[1]} x {values.shape[0]} pixels; labels are 8-bit, one value a "
@@ -207,7 +216,7 @@ def open_source(options: LabelSourceConfig, test: bool) -> Source:
         raise ValueError(f"Give images: --{'test' if test else 'train'} a folder with images/, labels/, labels.json.")
     if folder == SHAPES:
         return Shapes(*((48, 1) if test else (256, 0)))
-    return LabelledImages(folder, test, options.reduce_labels, options.ignore_label)
+    return LabelledImages(folder, test, options.reduce_labels, options.ignore_label, options.mask_frame)
 
 
 # ------------------------------------------------------------------------------------------ to train on

@@ -56,7 +56,7 @@ class Shards:
 
     def read(self, shard: int) -> Iterator[tuple[str, Any]]:
         """Key and decoded content of each record of one shard, in order; broken ones are left out with a warning."""
-        return self._readable(_read_shards([self.shards[shard]], self.needs), _Broken("Skipped"))
+        return self._readable(_read_shards([self.shards[shard]], self.needs), CountedWarnings("Skipped"))
 
     def stream(
         self,
@@ -86,7 +86,7 @@ class Shards:
         worker = data.get_worker_info()
         if worker is not None and worker.id >= self.parts(process_index, num_processes):
             return
-        broken, waiting = _Broken("Replaced by another"), 0
+        broken, waiting = CountedWarnings("Replaced by another"), 0
         recent = deque(maxlen=REACH)  # newest first, without those known to be broken
         for pass_number in count():
             readable = False
@@ -199,13 +199,13 @@ def hash_lines(lines: Iterable[str]) -> str:
     return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
 
 
-class _Broken:
-    """Counts broken records and warns of the first ten, then of every hundredth."""
+class CountedWarnings:
+    """Warns of the first ten times that something was left out, say, then of every hundredth, with their number."""
 
     def __init__(self, fate: str):
         self.fate, self.number = fate, 0
 
-    def __call__(self, error: ValueError) -> None:
+    def __call__(self, error: ValueError | str) -> None:
         self.number += 1
         if self.number <= 10 or self.number % 100 == 0:
             warnings.warn(f"{error} {self.fate}, as {self.number} so far.", stacklevel=2)

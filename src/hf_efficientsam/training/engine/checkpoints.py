@@ -1,15 +1,19 @@
 """Checkpoints of a run, and folders that appear only when they are complete."""
 
 import errno
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
+
+logger = logging.getLogger(__name__)
 
 
 class SaveError(RuntimeError):
@@ -116,19 +120,47 @@ class Checkpoints:
 
     def resume(self) -> int:
         """
-        Loads the newest state and returns its step; 0 if there is none. Called on every process.
+        Loads the newest state that is whole and returns its step; 0 if there is none. Called on every process. A
+        damaged one is put aside as `damaged_...`, with one line.
 
         Raises:
-            ValueError: if the processes do not find the same one, as their machines do not share the folder.
+            ValueError: if the processes do not find the same one, as their machines do not share the folder, or if all
+                are damaged.
         """
-        step = max(self.steps(), default=0)
-        if len(found := set(gather_object([step]))) > 1:
+        steps = self.steps()
+        if len(found := set(gather_object([max(steps, default=0)]))) > 1:
             raise ValueError(
                 f"The processes find checkpoints of different steps ({sorted(found)}) in {self.folder}; choose an "
                 "--output_dir that all machines share."
             )
-        if step:
-            self.accelerator.load_state(self.folder / f"step_{step:08d}")
-            # Its count of micro-batches, on which gradient accumulation rests, is of another split of the batch.
-            self.accelerator.step = 0
-        return step
+        for step in reversed(steps):
+            path = self.folder / f"step_{step:08d}"
+            damage = next(filter(None, gather_object([self._load(path)])), None)
+            if damage is None:
+                return step
+            logger.warning("The checkpoint %s is damaged (%s); an earlier one is looked for.", path, damage)
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                aside = self.folder / f"damaged_{step:08d}"
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+            self.accelerator.wait_for_everyone()
+        if steps:
+            raise ValueError(f"All checkpoints in {self.folder} are damaged; delete the run's folder to start anew.")
+        return 0
+
+    def _load(self, path: Path) -> str | None:
+        """Loads a state; what is wrong with it if it cannot be."""
+        try:
+            # Accelerate would go on without random states that it cannot read. A process more than before has none.
+            states = path / f"random_states_{self.accelerator.process_index}.pkl"
+            if self.accelerator.is_main_process or states.exists():
+                torch.load(states, weights_only=False)
+            self.accelerator.load_state(path)
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged files make torch, pickle and safetensors raise nearly anything
+            return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        # Its count of micro-batches, on which gradient accumulation rests, is of another split of the batch.
+        self.accelerator.step = 0
+        return None

@@ -57,6 +57,9 @@ class RunConfig:
     # Output.
     trackers: list[str] = field(default_factory=list, metadata={"help": "tensorboard, trackio, or both"})
     save_steps: PositiveInt = field(default=1000, metadata={"help": "a checkpoint every so many steps"})
+    save_minutes: NotNegativeFloat = field(
+        default=10, metadata={"help": "and every so many minutes, and when the run is stopped (0: at steps only)"}
+    )
     log_steps: PositiveInt = field(default=20, metadata={"help": "a row of the log every so many steps"})
     image_steps: PositiveInt = field(default=1000, metadata={"help": "an image of results every so many steps"})
 

@@ -1,5 +1,6 @@
 """Batches of an epoch, and the batches of each optimiser step, however the run was cut into processes and restarts."""
 
+import signal
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -40,12 +41,23 @@ def epoch_loader(
         raise ValueError(f"{images} images are less than one step; lower --global_batch_size {global_batch_size}.")
     batches_a_step = accelerator.gradient_accumulation_steps * accelerator.num_processes
     options |= {"batch_size": global_batch_size // batches_a_step, "num_workers": num_workers}
-    options |= {"persistent_workers": num_workers > 0, "pin_memory": accelerator.device.type == "cuda"}
+    options |= {
+        "worker_init_fn": leave_signals_to_main,
+        "persistent_workers": num_workers > 0,
+        "pin_memory": accelerator.device.type == "cuda",
+    }
     if streamed:
         return DataLoader(data, **options), steps
     sampler = RandomSampler(data, num_samples=steps * global_batch_size)
     loader = DataLoader(data, sampler=sampler, **options)
     return accelerator.prepare_data_loader(loader, device_placement=False), steps
+
+
+def leave_signals_to_main(worker: int) -> None:
+    """A worker goes on when a terminal or a scheduler signals all processes, so that the step can be ended and saved;
+    it ends with the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def step_batches(

@@ -88,14 +88,16 @@ class MetricsLog:
         Args:
             step: the step just done.
             images: how many images it took, on all processes.
-            values: tensors `[]` are averaged, over the processes and the steps since the last row; numbers (a
-                learning rate) are written as they are now. Always the same names.
+            values: tensors `[]` are averaged, over the processes and the steps since the last row but those where one
+                is not finite; numbers (a learning rate) are written as they are now. Always the same names.
         """
         means = {name: value.detach().float() for name, value in values.items() if isinstance(value, torch.Tensor)}
-        self.sums = self.sums + self.accelerator.reduce(torch.stack(list(means.values())), "mean")
-        self.summed, self.images = self.summed + 1, self.images + images
+        own = self.accelerator.reduce(torch.stack(list(means.values())), "mean")
+        self.images += images
+        if own.isfinite().all():
+            self.sums, self.summed = self.sums + own, self.summed + 1
         self.progress.update()
-        if step % self.every and step != self.steps:
+        if (step % self.every and step != self.steps) or not self.summed:
             return
         means = dict(zip(means, (self.sums / self.summed).tolist(), strict=True))
         images, self.sums, self.summed, self.images = self.images, torch.zeros(()), 0, 0

@@ -1,8 +1,8 @@
-"""Parameter groups, learning rates of layers, the average of the weights, and a check that losses are finite."""
+"""Parameter groups, learning rates of layers, the average of the weights, and what is done about infinite losses."""
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from accelerate import Accelerator
@@ -62,21 +62,31 @@ def weight_average(model: nn.Module, decay: float) -> AveragedModel | None:
     return AveragedModel(model, multi_avg_fn=update)
 
 
-def stop_unless_finite(
-    accelerator: Accelerator, loss: torch.Tensor, grad_norm: torch.Tensor | float, step: int, images: list
-) -> None:
+def clip_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
     """
-    Raises FloatingPointError on all processes if the loss or the gradient of one of them is not finite, naming its
-    images. Called on every process before the step is saved, with its own loss `[]` and images. In float16 a gradient
-    may be infinite: the step is then left out and the next one scaled less.
+    Clips the gradients to a norm and returns the one that they had. If it is not finite they are removed, so that the
+    optimizer's step changes nothing; in float16 the scaler sees to that.
+    """
+    parameters = list(parameters)
+    norm = accelerator.clip_grad_norm_(parameters, max_norm)
+    if accelerator.scaler is None and not math.isfinite(norm):
+        for parameter in parameters:
+            parameter.grad = None
+    return norm
+
+
+def describe_unless_finite(
+    accelerator: Accelerator, loss: torch.Tensor, grad_norm: torch.Tensor | float, images: list
+) -> str | None:
+    """
+    What is not finite, loss or gradient, on any process, with the images of that process; None if all is. Called on
+    every process with its own loss `[]` and images. In float16 a gradient may be infinite: the next step is then
+    scaled less.
     """
     grad_norm = 0.0 if accelerator.scaler is not None else grad_norm
     if accelerator.reduce(loss.detach().float() + float(grad_norm), "mean").isfinite():
-        return
+        return None
     names = ", ".join(map(str, images))
     fine = loss.isfinite() and math.isfinite(grad_norm)
     problems = gather_object([None if fine else f"{loss.item()} (gradient {float(grad_norm)}) on the images {names}"])
-    raise FloatingPointError(
-        f"The loss of step {step} is {'; '.join(filter(None, problems))}. It is not saved; look at these "
-        "images or lower the learning rate, and start again from the last checkpoint."
-    )
+    return "; ".join(filter(None, problems))

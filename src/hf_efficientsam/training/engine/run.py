@@ -2,8 +2,14 @@
 
 import dataclasses
 import json
+import logging
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +20,20 @@ from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from .checkpoints import Checkpoints, SaveError
 from .config import RunConfig
 from .metrics_log import MetricsLog, tracker_arguments
+from .optimization import describe_unless_finite
 from .reports import replace_text
+
+MAX_LEFT_OUT = 5  # steps in a row whose loss or gradient is not finite
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingStopped(RuntimeError):
-    """What ended a run after its start; the message is one sentence for the user."""
+    """What ended a run after its start: one sentence for the user, and the exit code of the process."""
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.code = code
 
 
 def start_accelerator(config: RunConfig, fsdp: bool = False, **options) -> Accelerator:
@@ -71,10 +86,11 @@ class TrainingRun:
             for step, batches in step_batches(run.accelerator, loader, done, steps, epoch_steps):
                 ...
                 run.log.add(step, images=config.global_batch_size, loss=loss)
-                if run.is_due(step, config.save_steps):
+                if run.is_save_due(step):
                     run.save(step)
 
-    An error of data, disk or numbers in the loop becomes `TrainingStopped`; one before `resume` stays as it is.
+    An error of data, disk or numbers in the loop becomes `TrainingStopped`; one before `resume` stays as it is. After
+    SIGTERM or Ctrl-C the step is ended and saved, then the run stops; a second Ctrl-C stops it at once.
 
     Args:
         accelerator: of `start_accelerator`.
@@ -87,13 +103,15 @@ class TrainingRun:
 
     def __init__(self, accelerator: Accelerator, config: RunConfig, project: str, streamed: bool = False):
         self.accelerator, self.config, self.project, self.streamed = accelerator, config, project, streamed
-        self.output_dir = Path(config.output_dir)
+        self.output_dir, self.signal, self.handlers, self.left_out = Path(config.output_dir), 0, {}, 0
         self.checkpoints = Checkpoints(accelerator, self.output_dir / "checkpoints")
 
     def __enter__(self) -> "TrainingRun":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if error is None:
             if self.log is not None:
                 self.log.close()
@@ -103,6 +121,11 @@ class TrainingRun:
             self.accelerator.end_training()
         elif self.log is not None and isinstance(error, FloatingPointError | OSError | SaveError | ValueError):
             raise TrainingStopped(last_line(error)) from error
+        elif self.log is not None and isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+            raise TrainingStopped(
+                "A process that reads images was killed, mostly as memory ran out; start again to go on, with fewer "
+                "--num_workers or --batch_size."
+            ) from error
 
     def resume(self, steps: int, state: list[Any]) -> int:
         """
@@ -131,17 +154,65 @@ class TrainingRun:
                 f"{self.output_dir} holds a finished run; choose another --output_dir for a new one, or delete it."
             )
         log.start(done, self.project, dataclasses.asdict(self.config))
-        self.log = log
+        self.log, self.saved = log, time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         return done
+
+    def _stop(self, number: int, frame: Any) -> None:
+        """Notes a signal for `is_save_due`."""
+        if number == self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        if self.accelerator.is_main_process:
+            print("\nThe run stops once this step is saved; Ctrl-C stops it at once.", file=sys.stderr)
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether what happens every so many steps happens now; it does after the last."""
         return step % every == 0 or step == self.steps
 
+    def check_finite(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor | float, images: list) -> None:
+        """
+        Says if a step was left out because its loss or gradient is not finite, see `clip_gradients`. Called on every
+        process with its own loss `[]` and images.
+
+        Raises:
+            FloatingPointError: for the last of `MAX_LEFT_OUT` such steps in a row, or of the run.
+        """
+        problem = describe_unless_finite(self.accelerator, loss, grad_norm, images)
+        self.left_out = self.left_out + 1 if problem else 0
+        if problem and (self.left_out == MAX_LEFT_OUT or step == self.steps):
+            raise FloatingPointError(
+                f"The loss of step {step} is {problem}, as were {self.left_out} in a row. They changed nothing; train "
+                "with a lower --learning_rate into a new --output_dir, or remove these images."
+            )
+        if problem and self.accelerator.is_main_process:
+            logger.warning("The loss of step %s is %s; the step is left out.", step, problem)
+
+    def is_save_due(self, step: int) -> bool:
+        """Whether model and checkpoint are to be saved after a step: by number, by time, or as the run is to stop. The
+        same on every process, on each of which it is called."""
+        late = 0 < 60 * self.config.save_minutes < time.monotonic() - self.saved
+        now = torch.tensor([[late, self.signal]], device=self.accelerator.device)
+        late, self.signal = self.accelerator.gather(now).amax(0).tolist()
+        return self.is_due(step, self.config.save_steps) or bool(late or self.signal)
+
     def save(self, step: int) -> None:
-        """A checkpoint and the plots. After the model itself is saved, so that a finished run has its model."""
+        """
+        A checkpoint and the plots. After the model itself is saved, so that a finished run has its model.
+
+        Raises:
+            TrainingStopped: once all is saved, if the run is to stop.
+        """
         self.log.plot()
         self.checkpoints.save(step)
+        self.saved = time.monotonic()
+        if self.signal and step < self.steps:
+            name = signal.Signals(self.signal).name
+            raise TrainingStopped(
+                f"Stopped by {name} after step {step}, which is saved; start again with the same options to go on.",
+                128 + self.signal,
+            )
 
 
 def check_same_run(config: RunConfig, num_processes: int, streamed: bool) -> None:
@@ -153,7 +224,7 @@ def check_same_run(config: RunConfig, num_processes: int, streamed: bool) -> Non
         ValueError: if a run with another configuration is there, which resuming would mix with this one.
     """
     folder, now = Path(config.output_dir), dataclasses.asdict(config)
-    free = {"save_steps", "log_steps", "image_steps", "trackers", "output_dir", "cache_dir"}
+    free = {"save_steps", "save_minutes", "log_steps", "image_steps", "trackers", "output_dir", "cache_dir"}
     if streamed:
         now["num_processes"] = num_processes
     else:
@@ -183,19 +254,37 @@ def check_device(name: str | None) -> None:
 
 def run_script(name: str, main: Callable[[], None]) -> None:
     """Calls a script's `main`. What a user can mend ends it with one sentence: exit code 2 for what cannot be run, 1
-    for a run that stopped (a full disk, a broken image)."""
+    for a run that stopped (a full disk, a broken image), 128 and the signal's number for one that was stopped."""
     try:
-        main()
+        with log_shown():
+            main()
     except (OSError, SaveError, ValueError) as error:
         message, code = last_line(error), 2
     except TrainingStopped as error:
-        message, code = str(error), 1
+        message, code = str(error), error.code
+    except KeyboardInterrupt:
+        message, code = "Stopped by Ctrl-C.", 128 + signal.SIGINT
     else:
         return
     print(f"\n{name}: {message}", file=sys.stderr)
     raise SystemExit(code)
 
 
+@contextmanager
+def log_shown() -> Iterator[None]:
+    """What the package logs, such as what a reader leaves out, is shown on stderr; of several processes' the first's,
+    and the others' errors."""
+    logger, handler = logging.getLogger("hf_efficientsam"), logging.StreamHandler()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+
+
 def last_line(error: BaseException) -> str:
     """Of what a worker of a DataLoader raises, which comes with its traceback, the sentence at its end."""
-    return str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+    text = str(error).strip()
+    return text.splitlines()[-1].removeprefix("ValueError: ") if text.startswith("Caught ") else text

@@ -10,8 +10,9 @@ import torch
 from torch.utils.data import Dataset
 
 from hf_efficientsam.training.data.augment import any_masks, crop_image, crop_masks, random_crop_flip
-from hf_efficientsam.training.data.coco import CocoMasks, Sample, with_folders
+from hf_efficientsam.training.data.coco import AnnotationConfig, CocoMasks, Sample, with_folders
 from hf_efficientsam.training.data.dataset_masks import DatasetMasks
+from hf_efficientsam.training.data.folder_masks import FolderMasks, open_annotations
 from hf_efficientsam.training.data.images import hash_key, normalize
 from hf_efficientsam.training.data.sa1b import Sa1bShards
 from hf_efficientsam.training.data.shards import Streamed, hash_lines, shared_number
@@ -48,12 +49,12 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class MaskDataConfig:
+class MaskDataConfig(AnnotationConfig):
     """Which masks are trained on, and how their images are augmented."""
 
     train: list[str] = field(
         default_factory=list,
-        metadata={"help": "COCO-style json files, `images` beside each; one named twice weighs double"},
+        metadata={"help": "COCO-style json files, or folders with images/ and masks/; one named twice weighs double"},
     )
     images: list[str] = field(
         default_factory=list, metadata={"help": "folder of the json files' images, or one for each"}
@@ -237,7 +238,7 @@ class StreamedMasks(Streamed, _Items):
         return self.make(f"{sample.source}/{key}", sample, hash_key(key))
 
 
-def open_masks(options: MaskDataConfig) -> list[CocoMasks] | list[DatasetMasks] | Sa1bShards:
+def open_masks(options: MaskDataConfig) -> list[CocoMasks | FolderMasks] | list[DatasetMasks] | Sa1bShards:
     """
     The sources that are given.
 
@@ -245,13 +246,15 @@ def open_masks(options: MaskDataConfig) -> list[CocoMasks] | list[DatasetMasks] 
         ValueError: if none or more than one kind is given, or if it cannot be opened.
     """
     if sum(map(bool, (options.train, options.dataset, options.shards))) != 1:
-        raise ValueError("Give --train COCO-style json files, or --dataset, or --shards.")
+        raise ValueError("Give --train COCO-style json files or folders, or --dataset, or --shards.")
     if options.shards:
-        return Sa1bShards(options.shards)
+        return Sa1bShards(options.shards, reading=options)
     if options.dataset:
-        return [DatasetMasks(options.dataset, options.split, options.image_column, options.mask_column)]
+        return [
+            DatasetMasks(options.dataset, options.split, options.image_column, options.mask_column, reading=options)
+        ]
     pairs = with_folders(options.train, options.images, "--train")
-    read = {pair: CocoMasks(*pair) for pair in dict.fromkeys(pairs)}
+    read = {pair: open_annotations(*pair, options) for pair in dict.fromkeys(pairs)}
     return [read[pair] for pair in pairs]
 
 

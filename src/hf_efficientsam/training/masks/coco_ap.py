@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import compress
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from faster_coco_eval import COCO, COCOeval_faster
 from PIL import Image
 from pycocotools import mask as rle_codec
 
-from hf_efficientsam.training.data.coco import CocoMasks, read_json, to_rle
+from hf_efficientsam.training.data.coco import CocoMasks, to_rle
+from hf_efficientsam.training.data.reading import read_headers, refuse_if_any, say_what_is_read
 
 from .evaluation import masks_at_once
 from .metrics import filled_box, mask_iou
@@ -44,12 +46,14 @@ class Truth(CocoMasks):
         annotations: COCO-style json with the true masks; it is LVIS's if its images have `neg_category_ids`.
         images: the folder of the images; by default `images` beside the annotations.
         limit: only the first so many images of the annotations.
+        crowds: "keep" makes objects of crowds, which else are neither missed nor found, as COCO counts.
 
-    Raises ValueError or FileNotFoundError, with one sentence, for files that are not there, broken, or do not fit.
+    Raises ValueError or FileNotFoundError, with one sentence, for files that are not there, broken, or do not fit, and
+    where masks are drawn on an image that is not upright, as boxes of detections would be, too.
     """
 
-    def __init__(self, annotations: str, images: str | None = None, limit: int | None = None):
-        self._read(annotations, images, limit)
+    def __init__(self, annotations: str, images: str | None = None, limit: int | None = None, crowds: str = "auto"):
+        self._read(annotations, images, limit, crowds)
         by_image = defaultdict(list)
         for annotation in self.truth["annotations"]:
             if not annotation["iscrowd"]:
@@ -58,12 +62,23 @@ class Truth(CocoMasks):
         own = [by_image[record["id"]] for record in self.records]
         self.rles = [[annotation["segmentation"] for annotation in annotations] for annotations in own]
         self.annotation_ids = [[annotation["id"] for annotation in annotations] for annotations in own]
-        self.files = [self._find(record) for record in self.records]
+        self._find_upright()
 
-    def _read(self, annotations: str, images: str | None, limit: int | None) -> None:
-        self.annotations = Path(annotations)
-        self.images = Path(images) if images is not None else self.annotations.parent / "images"
-        self.truth = read_json(self.annotations)
+    def _find_upright(self) -> None:
+        """The files of the images, which must be upright for the masks."""
+        self.files = self._find(self.records)
+        headers = read_headers(self.files, str(self.annotations))
+        turned = [orientation > 1 for orientation in self._orientations(self.records, self.files, headers, None)]
+        refuse_if_any(
+            compress(self.files, turned), f"Masks of {self.annotations} lie as images are before EXIF turns them"
+        )
+
+    def _read(self, annotations: str, images: str | None, limit: int | None, crowds: str = "auto") -> None:
+        # AP is COCO's, which trusts the marks.
+        self.truth = self._open(annotations, images, "skip" if crowds == "auto" else crowds)
+        crowds = Counter({"crowds": sum(one["iscrowd"] for one in self.truth["annotations"])})
+        kept = f"{len(self.truth['images'])} images with {len(self.truth['annotations']) - crowds.total()} masks"
+        say_what_is_read(annotations, kept, crowds)
         self.is_lvis = any("neg_category_ids" in record for record in self.truth["images"])
         _complete(self.truth, self.annotations, self.is_lvis)
         self.evaluated = self.truth["images"][:limit]
@@ -111,8 +126,10 @@ class Detections(Truth):
     Raises ValueError or FileNotFoundError as `Truth` does.
     """
 
-    def __init__(self, annotations: str, path: str, images: str | None = None, limit: int | None = None):
-        self._read(annotations, images, limit)
+    def __init__(
+        self, annotations: str, path: str, images: str | None = None, limit: int | None = None, crowds: str = "auto"
+    ):
+        self._read(annotations, images, limit, crowds)
         self.detections = _read_detections(path, self.truth, annotations)
         by_image = defaultdict(list)
         for number, detection in enumerate(self.detections):
@@ -123,7 +140,7 @@ class Detections(Truth):
                 numbers[:] = sorted(best[:LVIS_DETECTIONS])
         self.records = [record for record in self.evaluated if record["id"] in by_image]
         self.numbers = [by_image[record["id"]] for record in self.records]
-        self.files = [self._find(record) for record in self.records]
+        self._find_upright()
         self.rles = self.annotation_ids = [[] for _ in self.records]  # the images' masks are in `truth`
 
     def __getitem__(self, index: int) -> DetectionSample:
@@ -233,7 +250,6 @@ def _complete(truth: dict, path: Path, is_lvis: bool) -> None:
         annotation |= {"segmentation": rle, "id": number}
         annotation.setdefault("area", float(rle_codec.area(rle)))
         annotation.setdefault("bbox", rle_codec.toBbox(rle).tolist())
-        annotation.setdefault("iscrowd", 0)
     ids = sorted({annotation["category_id"] for annotation in truth["annotations"]})
     truth.setdefault("categories", [{"id": number} for number in ids])
     if is_lvis and not all("frequency" in category for category in truth["categories"]):

@@ -1,0 +1,63 @@
+"""Masks that are stored as images: which pixels are an object, and how many objects there are."""
+
+import numpy as np
+from PIL import Image
+
+MAP_MODES = ("P", "I", "I;16", "I;16B", "I;16L")  # of label images alone: their values are no shades
+FLAT_RATIO = 0.75  # of a label image's pixels at least so many look like their neighbours
+
+
+def mask_values(image: Image.Image) -> np.ndarray:
+    """
+    The values [H,W] of a mask's image: shades, labels, or a number for each colour, 0 for black. Transparent pixels of
+    a cut-out are 0.
+
+    Raises:
+        ValueError: for floats, and where both colour and transparency could be the mask.
+    """
+    if image.mode in ("1", "L", *MAP_MODES):
+        return np.asarray(image)
+    if image.mode not in ("LA", "RGB", "RGBA"):
+        raise ValueError(f"a mask is an image of mode {image.mode}, but 8, 16 or 32 bits or colours are needed")
+    channels = np.moveaxis(np.asarray(image), 2, 0).astype(np.int32)
+    if image.mode in ("LA", "RGBA"):
+        *colors, alpha = channels
+        if (alpha != alpha[0, 0]).any():
+            if any((color != color[0, 0]).any() for color in colors):
+                raise ValueError("a mask has both colours and transparency; save it with one channel")
+            return alpha.astype(np.uint8)
+        channels = np.stack(colors)
+    if (channels == channels[:1]).all():
+        return channels[0].astype(np.uint8)
+    return channels[0] << 16 | channels[1] << 8 | channels[2]
+
+
+def is_soft(values: np.ndarray) -> bool:
+    """
+    Whether a mask's shades [H,W] between black and its brightest are the soft edge of one object, and no labels:
+    labels lie side by side in areas, shades of an edge differ from pixel to pixel.
+    """
+    between = (values > 0) & (values < values.max(initial=0))
+    if values.dtype != np.uint8 or not between.any():
+        return False
+    flat = _like_a_neighbour(values) & _like_a_neighbour(values.T).T
+    return flat[between].mean() < FLAT_RATIO
+
+
+def one_object(values: np.ndarray) -> np.ndarray:
+    """The pixels [H,W] of a mask's object: of a soft edge what is at least half as bright as the brightest."""
+    return values >= values.max() / 2 if is_soft(values) else values != 0
+
+
+def all_objects(values: np.ndarray) -> list[np.ndarray]:
+    """The pixels [H,W] of each object: one of a soft edge, else one for each value but 0."""
+    if is_soft(values):
+        return [one_object(values)]
+    return [values == value for value in np.unique(values) if value != 0]
+
+
+def _like_a_neighbour(values: np.ndarray) -> np.ndarray:
+    """Whether each pixel has the value of the one left or right of it."""
+    same = values[:, 1:] == values[:, :-1]
+    edge = np.zeros((len(values), 1), bool)
+    return np.hstack([edge, same]) | np.hstack([same, edge])
