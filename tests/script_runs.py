@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -77,14 +78,24 @@ def run_forked_script(script: str, arguments: list[str], before: Callable[[], No
 
 def kill_after_step_5() -> None:
     """Ends the process once its fifth step is done and logged, two after a checkpoint."""
+    after_step_5(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def stop_all_after_step_5() -> None:
+    """Tells the process and its workers to stop, as a scheduler or a terminal does."""
+    os.setsid()
+    after_step_5(lambda: subprocess.run(["kill", "-TERM", "--", f"-{os.getpgrp()}"], check=True, process_group=0))
+
+
+def after_step_5(action: Callable[[], Any]) -> None:
     add = MetricsLog.add
 
-    def add_and_die(self, step, **values):
+    def add_and_act(self, step, **values):
         add(self, step, **values)
         if step == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
+            action()
 
-    MetricsLog.add = add_and_die
+    MetricsLog.add = add_and_act
 
 
 def check_that_the_model_is_freed() -> None:

@@ -10,14 +10,16 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_efficientsam.training.data.coco_json import read_json
+from hf_efficientsam.training.data.coco_json import find_folder, read_json
 from hf_efficientsam.training.engine.config import PositiveInt, parse_config
 from hf_efficientsam.training.engine.run import run_script
 
 
 @dataclass(frozen=True)
 class FilterConfig:
-    annotations: str = field(default="", metadata={"help": "COCO-style json file, `images` beside it"})
+    annotations: str = field(
+        default="", metadata={"help": "COCO-style json file, its images where `--train` finds them"}
+    )
     output: str = field(default="", metadata={"help": "json file to write, in a folder of its own"})
     sources: list[str] = field(default_factory=list, metadata={"help": "only images of these; by default of all"})
     limit: PositiveInt | None = field(default=None, metadata={"help": "so many of them at most, evenly spread"})
@@ -38,10 +40,10 @@ def main(arguments: list[str] | None = None) -> None:
     if not config.annotations or not config.output:
         raise ValueError("Give --annotations a COCO-style json file and --output the name of another.")
     source, output = Path(config.annotations), Path(config.output)
-    link, images = output.parent / "images", (source.parent / "images").resolve()
+    content = read_json(source)
+    link, images = output.parent / "images", find_folder(source, content["images"]).resolve()
     if link.exists() and link.resolve() != images:
         raise ValueError(f"{link} is there and is not {images}; choose --output in a folder of its own.")
-    content = read_json(source)
     chosen = choose_images(content["images"], config.sources, config.limit)
     numbers = {image["id"] for image in chosen}
     annotations = [annotation for annotation in content["annotations"] if annotation["image_id"] in numbers]

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Sequence
@@ -23,6 +24,7 @@ from script_runs import (
     run,
     start,
     steps_saved,
+    stop_all_after_step_5,
     stopped_after,
     weights,
 )
@@ -136,6 +138,31 @@ def test_a_killed_and_resumed_run_ends_as_one_that_was_not(arguments, whole, tmp
     run("finetune_masks", *given)
     assert_equal(output, whole)
     assert steps_saved(output) == ["step_00000006", "step_00000007"]
+
+
+def test_a_run_that_is_told_to_stop_saves_its_step_and_ends_as_one_that_was_not(arguments, whole, tmp_path):
+    """Its worker gets the signal too."""
+    output = tmp_path / "run"
+    given = [*arguments, "--output_dir", output, "--num_workers", 1]
+    stopped = fork("finetune_masks", *given, before=stop_all_after_step_5)
+    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+    assert "Stopped by SIGTERM after step 5, which is saved" in stopped.stderr.splitlines()[-1]
+    assert "Traceback" not in stopped.stderr and steps_saved(output) == ["step_00000003", "step_00000005"]
+    run("finetune_masks", *given)
+    assert_equal(output, whole)
+
+
+def test_a_folder_of_images_and_masks_is_trained_on(recipe, tiny_model, tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / "own" / kind).mkdir(parents=True)
+    for i in range(8):
+        Image.new("RGB", (40, 30), (30 * i, 0, 0)).save(tmp_path / "own" / "images" / f"{i}.jpg")
+        mask = np.zeros((30, 40), np.uint8)
+        mask[3:12, 4:20], mask[15:28, 20:38] = 1, 2
+        Image.fromarray(mask).save(tmp_path / "own" / "masks" / f"{i}.png")
+    options = ["--config", recipe, "--train", tmp_path / "own", "--model", tiny_model, "--steps", 2]
+    said = run("finetune_masks", *options, "--output_dir", tmp_path / "run")
+    assert "8 images with 16 masks" in said and (tmp_path / "run" / "model").is_dir()
 
 
 @pytest.mark.parametrize("batch_size", [2, 1])

@@ -116,6 +116,20 @@ def test_broken_file_is_named(folder):
             ImageViews(FolderImages([folder]), 32)[3]
 
 
+def test_files_that_cannot_be_opened_are_all_named_at_the_start(folder):
+    for name in ("1.png", "3.png"):
+        (folder / name).write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"(?s)broken; .* \(2\):.*1\.png cannot be read .*3\.png cannot be read"):
+        open_images(images=[str(folder)])
+
+
+def test_what_is_no_image_is_counted(folder, caplog):
+    for name in ("a.txt", "b.txt", "c.mp4", ".DS_Store"):
+        (folder / name).write_bytes(b"")
+    number = len(FolderImages([folder]))
+    assert f"{number} images; left out: 1 files ending in .mp4, 2 files ending in .txt." in caplog.text
+
+
 def test_folder_without_images(tmp_path):
     for name in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ValueError, match=f"no image .* under {name}"):
@@ -387,7 +401,7 @@ def test_a_broken_image_gives_its_place_in_a_stream_to_another(tmp_path):
     members = {f"{k}.png": encoded(k) for k in range(6)}
     members["2.png"], members["4.png"] = b"no image", members["4.png"][:100]
     source = ShardImages([write_shard(tmp_path / "a.tar", members)])
-    with pytest.warns(UserWarning, match=r"4\.png in .*a\.tar cannot be read as an image .* Skipped, as 2 so far"):
+    with pytest.warns(UserWarning, match=r"4\.png in .*a\.tar cannot be read as an image.* Skipped, as 2 so far"):
         assert [key for key, _ in source.read(0)] == ["0", "1", "3", "5"]
     with pytest.warns(UserWarning, match=r"\.png in .*a\.tar cannot be read as an image .* Replaced .* 2 so far"):
         items = list(islice(StreamedViews(source, 16), 6))

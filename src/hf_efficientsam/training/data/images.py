@@ -54,12 +54,14 @@ def open_images(
         shards: tar files, see `ShardImages`.
 
     Raises:
-        ValueError: if none or more than one is given, or if it cannot be opened.
+        ValueError: if none or more than one is given, if it cannot be opened, or files of folders are broken.
     """
     if sum(map(bool, (images, dataset, shards))) != 1:
         raise ValueError("Give exactly one of images (folders), dataset and shards.")
     if images:
-        return FolderImages(images)
+        source = FolderImages(images)
+        source.headers()  # names all broken files now: without them a run would be another one later
+        return source
     return DatasetImages(dataset, split, image_column) if dataset else ShardImages(shards)
 
 
@@ -92,7 +94,7 @@ class FolderImages:
                 raise ValueError(f"There is no image ({', '.join(IMAGE_SUFFIXES)}) under {folder}; check the folder.")
             keys |= found
         self.files = sorted(keys)
-        say_what_is_read(self.root, f"{len(self.files)} images", others)
+        say_what_is_read(self.root, f"{len(self.files)} images", Counter(dict(sorted(others.items()))))
 
     def __len__(self) -> int:
         return len(self.files)

@@ -1,6 +1,8 @@
 """Batches of an epoch, and the batches of each optimiser step, however the run was cut into processes and restarts."""
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -55,9 +57,17 @@ def epoch_loader(
 
 def leave_signals_to_main(worker: int) -> None:
     """A worker goes on when a terminal or a scheduler signals all processes, so that the step can be ended and saved;
-    it ends with the main process."""
+    it ends when the main process says so."""
+
+    def wait_for_main() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=wait_for_main, daemon=True).start()
 
 
 def step_batches(
