@@ -148,6 +148,7 @@ def call(function: Callable, arguments: tuple, environment: dict[str, str], outp
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ.clear()
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # of workers, as a user's; this process came from a server
     function(*arguments)
 
 

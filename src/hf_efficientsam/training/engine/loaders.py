@@ -1,5 +1,6 @@
 """Batches of an epoch, and the batches of each optimiser step, however the run was cut into processes and restarts."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -59,8 +60,10 @@ def leave_signals_to_main(worker: int) -> None:
     """A worker goes on when a terminal or a scheduler signals all processes, so that the step can be ended and saved;
     it ends when the main process says so."""
 
+    main_process = multiprocessing.parent_process().pid
+
     def wait_for_main() -> None:
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != main_process:
             pass
         os._exit(0)
 
