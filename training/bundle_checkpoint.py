@@ -24,6 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_efficientsam import EfficientSamModel, EfficientSamProcessor, EfficientSamSaliencyHead, bundled_checkpoint
 from hf_efficientsam.export.metrics_report import results_table
+from hf_efficientsam.inference.loading import resolve_name
 from hf_efficientsam.training.engine.checkpoints import replaced_folder
 from hf_efficientsam.training.engine.config import parse_config
 from hf_efficientsam.training.engine.reports import fill_between
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
 def make(config: BundleConfig, making: Path, card: str) -> None:
     """Everything of the checkpoint but its head into the folder `making`, with the prose of the model card `card`."""
     save_half_precision(config, making)
-    EfficientSamProcessor.from_pretrained(config.model).save_pretrained(making)
+    EfficientSamProcessor.from_pretrained(resolve_name(config.model)).save_pretrained(making)
     remove_code(making)
     evaluate = ["evaluate_masks", "--model", making, "--annotations", config.annotations]
     report = measure(making / "metrics.json", *evaluate, "--cases", making / "cases.png") | {"model": "bundled"}
@@ -110,7 +111,7 @@ def make(config: BundleConfig, making: Path, card: str) -> None:
 
 def save_half_precision(config: BundleConfig, folder: Path) -> None:
     """The model in half precision, its weights in two files."""
-    model = EfficientSamModel.from_pretrained(config.model, dtype=torch.float16)
+    model = EfficientSamModel.from_pretrained(resolve_name(config.model), dtype=torch.float16)
     names = ("pred_iou_thresh", "stability_score_thresh", "stability_score_offset")
     thresholds = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     model.config.mask_generation = model.config.mask_generation | thresholds

@@ -1,14 +1,18 @@
 """The command itself: version, help, and a process of its own."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from commands import POINT, run, run_segment
 
 from hf_efficientsam import __version__
+from hf_efficientsam.cli import main
 
 
 def test_version_and_help_are_printed():
@@ -28,3 +32,42 @@ def test_a_process_prints_the_document_and_nothing_else(photo, model):
     assert json.loads(result.stdout)["objects"] == run_segment(photo, "--point", POINT, model=model)["objects"]
     result = subprocess.run([*command, "--point", "nan,1"], capture_output=True, text=True, timeout=300)
     assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+
+
+# Ends in C code that does not look at signals, as torch's does not, or in the middle of an import.
+STUBS = {
+    "computing": "def app():\n    import ctypes; print('ready', flush=True); ctypes.CDLL(None).sleep(60)",
+    "importing": "print('ready', flush=True); import time; time.sleep(60)",
+}
+
+
+@pytest.mark.parametrize("moment", STUBS)
+def test_ctrl_c_ends_a_command_at_once_with_one_line(tmp_path, moment):
+    package = tmp_path / "hf_efficientsam"
+    (package / "cli").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "cli" / "__init__.py").touch()
+    (package / "cli" / "app.py").write_text(STUBS[moment])
+    (package / "cli" / "main.py").write_bytes(Path(main.__file__).read_bytes())
+    command = [sys.executable, "-m", "hf_efficientsam.cli.main"]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)  # half of what the stub would take
+    assert process.returncode == 130 and said == "efficientsam: stopped by Ctrl+C\n"
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_the_command_starts(photo):
+    command = [sys.executable, "-m", "hf_efficientsam.cli.main", "everything", photo, "--output", photo.parent / "out"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    threading.Timer(2, process.send_signal, [signal.SIGINT]).start()
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 130 and said.splitlines()[-1] == "efficientsam: stopped by Ctrl+C"

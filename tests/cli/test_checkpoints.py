@@ -1,11 +1,15 @@
 """`efficientsam info` and `convert`, and what every command says of a checkpoint's name."""
 
+import errno
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
+import pytest
 import tiny
 import torch
 from commands import POINT, assert_refused, assert_segment_refused, run, run_segment
+from safetensors import SafetensorError
 from transformers import ViTConfig, ViTModel
 
 from hf_efficientsam import EfficientSamModel
@@ -117,6 +121,41 @@ def test_a_converted_checkpoint_is_as_the_options_say_and_segments(shared, tmp_p
     (tmp_path / "out" / "model.safetensors").unlink()
     assert run("convert", official, tmp_path / "out", *options, "--overwrite").exit_code == 0
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_convert_says_of_a_converted_checkpoint_that_it_is_one(model, tmp_path):
+    torch.save(EfficientSamModel.from_pretrained(model).state_dict(), tmp_path / "ours.pt")
+    for given in (model, model / "model.safetensors", tmp_path / "ours.pt"):
+        assert_refused(run("convert", given, tmp_path / "out"), str(given), "converted already", "--model")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("(os error 28)")])
+def test_a_full_disk_is_said_of_the_directory_that_convert_was_to_write(shared, tmp_path, monkeypatch, error):
+    official = shared / "golden" / "official_layout_checkpoint.pt"
+    monkeypatch.setattr(EfficientSamModel, "save_pretrained", Mock(side_effect=error))
+    options = ["--image-size", 128, "--num-attention-heads", 3, "--decoder-num-attention-heads", 4]
+    result = run("convert", official, tmp_path / "out", *options)
+    assert_refused(result, f"efficientsam: {tmp_path / 'out'}: No space left on device.")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["segment", "ADDRESS", "--point", POINT],
+        ["salient", "ADDRESS"],
+        ["everything", "ADDRESS", "--output", "out"],
+        ["convert", "ADDRESS", "out"],
+        ["publish", "ADDRESS", "org/name"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_an_address_is_refused_and_printed_as_it_was_given(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    address = "https://example.org/some//photo.jpg"
+    result = run(*(address if argument == "ADDRESS" else argument for argument in arguments))
+    assert_refused(result, f"{address}: an address is not read; download the file")
 
 
 def test_convert_refuses_wrong_files_and_options(shared, tmp_path):

@@ -1,6 +1,7 @@
 """`efficientsam segment` on one image."""
 
 import io
+import json
 import struct
 import zlib
 
@@ -286,3 +287,17 @@ def test_no_file_appears_if_one_cannot_be_written(photo, model):
     arguments = ["--point", POINT, "--output", photo.with_name("mask.png"), "--overlay", photo.parent / "file/o.png"]
     assert_refused(run("segment", photo, *arguments, "--model", model), "file")
     assert all_files(photo.parent) == {"photo.png", "file"}
+
+
+# ------------------------------------------------------------------------------------------------ warnings
+
+
+def test_a_box_beyond_the_image_is_clipped_and_the_command_says_so(photo, model):
+    arguments = ["segment", photo, "--box", f"-9,5,50,{HEIGHT + 3}", "--model", model, "--json"]
+    result = run(*arguments)
+    assert result.exit_code == 0
+    assert result.stderr.splitlines()[-1] == (
+        "efficientsam: a box reaches beyond the image; such boxes are clipped to their image."
+    )
+    found = json.loads(result.stdout)["objects"][0]["masks"]
+    assert found == run_segment(photo, "--box", f"0,5,50,{HEIGHT}", model=model)["objects"][0]["masks"]

@@ -78,6 +78,20 @@ def same(ours, theirs):
 # ------------------------------------------------------------------------------------------------ as torch
 
 
+def test_a_box_beyond_the_image_is_clipped_as_with_torch(plain, plain_checkpoint):
+    predictors = (
+        EfficientSamOnnxPredictor(plain, num_threads=1),
+        EfficientSamPredictor.from_pretrained(plain_checkpoint),
+    )
+    for predictor in predictors:
+        predictor.set_image(Image.open(BUS).reduce(8))
+        width, height = predictor.image.size
+        expected = predictor.predict(box=[0, 5, width, height])
+        with pytest.warns(UserWarning, match="clipped"):
+            found = predictor.predict(box=[-30, 5, 2 * width, height + 1])
+        assert all(map(np.array_equal, found, expected))
+
+
 @pytest.mark.parametrize("file", [BUS, ELEPHANT], ids=lambda file: file.stem)
 def test_answers_equal_torch(bundled, file):
     predictors = EfficientSamOnnxPredictor(bundled[0], num_threads=1), EfficientSamPredictor.from_pretrained()

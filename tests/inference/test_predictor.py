@@ -138,3 +138,13 @@ def test_wrong_questions(predictor):
     predictor.processor.image_processor.max_image_pixels = 10
     with pytest.raises(ValueError, match="pixels"):
         predictor.set_image(picture())
+
+
+def test_a_box_beyond_the_image_gives_what_the_clipped_one_gives(predictor):
+    beyond, clipped = [-7, 5, 900, 41], [0, 5, WIDTH, HEIGHT]
+    expected = predictor.predict(box=clipped)
+    with pytest.warns(UserWarning, match="clipped"):
+        found = predictor.predict(box=beyond)
+    assert all(map(np.array_equal, found, expected))
+    with pytest.warns(UserWarning, match="clipped"):
+        assert predictor.segment(boxes=[beyond]).boxes.tolist() == [clipped]

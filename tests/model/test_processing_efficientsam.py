@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -51,9 +52,11 @@ def test_golden_points(shared, case):
 
 
 def test_points_and_boxes_are_scaled_by_the_resize(processor):
-    inputs = processor([WIDE, TALL], input_points=[[[10, 20]], [[10, 20]]], input_boxes=[[[0, 5, 80, 40]]] * 2)
+    inputs = processor(
+        [WIDE, TALL], input_points=[[[10, 20]], [[10, 20]]], input_boxes=[[[0, 5, 80, 40]], [[0, 5, 15, 40]]]
+    )
     assert close(inputs["input_points"], [[[[8, 32]]], [[[32, 25.6]]]])
-    assert close(inputs["input_boxes"], [[[0, 8, 64, 64]], [[0, 6.4, 256, 51.2]]])
+    assert close(inputs["input_boxes"], [[[0, 8, 64, 64]], [[0, 6.4, 48, 51.2]]])
     processor.image_processor.keep_aspect_ratio = True
     inputs = processor([WIDE, TALL], input_points=[[[10, 20]], [[10, 20]]])
     assert inputs["reshaped_input_sizes"].tolist() == [[32, 64], [64, 26]]
@@ -204,12 +207,25 @@ def test_no_prompts_at_all(processor, nothing):
         processor.count_prompts(inputs)
 
 
-def test_the_border_of_the_image_is_inside_and_boxes_may_reach_out(processor):
-    inputs = processor(WIDE, input_points=[[[0, 0], [80, 40]]], input_boxes=[[[-20, -1, 100, 45]]])
-    assert close(inputs["input_points"], [[[[0, 0], [64, 64]]]])
-    assert close(inputs["input_boxes"], [[[-16, -1.6, 80, 72]]])
-    edge = processor(WIDE, input_boxes=[[[-10, -10, 5, 5], [-10, -10, 10, 10]]])
-    assert processor.count_prompts(edge) == [2]
+def test_the_border_of_the_image_is_inside(processor):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inputs = processor(WIDE, input_points=[[[0, 0], [80, 40]]], input_boxes=[[[0, 0, 80, 40]]])
+    assert close(inputs["input_points"], [[[[0, 0], [64, 64]]]]) and close(inputs["input_boxes"], [[[0, 0, 64, 64]]])
+
+
+def test_boxes_beyond_the_image_are_clipped_to_it_and_others_are_not_touched(processor):
+    inside, missing = [3.5, 2, 79, 39.5], [-10, -10, -10, -10]
+    with pytest.warns(UserWarning, match="beyond the image; such boxes are clipped") as said:
+        inputs = processor(
+            [WIDE, TALL], input_boxes=[[[-20, -1, 100, 45], inside, missing], [[-10, -10, 5, 5], [1, 2, 10**9, 1e9]]]
+        )
+    assert len(said) == 1
+    wide, tall = [[0, 0, 80, 40], inside, missing], [[0, 0, 5, 5], [1, 2, 20, 50]]
+    expected = processor([WIDE, TALL], input_boxes=[wide, tall])
+    assert torch.equal(inputs["input_boxes"], expected["input_boxes"])
+    assert close(inputs["input_boxes"][0, 1], [2.8, 3.2, 63.2, 63.2])
+    assert processor.count_prompts(inputs) == [2, 2]
 
 
 def test_input_masks(processor):

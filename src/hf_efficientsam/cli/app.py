@@ -1,16 +1,23 @@
 """The command `efficientsam`: segment images, by prompts or whole; describe, convert, export and publish checkpoints.
 
-Every wrong input ends in one sentence on stderr and exit code 2. Files appear whole or not at all. Each command is in
-a module of this folder, which is imported when that command is called or asked for its help: `--help` and `--version`
-of the whole do not wait for torch.
+Every wrong input ends in one sentence on stderr and exit code 2; a warning of this package is one sentence, too. Files
+appear whole or not at all. Each command is in a module of this folder, which is imported when that command is called or
+asked for its help: `--help` and `--version` of the whole do not wait for torch.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hf_efficientsam import __version__
+from hf_efficientsam.inference.image_files import describe_error
+
+PACKAGE = Path(__file__).parents[1]
 
 COMMANDS = {  # name: its module, and its line in the list that --help prints
     "segment": ("segment", "Cut out the objects that points and boxes show."),
@@ -48,18 +55,31 @@ class Commands(typer.core.TyperGroup):
 
     def invoke(self, ctx):
         try:
-            return super().invoke(ctx)
+            with warnings_as_sentences():
+                return super().invoke(ctx)
         except BrokenPipeError:  # the reader of our output has gone; typer knows what to do
             raise
         except (ValueError, OSError) as error:
-            typer.echo(f"efficientsam: {' '.join(explain(error).splitlines())}", err=True)
+            typer.echo(f"efficientsam: {describe_error(error)}", err=True)
             raise typer.Exit(2) from None
 
 
-def explain(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}."
-    return str(error)
+@contextmanager
+def warnings_as_sentences() -> Iterator[None]:
+    """Shows warnings of this package without the place in the code; others as before."""
+    before = warnings.showwarning
+
+    def show(message, category, filename, *place):
+        if category is UserWarning and Path(filename).is_relative_to(PACKAGE):
+            typer.echo(f"efficientsam: {message}", err=True)
+        else:
+            before(message, category, filename, *place)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 app = typer.Typer(

@@ -13,7 +13,7 @@ from hf_efficientsam.inference.loading import find_checkpoint, load_model
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
 
-from .options import check_output_directory, new_commands
+from .options import check_output_directory, local_path, new_commands
 
 commands = new_commands()
 
@@ -56,7 +56,9 @@ def describe_checkpoint(name: str, model: EfficientSamModel, processor: Efficien
 
 @commands.command("convert", no_args_is_help=True)
 def convert_command(
-    checkpoint: Annotated[Path, typer.Argument(help="Official file, such as efficient_sam_vitt.pt.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(parser=local_path, help="Official file, such as efficient_sam_vitt.pt.")
+    ],
     output: Annotated[Path, typer.Argument(help="Directory to write model and processor to.")],
     image_size: Annotated[int, typer.Option(min=16, help="Input side in pixels.")] = 1024,
     num_attention_heads: Annotated[
@@ -93,7 +95,9 @@ def export_command(
     variants: Annotated[
         list[Variant], typer.Option("--variant", help="Write a smaller variant, too. May be given several times.")
     ] = [],  # noqa: B006
-    images: Annotated[Path | None, typer.Option(help="Folder of images on which variants are measured.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(parser=local_path, help="Folder of images on which variants are measured.")
+    ] = None,
     allow_loss: Annotated[
         bool, typer.Option("--allow-loss", help="Write variants that lose more than 0.5 % of mask IoU, too.")
     ] = False,

@@ -26,6 +26,7 @@ from .options import (
     JsonOption,
     MaxPixelsOption,
     ModelOption,
+    local_path,
     new_commands,
 )
 from .reports import report_folder
@@ -41,7 +42,9 @@ BY_DEFAULT = "By default what the checkpoint's config says, else segment-anythin
 
 @commands.command("everything", no_args_is_help=True)
 def everything_command(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE_OR_DIR", help="An image, or a folder of images.")],
+    image: Annotated[
+        Path, typer.Argument(parser=local_path, metavar="IMAGE_OR_DIR", help="An image, or a folder of images.")
+    ],
     output: Annotated[Path, typer.Option(help="Folder for the results.")],
     points_per_side: Annotated[
         int, typer.Option(help="Points along each side of the grid that is laid over the image.")

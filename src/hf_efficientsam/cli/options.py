@@ -1,5 +1,7 @@
 """Options that several commands have, declared once, and what is checked for them."""
 
+import errno
+import re
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -8,6 +10,19 @@ from typing import Annotated
 import typer
 
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
+
+
+def local_path(text: str) -> Path:
+    """
+    An argument that names a file to read.
+
+    Raises:
+        FileNotFoundError: for an address such as https://..., of which a path would lose a slash.
+    """
+    if re.match(r"[a-z]+://", text, re.IGNORECASE):
+        raise FileNotFoundError(errno.ENOENT, "an address is not read; download the file and give its name", text)
+    return Path(text)
+
 
 MAX_PIXELS = EfficientSamImageProcessor.max_image_pixels
 OVERLAY_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -27,7 +42,7 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
-ImageArgument = Annotated[Path, typer.Argument(help="An image.")]
+ImageArgument = Annotated[Path, typer.Argument(parser=local_path, help="An image.")]
 MaskOption = Annotated[Path | None, typer.Option(help="PNG file for the mask.")]
 OverlayOption = Annotated[Path | None, typer.Option(help="Image file for a picture with the masks drawn in.")]
 ModelOption = Annotated[

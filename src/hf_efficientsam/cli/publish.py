@@ -14,16 +14,16 @@ from hf_efficientsam.export.publish import (
     made_repositories,
     upload,
 )
-from hf_efficientsam.inference.loading import bundled_checkpoint, is_bundled
+from hf_efficientsam.inference.loading import resolve_name
 
-from .options import new_commands
+from .options import local_path, new_commands
 
 commands = new_commands()
 
 
 @commands.command("publish", no_args_is_help=True)
 def publish_command(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a checkpoint.")],
+    directory: Annotated[Path, typer.Argument(parser=local_path, metavar="DIR", help="Directory of a checkpoint.")],
     name: Annotated[str, typer.Argument(metavar="REPO", help="Name of the repository on the Hub, such as org/name.")],
     push: Annotated[bool, typer.Option("--push", help="Upload; without it nothing leaves this machine.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make new repositories private.")] = False,
@@ -64,8 +64,7 @@ def publish_command(
         )
     if push:
         check_hub_in_reach()
-    if is_bundled(str(directory)):
-        directory = Path(bundled_checkpoint())
+    directory = Path(resolve_name(str(directory)))
     if demo and space is None:
         space = f"{name}-demo"
     provenance = Provenance(license, base_model, tuple(dataset or ()), evaluated_on)

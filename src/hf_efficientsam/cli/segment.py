@@ -36,7 +36,9 @@ commands = new_commands()
 
 @commands.command("segment", no_args_is_help=True)
 def segment_command(
-    image: Annotated[Path, typer.Argument(help="An image, or a folder of images (with --prompts).")],
+    image: Annotated[
+        Path, typer.Argument(parser=local_path, help="An image, or a folder of images (with --prompts).")
+    ],
     point: Annotated[
         list[str], typer.Option(metavar="X,Y", help="A point on the object. May be given several times.")
     ] = [],  # noqa: B006
@@ -68,7 +70,8 @@ def segment_command(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help='For a folder: a file of lines {"image": NAME, "points": ..., "labels": ..., "boxes": ...}.'
+            parser=local_path,
+            help='For a folder: a file of lines {"image": NAME, "points": ..., "labels": ..., "boxes": ...}.',
         ),
     ] = None,
     only_listed: Annotated[

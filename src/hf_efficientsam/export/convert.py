@@ -6,11 +6,13 @@ The conversion is strict: every key must be known, present and of the shape that
 import math
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 
+from hf_efficientsam.inference.image_files import errors_about
 from hf_efficientsam.model.configuration_efficientsam import EfficientSamConfig
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
@@ -20,6 +22,11 @@ from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
 class ConversionError(ValueError):
     """The file is no EfficientSAM checkpoint, or one that does not fit; the message lists what."""
 
+
+CONVERTED = (
+    "{} is converted already: its weights have this package's names, not the authors'; use the directory that the "
+    "conversion wrote, by from_pretrained or --model."
+)
 
 # Official name -> ours, as patterns of whole keys. `qkv` is split into three, the 1 x 1 convolution becomes linear.
 RENAMES = [
@@ -77,9 +84,11 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ConversionError: if it is no torch checkpoint or holds no state dict.
+        ConversionError: if it is no torch checkpoint, holds no state dict, or is converted already.
     """
     path = Path(path)
+    if (path / "config.json").is_file() or (path.is_file() and path.suffix == ".safetensors"):
+        raise ConversionError(CONVERTED.format(path))
     if not path.is_file():
         raise FileNotFoundError(f"No checkpoint file at {path}.")
     try:
@@ -94,6 +103,8 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state_dict.items()
     ):
         raise ConversionError(f"{path} holds no state dict: expected {{'model': {{name: tensor}}}}.")
+    if any(name.startswith("vision_encoder.") for name in state_dict):
+        raise ConversionError(CONVERTED.format(path))
     return state_dict
 
 
@@ -281,11 +292,13 @@ def convert(path: str | Path, output: str | Path, **options) -> EfficientSamMode
     side = model.config.vision_config.image_size
     image_processor = EfficientSamImageProcessor(size={"height": side, "width": side})
     output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+    with errors_about(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with errors_about(output), tempfile.TemporaryDirectory(dir=output.parent, prefix=".") as folder:
         model.save_pretrained(folder)
         EfficientSamProcessor(image_processor).save_pretrained(folder)
         output.mkdir(exist_ok=True)
+        shutil.rmtree(output / "saliency", ignore_errors=True)  # a head of the encoder that was there
         for stale in (*output.glob("*.safetensors*"), output / "metrics.json"):
             stale.unlink(missing_ok=True)  # of the model that was there
         for file in Path(folder).iterdir():

@@ -5,6 +5,7 @@ One reader for commands, folder runs, export and demo. What cannot be read is an
 
 import io
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from safetensors import SafetensorError
 
 from hf_efficientsam.model.image_reading_efficientsam import (
     HEIF_SUFFIXES,
@@ -108,11 +110,18 @@ def encode_mask(mask: np.ndarray, path: Path) -> bytes:
 
 @contextmanager
 def errors_about(path: Path) -> Iterator[None]:
-    """Errors of the operating system, which may name a temporary file or none, get the name of the user's."""
+    """
+    Errors of the operating system, which may name a temporary file or none, get the name of the user's file. So do
+    those that safetensors reports in words of its own.
+    """
     try:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+    except SafetensorError as error:
+        if (number := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def write_files(files: dict[Path, bytes]) -> None:

@@ -46,6 +46,11 @@ def is_bundled(name: str | None) -> bool:
     return name is None or name == "bundled"
 
 
+def resolve_name(name: str | None) -> str:
+    """A checkpoint's name for `from_pretrained`: the directory for what `is_bundled`, other names as they are."""
+    return bundled_checkpoint() if is_bundled(name) else str(name)
+
+
 def find_checkpoint(name: str | None = None) -> str:
     """
     The directory or Hub name to load, after all checks that can be made without loading.

@@ -99,7 +99,7 @@ class PredictorBase(ABC):
         Args:
             point_coords: `[P, 2]`, (x, y) in pixels of the image.
             point_labels: `[P]`, 1 on the object, 0 on the background; by default 1.
-            box: `[4]`, (x1, y1, x2, y2) in pixels of the image.
+            box: `[4]`, (x1, y1, x2, y2) in pixels of the image; clipped to it, with a warning.
             mask_input: `[1, h, w]`, low-resolution logits of an earlier call.
             multimask_output: three candidates, or one mask.
             return_logits: masks as logits instead of bool.
@@ -139,7 +139,7 @@ class PredictorBase(ABC):
         Args:
             points: for each object its points `[[x, y], ...]`, or `None`; any number each.
             labels: for each object the labels of its points, 1 on it and 0 on the background; by default 1.
-            boxes: for each object its box `[x1, y1, x2, y2]`, or `None`.
+            boxes: for each object its box `[x1, y1, x2, y2]`, clipped to the image with a warning, or `None`.
             masks: for each object low-resolution logits `[h, w]`.
             names: their labels in the result; by default "object".
             multimask_output: choose among three candidates, or take the single mask.
@@ -153,7 +153,8 @@ class PredictorBase(ABC):
         masks, scores = self.segment_candidates(points, labels, boxes, masks, multimask_output, best_only=True)
         found, iou_scores = masks[:, 0], scores[:, 0].clip(0, 1)
         tight = boxes_from_masks_np(found)
-        given = [np.float32(boxes[i]) if has(boxes, i) else tight[i] for i in range(len(found))]
+        limits = self.original_size[::-1] * 2
+        given = [np.float32(boxes[i]).clip(0, limits) if has(boxes, i) else tight[i] for i in range(len(found))]
         result_boxes = np.stack(given) if given else tight
         return SegmentationResult(found, iou_scores, iou_scores, result_boxes, list(names or ["object"] * len(found)))
 

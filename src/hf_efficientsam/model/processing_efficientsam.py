@@ -46,7 +46,7 @@ class EfficientSamProcessor(ProcessorMixin):
             input_labels: `[image][prompt][point]`, or `[image][point]`: 1 on the object, 0 on the background, -1 or
                 -10 for a point to be ignored. Without labels every point is on the object.
             input_boxes: `[image][prompt][x1, y1, x2, y2]`, or `[image][x1, y1, x2, y2]`. Prompt i has points i and
-                box i. A box may reach beyond the image.
+                box i. A box that reaches beyond the image is clipped to it, with a warning.
             input_masks: `[image][prompt][h][w]`, low-resolution logits (a quarter of the model input), all of one
                 size.
             original_sizes: `[B, 2]`, height and width of each image.

@@ -3,6 +3,7 @@
 Needs numpy only, so that the ONNX predictor takes the prompts that the processor takes, without torch.
 """
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ def prepare_prompts(
     _check_labels(labels, points)
     _check_points(points, labels, original_sizes)
     _check_boxes(boxes, original_sizes)
+    boxes = _clip_boxes(boxes, original_sizes)
     _check_masks(masks, points, boxes)
 
     num_prompts = max(len(image) for image in (*points, *boxes, *masks))
@@ -213,6 +215,20 @@ def _check_boxes(boxes: list, original_sizes: list):
                     f"Image {i}, prompt {q}: the box {box} lies entirely outside the image, which is {width} pixels "
                     f"wide and {height} high; boxes are x1, y1, x2, y2 in pixels of the image."
                 )
+
+
+def _clip_boxes(boxes: list, original_sizes: list) -> list[list[list]]:
+    """
+    Boxes with the parts beyond the image cut off, which the model has no positions for: it was trained without them,
+    and its masks get worse. Python shows the warning once a process, as its text is the same for all boxes.
+    """
+    clipped = [
+        [box if _is_missing(box) else np.clip(box, 0, (width, height) * 2).tolist() for box in image]
+        for image, (height, width) in zip(boxes, original_sizes, strict=True)
+    ]
+    if clipped != boxes:
+        warnings.warn("a box reaches beyond the image; such boxes are clipped to their image.", stacklevel=2)
+    return clipped
 
 
 def _check_masks(masks: list, points: list, boxes: list):

@@ -24,7 +24,7 @@ from transformers.utils import cached_file
 from hf_efficientsam.model.configuration_efficientsam import EfficientSamSaliencyConfig
 from hf_efficientsam.model.modeling_saliency import EfficientSamSaliencyHead
 
-from ..loading import load_head, loading, read_config
+from ..loading import bundled_checkpoint, is_bundled, load_head, loading, read_config
 from ..predictor import EfficientSamPredictor
 
 SaliencySource = Callable[[Image.Image], Any]
@@ -36,8 +36,9 @@ def load_saliency(
     """
     Args:
         name: `None`: the head in the folder `saliency` of the predictor's checkpoint, which needs no second network;
-            the directory of such a head, as training/train_saliency.py writes it; the directory or Hub name of a
-            transformers model, see [`ModelSaliency`]; or a file that ends in .onnx, see [`OnnxSaliency`].
+            the directory of such a head, as training/train_saliency.py writes it; "bundled" for the bundled
+            checkpoint's; the directory or Hub name of a transformers model, see [`ModelSaliency`]; or a file that ends
+            in .onnx, see [`OnnxSaliency`].
         predictor: on whose image embedding a head works.
         trust_remote_code: run the code that a transformers model brings along.
 
@@ -49,7 +50,7 @@ def load_saliency(
     """
     if name is None:
         return HeadSaliency(predictor, load_own_head(predictor))
-    name = str(name)
+    name = str(Path(bundled_checkpoint(), "saliency")) if is_bundled(name) else str(name)
     if name.lower().endswith(".onnx"):
         return OnnxSaliency(name)
     read_config(name)

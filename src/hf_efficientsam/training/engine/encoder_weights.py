@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
-from hf_efficientsam.inference.loading import bundled_checkpoint, is_bundled
+from hf_efficientsam.inference.loading import resolve_name
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamVisionEncoder, EfficientSamVisionModel
 
 from .config import PositiveInt, RatioBelowOne
@@ -53,7 +53,7 @@ def load_around_encoder(model_class: type[PreTrainedModel], name: str, **options
     """
     options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        model, loading = model_class.from_pretrained(bundled_checkpoint() if is_bundled(name) else name, **options)
+        model, loading = model_class.from_pretrained(resolve_name(name), **options)
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"The encoder {name} cannot be loaded: {' '.join(str(error).split())}") from None
     new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from accelerate.utils import set_seed
 
-from hf_efficientsam.inference.loading import find_checkpoint, load_model
+from hf_efficientsam.inference.loading import find_checkpoint, load_model, resolve_name
 from hf_efficientsam.model.configuration_efficientsam import EfficientSamConfig, EfficientSamVisionConfig
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.training.engine.config import PositiveInt
@@ -90,7 +90,7 @@ def new_model(config: MaskModelConfig, image_size: int | None, kinds: dict[str, 
     """With a decoder of random weights; the encoder's are random or selected from a trained ViT's."""
     vision = {"hidden_size": config.hidden_size, "num_attention_heads": config.num_attention_heads}
     if config.encoder is not None:
-        vision = EfficientSamVisionConfig.from_pretrained(config.encoder).to_dict()
+        vision = EfficientSamVisionConfig.from_pretrained(resolve_name(config.encoder)).to_dict()
     if image_size is not None:
         vision["image_size"] = image_size
         if config.select_weights is not None:

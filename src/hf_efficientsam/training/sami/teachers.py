@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
-from hf_efficientsam.inference.loading import bundled_checkpoint, is_bundled
+from hf_efficientsam.inference.loading import resolve_name
 
 
 class Teacher(nn.Module):
@@ -125,7 +125,7 @@ def load_teacher(
     Raises:
         ValueError: in one sentence, if there is no such model or it cannot be a teacher.
     """
-    device, path = torch.device(device or "cpu"), bundled_checkpoint() if is_bundled(name) else name
+    device, path = torch.device(device or "cpu"), resolve_name(name)
     model, encoder = _load_encoder(name, path)
     processor_size, mean, std = _read_processor(name, path)
     size = processor_size if size is None else size
