@@ -1,7 +1,6 @@
 """`bundled` is the checkpoint in the package wherever a command, a script or a benchmark takes a checkpoint's name."""
 
-import importlib.util
-import sys
+import importlib
 from unittest.mock import Mock, patch
 
 import pytest
@@ -10,8 +9,9 @@ import torch
 from commands import BOX, noise, run
 from script_runs import ROOT, load_script
 
-from hf_efficientsam import EfficientSamPredictor, export
+from hf_efficientsam import EfficientSamPredictor
 from hf_efficientsam.demo.service import Demo
+from hf_efficientsam.export import onnx_export, publish
 from hf_efficientsam.inference import loading
 from hf_efficientsam.inference.loading import load_model
 from hf_efficientsam.inference.prompters import saliency_sources
@@ -23,8 +23,10 @@ from hf_efficientsam.training.sami.teachers import load_teacher
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """In the place of the one in the package, which is large."""
-    folder = tiny.save(tmp_path_factory.mktemp("tiny"), tiny.model_for_mask_generation(), tiny.processor())
-    tiny.saliency_head().save_pretrained(folder / "saliency")
+    width = {"hidden_size": 256}  # as wide as a new decoder
+    model = tiny.model({"output_channels": 256}, width, width)
+    folder = tiny.save(tmp_path_factory.mktemp("tiny"), model, tiny.processor())
+    tiny.saliency_head(input_channels=256).save_pretrained(folder / "saliency")
     with pytest.MonkeyPatch.context() as monkeypatch:
         for module in (loading, saliency_sources):
             monkeypatch.setattr(module, "bundled_checkpoint", lambda: str(folder))
@@ -63,14 +65,13 @@ def encoder_of(script: str, **options):
 
 
 def benchmark(folder):
-    spec = importlib.util.spec_from_file_location("benchmark_everything", ROOT / "benchmarks" / "everything.py")
-    module = sys.modules["benchmark_everything"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.load("bundled", 64)[0]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        return importlib.import_module("everything").load("bundled", 64)[0]
 
 
-def publish(folder):
-    with patch.object(export.publish, "verify"):
+def publish_command(folder):
+    with patch.object(publish, "verify"):
         return command("publish", "bundled", "org/name")(folder)
 
 
@@ -114,10 +115,8 @@ PLACES = {
     "salient": command("salient", "PHOTO", "--model", "bundled", "--saliency", "bundled", "--threshold", 0),
     "everything": command("everything", "PHOTO", "--output", "OUT", "--points-per-side", 1, "--model", "bundled"),
     "info": command("info", "bundled"),
-    "publish": publish,
-    "export-onnx": first_loaded(
-        lambda: export.onnx_export, lambda folder: export.onnx_export.export_onnx("bundled", folder)
-    ),
+    "publish": publish_command,
+    "export-onnx": first_loaded(lambda: onnx_export, lambda folder: onnx_export.export_onnx("bundled", folder)),
     "demo": lambda folder: Demo("bundled").model,
     "load_saliency": salient_predictor,
     "finetune_masks --model": lambda folder: build_model(MaskModelConfig(model="bundled"), None, 0),

@@ -28,8 +28,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
-from hf_efficientsam import EfficientSamImageProcessor, EfficientSamModel, EfficientSamProcessor
+from hf_efficientsam import (
+    EfficientSamImageProcessor,
+    EfficientSamModel,
+    EfficientSamProcessor,
+    EfficientSamSaliencyHead,
+)
 from hf_efficientsam.inference.drawing import draw_masks, image_table
+from hf_efficientsam.inference.loading import find_checkpoint, load_own_head
 from hf_efficientsam.model.mask_operations_efficientsam import boxes_from_masks
 from hf_efficientsam.training.data.images import to_image
 from hf_efficientsam.training.engine.checkpoints import replaced_folder
@@ -253,13 +259,29 @@ def step_chance(seed: int, step: int) -> tuple[float, torch.Generator]:
     return torch.rand((), generator=generator).item(), generator
 
 
-def save_model(model: EfficientSamModel, config: MasksConfig, folder: Path) -> None:
+def kept_saliency_head(config: MasksConfig, model: EfficientSamModel) -> EfficientSamSaliencyHead | None:
+    """The saliency head of --model, which belongs to its encoder, if that stays as it is; else says what to do."""
+    head = None if config.model is None else load_own_head(find_checkpoint(config.model))
+    changed = config.encoder is not None or any(one.requires_grad for one in model.vision_encoder.parameters())
+    if head is not None and changed:
+        PartialState().print(
+            f"The saliency head of {config.model} does not fit an encoder that is trained or replaced, and is left out; "
+            f"afterwards train one with training/train_saliency.py --model {config.output_dir}/model."
+        )
+    return None if changed else head
+
+
+def save_model(
+    model: EfficientSamModel, config: MasksConfig, folder: Path, saliency_head: EfficientSamSaliencyHead | None
+) -> None:
     model = merged(model)
     model.config.vision_config.image_size = config.image_size
     size = {"height": config.image_size, "width": config.image_size}
     with replaced_folder(folder) as writing:
         model.save_pretrained(writing)
         EfficientSamProcessor(EfficientSamImageProcessor(size=size)).save_pretrained(writing)
+        if saliency_head is not None:
+            saliency_head.save_pretrained(writing / "saliency")
         describe_model(writing, "finetune_masks", model, config)
 
 
@@ -289,6 +311,7 @@ def training_function(config: MasksConfig, run: TrainingRun) -> None:
         check(config)
     loader, epoch_steps, steps = get_loader(config, accelerator)
     choose_trained(segmenter, config.freeze, config.lora, config.train_last_layers, config.unfreeze)
+    saliency_head = kept_saliency_head(config, segmenter)
     last_layers = config.train_last_layers or 0
     task = InteractiveSegmentation(segmenter, MaskLoss(*config.loss_weights), config, last_layers)
     optimizer, scheduler = get_optimizer(config, task.model, steps)
@@ -335,7 +358,7 @@ def training_function(config: MasksConfig, run: TrainingRun) -> None:
         if run.is_save_due(step):
             if accelerator.is_main_process:
                 averaged = segmenter if average is None else average.module
-                save_model(averaged, config, run.output_dir / "model")
+                save_model(averaged, config, run.output_dir / "model", saliency_head)
             run.save(step)
 
 

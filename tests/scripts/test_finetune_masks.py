@@ -6,6 +6,7 @@ import signal
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from datasets import Dataset, Features, Sequence
 from datasets import Image as ImageFeature
@@ -37,6 +38,7 @@ from hf_efficientsam import (
     EfficientSamSamiConfig,
     EfficientSamVisionModel,
 )
+from hf_efficientsam.inference.loading import load_own_head
 from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
 from hf_efficientsam.training.engine.config import parse_config
 from hf_efficientsam.training.engine.encoder_weights import select_weights
@@ -353,6 +355,19 @@ def test_the_iou_head_alone_is_calibrated(arguments, tiny_model, tmp_path):
     before = EfficientSamModel.from_pretrained(tiny_model).state_dict()
     trained = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert trained and all(name.startswith("mask_decoder.iou_head.") for name in trained)
+
+
+def test_a_saliency_head_stays_with_its_encoder_and_is_left_out_aloud_with_another(arguments, tiny_model, tmp_path):
+    start = shutil.copytree(tiny_model, tmp_path / "start")
+    head = tiny.saliency_head()
+    head.save_pretrained(start / "saliency")
+    given = [*arguments, "--model", start, "--steps", 1]
+    said = run("finetune_masks", *given, "--freeze", "vision_encoder", "--output_dir", tmp_path / "frozen")
+    kept = load_own_head(str(tmp_path / "frozen" / "model")).state_dict()
+    assert "saliency" not in said and all(torch.equal(kept[name], one) for name, one in head.state_dict().items())
+    said = run("finetune_masks", *given, "--output_dir", tmp_path / "trained")
+    assert f"train_saliency.py --model {tmp_path / 'trained'}/model" in said
+    assert load_own_head(str(tmp_path / "trained" / "model")) is None
 
 
 ALIKE = ["--crop_scale", 1, "--flip", "false", "--color_jitter", 0]

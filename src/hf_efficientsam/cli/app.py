@@ -1,8 +1,8 @@
 """The command `efficientsam`: segment images, by prompts or whole; describe, convert, export and publish checkpoints.
 
-Every wrong input ends in one sentence on stderr and exit code 2; a warning of this package is one sentence, too. Files
-appear whole or not at all. Each command is in a module of this folder, which is imported when that command is called or
-asked for its help: `--help` and `--version` of the whole do not wait for torch.
+Every wrong input ends in one sentence on stderr and exit code 2; a warning of this package is one sentence, too.
+Files appear whole or not at all. Each command is in a module of this folder, which is imported when that command is
+called or asked for its help: `--help` and `--version` of the whole do not wait for torch.
 """
 
 import warnings

@@ -1,7 +1,7 @@
 """Where the command `efficientsam` starts.
 
-Ctrl+C ends it at once, with one line and exit code 130: also while torch and transformers are imported, and while torch
-computes, which holds up Python's own handling of it until the computation is over.
+Ctrl+C ends it at once, with one line and exit code 130: also while torch and transformers are imported, and while
+torch computes, which holds up Python's own handling of it until the computation is over.
 """
 
 import os

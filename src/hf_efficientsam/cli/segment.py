@@ -27,6 +27,7 @@ from .options import (
     MaxPixelsOption,
     ModelOption,
     check_image_outputs,
+    local_path,
     new_commands,
 )
 from .reports import describe_objects, report_folder

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import cached_file
 
 from hf_efficientsam.model.configuration_efficientsam import EfficientSamConfig
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
@@ -149,6 +150,15 @@ def load_processor(model: EfficientSamModel) -> EfficientSamProcessor:
         raise ValueError("The model was not loaded from a checkpoint; pass its processor, too.")
     with loading(model.name_or_path):
         return EfficientSamProcessor.from_pretrained(model.name_or_path)
+
+
+def load_own_head(name: str) -> EfficientSamSaliencyHead | None:
+    """The head in the folder `saliency` of a checkpoint's directory or Hub repository; `None` if there is none."""
+    try:
+        has_head = cached_file(name, "config.json", subfolder="saliency") is not None
+    except OSError:
+        has_head = False
+    return load_head(name, subfolder="saliency") if has_head else None
 
 
 def find_device(device: torch.device | str = "auto") -> torch.device:

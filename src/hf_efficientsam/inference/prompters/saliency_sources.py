@@ -19,12 +19,11 @@ from transformers import (
     AutoModelForSemanticSegmentation,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from transformers.utils import cached_file
 
 from hf_efficientsam.model.configuration_efficientsam import EfficientSamSaliencyConfig
 from hf_efficientsam.model.modeling_saliency import EfficientSamSaliencyHead
 
-from ..loading import bundled_checkpoint, is_bundled, load_head, loading, read_config
+from ..loading import bundled_checkpoint, is_bundled, load_head, load_own_head, loading, read_config
 from ..predictor import EfficientSamPredictor
 
 SaliencySource = Callable[[Image.Image], Any]
@@ -49,7 +48,13 @@ def load_saliency(
         ValueError: a model that cannot be loaded, or that gives no saliency map.
     """
     if name is None:
-        return HeadSaliency(predictor, load_own_head(predictor))
+        checkpoint = predictor.model.name_or_path
+        if (head := load_own_head(checkpoint)) is None:
+            raise ValueError(
+                f"{checkpoint or 'the model'} has no saliency head; name a saliency model (--saliency), or train a head "
+                "with training/train_saliency.py."
+            )
+        return HeadSaliency(predictor, head)
     name = str(Path(bundled_checkpoint(), "saliency")) if is_bundled(name) else str(name)
     if name.lower().endswith(".onnx"):
         return OnnxSaliency(name)
@@ -59,21 +64,6 @@ def load_saliency(
     if isinstance(config, EfficientSamSaliencyConfig):
         return HeadSaliency(predictor, load_head(name))
     return ModelSaliency(name, config, trust_remote_code, predictor)
-
-
-def load_own_head(predictor: EfficientSamPredictor) -> EfficientSamSaliencyHead:
-    """The head in the folder `saliency` of the checkpoint that the predictor's model was loaded from."""
-    name = predictor.model.name_or_path
-    try:
-        has_head = cached_file(name, "config.json", subfolder="saliency") is not None
-    except OSError:
-        has_head = False
-    if not has_head:
-        raise ValueError(
-            f"{name or 'the model'} has no saliency head; name a saliency model (--saliency), or train a head with "
-            "training/train_saliency.py."
-        )
-    return load_head(name, subfolder="saliency")
 
 
 class HeadSaliency:
