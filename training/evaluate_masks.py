@@ -15,6 +15,7 @@ the model, or by model if there are several. Several processes give the numbers 
 """
 
 import json
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -41,6 +42,7 @@ from hf_efficientsam.training.engine.run import check_device, run_script
 from hf_efficientsam.training.masks.coco_ap import CANDIDATES, Detections, RleEncoder, segment_detections
 from hf_efficientsam.training.masks.evaluation import (
     PROTOCOLS,
+    BrokenImage,
     ImageBatches,
     Item,
     Record,
@@ -50,6 +52,7 @@ from hf_efficientsam.training.masks.evaluation import (
     fixed_prompts,
     mean_ious,
     num_clicks,
+    split_broken,
 )
 from hf_efficientsam.training.masks.predictors import Predictor, load_mask_predictor, prepare_image
 
@@ -145,27 +148,29 @@ def with_progress(batches: Iterable[list[Item]], images: int | None, shown: bool
 
 
 def measure_masks(
-    config: EvaluateMasksConfig, batches: Iterable[list[Item]], predictors: list[Predictor]
-) -> list[Record]:
+    config: EvaluateMasksConfig, batches: Iterable[list[Item | BrokenImage]], predictors: list[Predictor]
+) -> list[Record | BrokenImage]:
     """What was measured on each image of this process."""
     named = dict(zip(config.model, predictors, strict=True))
     return evaluate_images(named, batches, config.prompts, config.clicks, config.seed, config.prompts_at_once)
 
 
 def measure_detections(
-    config: EvaluateMasksConfig, batches: Iterable[list[Item]], predictors: list[Predictor]
-) -> list[tuple[str, int, dict]]:
+    config: EvaluateMasksConfig, batches: Iterable[list[Item | BrokenImage]], predictors: list[Predictor]
+) -> list[tuple[str, int, dict] | BrokenImage]:
     """Model, number and RLE of each detection of this process."""
-    promises = []
+    promises, all_broken = [], []
     with RleEncoder(config.num_workers) as encode:
         for batch in batches:
+            batch, broken = split_broken(batch)
+            all_broken += broken
             for position, predictor in enumerate(predictors):
                 images = predictor.encode([item.inputs[position] for item in batch])
                 for item, predict in zip(batch, images, strict=True):
                     size = item.inputs[position].original_size
                     parts = segment_detections(predict, item.sample, size, config.candidate, config.prompts_at_once)
                     promises.append((config.model[position], item.sample.numbers, [encode(part) for part in parts]))
-        return [
+        return all_broken + [
             (model, number, rle)
             for model, numbers, parts in promises
             for number, rle in zip(numbers, (rle for part in parts for rle in part.result()), strict=True)
@@ -334,16 +339,23 @@ def evaluate(config: EvaluateMasksConfig, accelerator: Accelerator) -> None:
     for path in filter(None, (config.output, config.cases, config.write_masks)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    measured = measure(config, accelerator, batches, predictors)
+    measured, broken = split_broken(measure(config, accelerator, batches, predictors))
     seconds = round(time.perf_counter() - started, 1)
     if not accelerator.is_main_process:
         return
+    reasons = [one.reason for one in sorted(broken, key=lambda one: one.place)]
+    if broken and (config.detections or not measured):  # AP counts the detections of all images
+        raise ValueError(f"{len(broken)} images cannot be evaluated; {reasons[0]}")
     if config.detections:
         numbers, by_model = report_detections(config, measured, sources[0])
     else:
         numbers, by_model = report_masks(config, measured, batches, predictors)
     if config.output is not None:
-        save_results(config, predictors, {**numbers, "seconds": seconds}, by_model)
+        numbers |= {"seconds": seconds} | ({"broken": reasons} if reasons else {})
+        save_results(config, predictors, numbers, by_model)
+    if reasons:
+        print(*reasons, sep="\n", file=sys.stderr)
+        raise ValueError(f"{len(reasons)} images could not be evaluated; the numbers are without them.")
 
 
 def main(arguments: list[str] | None = None) -> None:

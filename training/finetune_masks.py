@@ -265,8 +265,8 @@ def kept_saliency_head(config: MasksConfig, model: EfficientSamModel) -> Efficie
     changed = config.encoder is not None or any(one.requires_grad for one in model.vision_encoder.parameters())
     if head is not None and changed:
         PartialState().print(
-            f"The saliency head of {config.model} does not fit an encoder that is trained or replaced, and is left out; "
-            f"afterwards train one with training/train_saliency.py --model {config.output_dir}/model."
+            f"The saliency head of {config.model} does not fit an encoder that is trained or replaced, and is left "
+            f"out; afterwards train one with training/train_saliency.py --model {config.output_dir}/model."
         )
     return None if changed else head
 

@@ -6,7 +6,7 @@
 Each arm is pretrained by `sami.py` on the same images for the same number of steps, then scored twice: frozen, by
 `probe_encoder.py`, and as the start of the same short mask fine-tuning (`finetune_masks.py`, `evaluate_masks.py`).
 What is done is kept under `--output_dir`, the numbers in `results/sami_study.json` and .png, the table goes into
-`training/README.md`; see `hf_efficientsam.training.engine.studies` for how to stop, go on and measure anew.
+`training/README.md`; see `hf_efficientsam.training.engine.studies` for how to stop and go on.
 """
 
 import json

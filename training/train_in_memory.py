@@ -50,6 +50,7 @@ from hf_efficientsam.training.masks.evaluation import (
     calibration_errors,
     evaluate_images,
     mean_ious,
+    split_broken,
 )
 from hf_efficientsam.training.masks.interactive import InteractiveSegmentation, PromptConfig
 from hf_efficientsam.training.masks.losses import MaskLoss, MaskLossConfig
@@ -191,7 +192,8 @@ def evaluate(
 ) -> dict[str, float]:
     """mIoU of the most confident masks, of boxes by the objects' sizes too, and how wrong the predicted IoU is."""
     was_training = model.training
-    records = evaluate_images({"model": Predictor("model", model.eval(), processor)}, batches, PROMPTS)
+    predictors = {"model": Predictor("model", model.eval(), processor)}
+    records, _ = split_broken(evaluate_images(predictors, batches, PROMPTS))  # shards leave broken images out
     model.train(was_training)
     results = mean_ious(records, "model", PROMPTS)
     scores = {prompt: results[prompt]["confident"]["all"]["miou"] for prompt in PROMPTS}

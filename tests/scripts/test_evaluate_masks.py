@@ -1,6 +1,7 @@
 """`training/evaluate_masks.py`, run as a user does, on tiny models and a handful of images."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -243,13 +244,34 @@ def test_evaluate_refuses_bad_input_in_one_sentence(coco, boxes, tiny_model, tmp
     assert sentence in refuse("evaluate_masks", *(places.get(argument, argument) for argument in arguments))
 
 
-def test_evaluate_refuses_a_broken_image_in_one_sentence(coco, tiny_model, tmp_path):
-    (tmp_path / "masks.json").write_text((coco / "masks.json").read_text())
-    (tmp_path / "images").mkdir()
-    for path in (coco / "images").iterdir():
-        (tmp_path / "images" / path.name).write_bytes(path.read_bytes()[: 200 if path.name == "3.jpg" else None])
+@pytest.fixture
+def with_a_broken_image(coco, tmp_path) -> Path:
+    shutil.copytree(coco, tmp_path / "coco")
+    image = tmp_path / "coco" / "images" / "3.jpg"
+    image.write_bytes(image.read_bytes()[:200])
+    return tmp_path / "coco" / "masks.json"
+
+
+def test_a_broken_image_is_left_out_named_and_counted(with_a_broken_image, coco, tiny_model, tmp_path):
+    kept = json.loads(with_a_broken_image.read_text())
+    broken = next(image["id"] for image in kept["images"] if image["file_name"] == "3.jpg")
+    kept["images"] = [image for image in kept["images"] if image["id"] != broken]
+    kept["annotations"] = [one for one in kept["annotations"] if one["image_id"] != broken]
+    (tmp_path / "kept.json").write_text(json.dumps(kept))
+    options = ["--model", tiny_model, "--images", coco / "images", "--prompts", "box"]
+    expected = numbers(tmp_path, "--annotations", tmp_path / "kept.json", *options)
     for workers in (0, 1):
-        given = ["--model", tiny_model, "--annotations", tmp_path / "masks.json", "--num_workers", workers]
-        sentence = refuse("evaluate_masks", *given, "--output", tmp_path / "metrics.json")
-        assert sentence.startswith("evaluate_masks: ") and "3.jpg cannot be read as an image" in sentence
-    assert not (tmp_path / "metrics.json").exists()
+        given = ["--model", tiny_model, "--annotations", with_a_broken_image, "--prompts", "box"]
+        output = ["--num_workers", workers, "--output", tmp_path / "metrics.json"]
+        said = run("evaluate_masks", *given, *output, code=2)
+        assert "3.jpg cannot be read as an image" in said
+        assert said.splitlines()[-1] == (
+            "evaluate_masks: 1 images could not be evaluated; the numbers are without them."
+        )
+        report = json.loads((tmp_path / "metrics.json").read_text())
+        assert report["results"] == expected["results"] and len(report["broken"]) == 1
+
+
+def test_ap_needs_all_images(with_a_broken_image, boxes, tiny_model):
+    given = ["--model", tiny_model, "--annotations", with_a_broken_image, "--num_workers", 0]
+    assert "3.jpg cannot be read as an image" in refuse("evaluate_masks", *given, "--detections", boxes)

@@ -51,8 +51,8 @@ def load_saliency(
         checkpoint = predictor.model.name_or_path
         if (head := load_own_head(checkpoint)) is None:
             raise ValueError(
-                f"{checkpoint or 'the model'} has no saliency head; name a saliency model (--saliency), or train a head "
-                "with training/train_saliency.py."
+                f"{checkpoint or 'the model'} has no saliency head; name a saliency model (--saliency), or train a "
+                "head with training/train_saliency.py."
             )
         return HeadSaliency(predictor, head)
     name = str(Path(bundled_checkpoint(), "saliency")) if is_bundled(name) else str(name)

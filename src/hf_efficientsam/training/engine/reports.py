@@ -20,11 +20,15 @@ def replace_text(path: Path, text: str) -> None:
     write_files({path: text.encode()})
 
 
-def write_report(path: str | Path, report: dict, libraries: Sequence[str]) -> None:
-    """The numbers of a run as json, with the versions of Python, this package, torch, transformers and `libraries`."""
+def versions_of(libraries: Sequence[str]) -> dict[str, str]:
+    """The versions of Python, this package, torch, transformers and `libraries`."""
     names = ("hf-efficientsam", "torch", "transformers", *libraries)
-    versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
-    replace_text(Path(path), json.dumps({**report, "versions": versions}, indent=1) + "\n")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def write_report(path: str | Path, report: dict, libraries: Sequence[str]) -> None:
+    """The numbers of a run as json, with `versions_of` the libraries."""
+    replace_text(Path(path), json.dumps({**report, "versions": versions_of(libraries)}, indent=1) + "\n")
 
 
 def describe_model(writing: Path, script: str, model: PreTrainedModel, config: Any) -> None:

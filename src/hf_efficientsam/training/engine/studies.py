@@ -1,5 +1,6 @@
 """Experiments of many runs: scripts started as commands, finished runs kept, their scores as json, table and plot."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -14,9 +15,10 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from .config import PositiveInt
-from .reports import fill_between, replace_text, write_report
+from .reports import fill_between, replace_text, versions_of
 
-Scores = dict[str, dict[str, dict[str, float]]]  # by arm, seed and name
+Scores = dict[str, dict[str, dict]]  # by arm and seed: numbers by their names, and the `versions` behind them
+LIBRARIES = ("scikit-learn", "pillow")
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,12 @@ def run_study(
     measure: Callable[[str, int, Path], dict[str, float]],
 ) -> None:
     """
-    Runs every arm with every seed that has no scores yet, then reports.
+    Runs every arm with every seed that has no scores under `folder` yet, then reports.
 
     The scores go to `results/NAME.json` and .png beside the scripts and, as a table, between the marks of NAME into
-    their README.md. A run whose scores are under `folder` or in that json is not run again, so a study can be stopped
-    at any time and go on, on another machine too; to measure a run anew delete its scores there.
+    their README.md. They take the place of those that the json has of the same arms and seeds; others stay, each with
+    the versions that it was measured with. A study can be stopped at any time and go on; what is under `folder` was
+    made from the same data, recipes and versions.
 
     Args:
         name: of the study's script.
@@ -86,20 +89,21 @@ def run_study(
         measure: `(arm, seed, folder)` -> scores; runs the stages whose results are not in the folder yet.
 
     Raises:
-        ValueError: for an arm that there is not.
+        ValueError: for an arm that there is not, and if what is under `folder` was made from something else.
         ChildProcessError: if a script fails; what is finished is kept.
     """
     if unknown := set(config.arms or ()) - set(arms):
         raise ValueError(f"There is no arm {min(unknown)}; the arms are {', '.join(arms)}.")
-    kept = scripts / "results" / f"{name}.json"
-    finished, chosen = finished_runs(kept, folder, arms), [arm for arm in arms if arm in (config.arms or arms)]
+    check_same_study(config, folder, scripts)
+    finished, chosen = finished_runs(folder, arms), [arm for arm in arms if arm in (config.arms or arms)]
     runs = [(arm, seed) for seed in config.seeds for arm in chosen]  # a seed of all arms before the next
     runs = [(arm, seed) for arm, seed in runs if f"seed_{seed}" not in finished[arm]]
 
     def run_one(arm: str, seed: int) -> None:
         own = folder / arm / f"seed_{seed}"
         own.mkdir(parents=True, exist_ok=True)
-        replace_text(own / "scores.json", json.dumps(measure(arm, seed, own)) + "\n")
+        scores = {**measure(arm, seed, own), "versions": versions_of(LIBRARIES)}
+        replace_text(own / "scores.json", json.dumps(scores) + "\n")
 
     if runs:
         prepare()
@@ -110,23 +114,37 @@ def run_study(
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)  # after a failure, those that have not begun
-    report(name, finished_runs(kept, folder, arms), titles, scripts)
+    report(name, finished_runs(folder, arms), titles, scripts)
 
 
-def finished_runs(kept: Path, folder: Path, arms: list[str]) -> Scores:
-    """The scores of all finished runs, kept in the json or under the folder."""
-    before = json.loads(kept.read_text())["scores"] if kept.is_file() else {}
-    here = {
-        arm: {path.parent.name: json.loads(path.read_text()) for path in folder.glob(f"{arm}/*/scores.json")}
-        for arm in arms
-    }
-    return {arm: dict(sorted((before.get(arm, {}) | here[arm]).items())) for arm in arms}
+def check_same_study(config: StudyConfig, folder: Path, scripts: Path) -> None:
+    """Notes in the folder what its runs are made from; ValueError if those that are there are of something else."""
+    recipes = b"".join(path.read_bytes() for path in sorted(scripts.glob("recipes/studies/*.yaml")))
+    now = {"data": config.data, "recipes_sha256": hashlib.sha256(recipes).hexdigest(), **versions_of(LIBRARIES)}
+    path = folder / "made_from.json"
+    before = json.loads(path.read_text()) if path.is_file() else {} if any(folder.glob("*")) else now
+    if changed := [name for name in now if before.get(name) != now[name]]:
+        raise ValueError(
+            f"{folder} holds runs that were made from another {', '.join(changed)}; choose a new --output_dir, or "
+            "delete that one."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(now, indent=1) + "\n")
+
+
+def finished_runs(folder: Path, arms: list[str]) -> Scores:
+    """The scores of all finished runs under the folder."""
+    found = {arm: sorted(folder.glob(f"{arm}/*/scores.json")) for arm in arms}
+    return {arm: {path.parent.name: json.loads(path.read_text()) for path in paths} for arm, paths in found.items()}
 
 
 def report(name: str, scores: Scores, titles: dict[str, str], scripts: Path) -> None:
-    """Json, table and plot of the scores; the table is printed too."""
-    content, kept = {"command": f"python training/{name}.py", "scores": scores}, scripts / "results" / f"{name}.json"
-    write_report(kept, content, ("scikit-learn", "pillow"))
+    """Json, table and plot of the scores, with those that the json had of other runs; the table is printed too."""
+    kept = scripts / "results" / f"{name}.json"
+    before = json.loads(kept.read_text())["scores"] if kept.is_file() else {}
+    scores = {arm: dict(sorted((before.get(arm, {}) | runs).items())) for arm, runs in scores.items()}
+    content = {"command": f"python training/{name}.py", "scores": scores}
+    replace_text(kept, json.dumps(content, indent=1) + "\n")
     values = {
         arm: {one: [run[one] for run in runs.values()] for one in titles} for arm, runs in scores.items() if runs
     }
@@ -134,6 +152,8 @@ def report(name: str, scores: Scores, titles: dict[str, str], scripts: Path) -> 
     for arm, by_name in values.items():
         cells = [f"{mean(v):.3f} ± {stdev(v):.3f}" if len(v) > 1 else f"{v[0]:.3f}" for v in by_name.values()]
         lines.append(f"| {arm} | {len(scores[arm])} | " + " | ".join(cells) + " |")
+    if len({json.dumps(run["versions"], sort_keys=True) for runs in scores.values() for run in runs.values()}) > 1:
+        lines += ["", f"The runs are of different versions, which results/{name}.json has for each."]
     print("\n".join(lines))
     page, marks = scripts / "README.md", name.replace("_", " ")
     marks = (f"<!-- {marks}: begin -->", f"<!-- {marks}: end -->")

@@ -11,6 +11,7 @@ import torch
 from scipy.ndimage import distance_transform_edt
 from torch.utils.data import IterableDataset, get_worker_info
 
+from hf_efficientsam.inference.image_files import describe_error
 from hf_efficientsam.model.mask_operations_efficientsam import boxes_from_masks
 from hf_efficientsam.training.data.coco import Sample, decode_rles
 from hf_efficientsam.training.data.images import hash_key
@@ -64,8 +65,18 @@ class Item:
     inputs: list[PreparedImage]
 
 
+@dataclass(frozen=True)
+class BrokenImage:
+    """An image that cannot be read: its place in the data, and one sentence about it."""
+
+    place: tuple[int, int]
+    reason: str
+
+
 class ImageBatches(IterableDataset):
-    """Lists of `Item`s, which are the same whatever the number of processes and workers that they are dealt to.
+    """
+    Lists of `Item`s, and in the place of images that cannot be read `BrokenImage`s. They are the same whatever the
+    number of processes and workers that they are dealt to.
 
     Args:
         sources: datasets of samples, or `Sa1bShards`. A sample is a dataclass with an `image`.
@@ -103,28 +114,45 @@ class ImageBatches(IterableDataset):
         return sum(stop - start for _, start, stop in units) if known else None
 
     def samples(self, unit: int) -> Iterator[Any]:
+        """Samples; in the place of one that cannot be read the error. Shards leave such out themselves."""
         source, start, stop = self.units[unit]
         if hasattr(source, "shards"):
             return islice((sample for _, sample in source.read(start)), stop)
-        return (source[index] for index in range(start, stop))
+        return (read_sample(source, index) for index in range(start, stop))
 
     def find(self, place: tuple[int, int]) -> Any:
         """The sample, with its image, that an item was made of."""
         return next(islice(self.samples(place[0]), place[1], None))
 
-    def __iter__(self) -> Iterator[list[Item]]:
+    def item(self, place: tuple[int, int], sample: Any) -> Item | BrokenImage:
+        if isinstance(sample, Exception):
+            return BrokenImage(place, describe_error(sample))
+        try:
+            inputs = [prepare_image(processor, sample.image) for processor in self.processors]
+        except ValueError as error:  # pixels without sense
+            return BrokenImage(place, describe_error(error))
+        return Item(place, replace(sample, image=None), inputs)
+
+    def __iter__(self) -> Iterator[list[Item | BrokenImage]]:
         worker = get_worker_info()
         for unit in self.mine if worker is None else self.mine[worker.id :: worker.num_workers]:
-            items = (
-                Item(
-                    (unit, number),
-                    replace(sample, image=None),
-                    [prepare_image(processor, sample.image) for processor in self.processors],
-                )
-                for number, sample in enumerate(self.samples(unit))
-            )
+            items = (self.item((unit, number), sample) for number, sample in enumerate(self.samples(unit)))
             while batch := list(islice(items, self.batch_size)):
                 yield batch
+
+
+def split_broken(found: list) -> tuple[list, list[BrokenImage]]:
+    """Everything else, and the images that cannot be read."""
+    broken = [one for one in found if isinstance(one, BrokenImage)]
+    return [one for one in found if not isinstance(one, BrokenImage)], broken
+
+
+def read_sample(source: Any, index: int) -> Any:
+    """A sample, or the error that it raises."""
+    try:
+        return source[index]
+    except (ValueError, OSError) as error:
+        return error
 
 
 # ------------------------------------------------------------------------------------------ clicks
@@ -300,16 +328,18 @@ class Record:
 
 def evaluate_images(
     predictors: dict[str, Predictor],
-    batches: Iterable[list[Item]],
+    batches: Iterable[list[Item | BrokenImage]],
     prompts: Sequence[str],
     clicks: str = "random",
     seed: int = 0,
     prompts_at_once: int = 64,
-) -> list[Record]:
-    """What was measured on each image of some batches, whose items have inputs for each model in this order; for the
-    other arguments see `evaluate_image`."""
+) -> list[Record | BrokenImage]:
+    """What was measured on each image of some batches, whose items have inputs for each model in this order, and the
+    images that cannot be read; for the other arguments see `evaluate_image`."""
     records = []
     for batch in batches:
+        batch, broken = split_broken(batch)
+        records += broken
         encoded = [one.encode([item.inputs[i] for item in batch]) for i, one in enumerate(predictors.values())]
         for number, item in enumerate(batch):
             asked = {name: images[number] for name, images in zip(predictors, encoded, strict=True)}
