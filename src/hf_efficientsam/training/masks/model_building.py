@@ -81,7 +81,7 @@ def build_model(config: MaskModelConfig, image_size: int | None = None, seed: in
     if config.encoder is not None:
         replace_encoder(model, config.encoder)
     if config.model is None and config.initial_weights == "geometric":
-        model.config.vision_image_size = image_size or model.config.vision_image_size
+        model.config.vision_config.image_size = image_size or model.config.vision_config.image_size
         set_geometric_weights(model)
     return model
 
