@@ -1,4 +1,5 @@
 from pathlib import Path
+from unittest.mock import Mock
 
 import gradio as gr
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_efficientsam.demo import service
 from hf_efficientsam.demo.service import Demo
 from hf_efficientsam.demo.session import Finding
 from hf_efficientsam.inference.prompters import Detector, SalientPrompter
@@ -65,6 +67,15 @@ def test_what_is_wrong_is_said_and_changes_nothing(demo, photo):
     for call in (lambda: demo.act(None, print), lambda: demo.save(None, "mask")):
         with pytest.raises(gr.Error, match=r"choose|Choose"):
             call()
+
+
+def test_a_download_has_a_name_that_files_can_have_and_a_full_disk_is_said(demo, photo, monkeypatch):
+    session = demo.open(photo, "\U00020000" * 100 + ".png")
+    session.add_point(0.5, 0.5)
+    assert Path(demo.save(session, "labels")["file"]["path"]).is_file()
+    monkeypatch.setattr(service, "save_bytes_to_cache", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(gr.Error, match=r"_labels\.png cannot be made: No space left on device"):
+        demo.save(session, "labels")
 
 
 def test_modes_that_lack_their_model_say_so(demo, photo, tiny_model):

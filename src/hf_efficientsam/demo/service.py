@@ -203,9 +203,12 @@ class Demo:
         try:
             with session.lock:
                 name, content = session.file(kind)
+            path = save_bytes_to_cache(content, name, get_upload_folder())
         except ValueError as error:
             raise gr.Error(as_sentence(error), print_exception=False) from None
-        file = gr.FileData(path=save_bytes_to_cache(content, name, get_upload_folder()), orig_name=name)
+        except OSError as error:  # its file name is of this computer
+            raise gr.Error(f"{name} cannot be made: {error.strerror}.", print_exception=False) from None
+        file = gr.FileData(path=path, orig_name=name)
         return {"file": file.model_dump(), "version": next(self.versions)}
 
     # ---------------------------------------------------------------------------------------------- the API

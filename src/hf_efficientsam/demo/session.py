@@ -346,7 +346,8 @@ class Session:
         result = self.result()
         if not len(result):
             raise ValueError("there is nothing to download yet; click on an object first.")
-        stem = re.sub(r"[^\w. -]+", "_", PurePath(self.file_name).stem)[:80] or "picture"
+        stem = re.sub(r"[^\w. -]+", "_", PurePath(self.file_name).stem)
+        stem = stem.encode()[:200].decode(errors="ignore") or "picture"  # a file's name has up to 255 bytes
         if kind == "coco":
             return f"{stem}_coco.json", json.dumps(result.coco(self.file_name)).encode()
         if kind == "rle":
