@@ -96,7 +96,9 @@ def __getattr__(name: str):
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers"):
             raise
-        raise ImportError(f"{name} needs torch and transformers; install hf-efficientsam[torch].") from None
+        raise ImportError(
+            f"{name} needs torch and transformers; install them with pip install torch transformers."
+        ) from None
     globals()[name] = value  # found without this function from now on
     return value
 
