@@ -177,6 +177,23 @@ def test_files_describe_themselves(bundled):
     assert description["difference"] == report["encoder.onnx"]["difference"] <= onnx_export.TOLERANCE
 
 
+def test_files_of_before_an_option_was_written_still_run(plain, tmp_path):
+    for file in plain.glob("*.onnx"):
+        model = onnx.load(file)
+        for entry in model.metadata_props:
+            if entry.key == METADATA_KEY:
+                description = json.loads(entry.value)
+                del description["preprocessing"]["do_convert_rgb"]
+                entry.value = json.dumps(description)
+        onnx.save(model, tmp_path / file.name)
+    masks = []
+    for folder in (plain, tmp_path):
+        predictor = EfficientSamOnnxPredictor(folder, num_threads=1)
+        predictor.set_image(Image.open(BUS).convert("RGBA"))
+        masks.append(predictor.predict(box=np.array([100, 80, 500, 400]))[0])
+    assert np.array_equal(*masks)
+
+
 def test_files_say_nothing_of_this_machine(plain):
     for file in plain.glob("*.onnx"):
         content = file.read_bytes()

@@ -60,7 +60,8 @@ class EfficientSamOnnxPredictor(PredictorBase):
         if runtime == "openvino" and variant == "int8":  # version 2026.4 gives wrong masks, or crashes
             raise ValueError("OpenVINO does not run the int8 variant correctly; use float32, or onnxruntime.")
         self.description = read_description(decoder)
-        self.options: dict = self.description["preprocessing"]
+        # Files of before this option was written there convert.
+        self.options: dict = {"do_convert_rgb": True} | self.description["preprocessing"]
         if runtime == "openvino":
             self._run_encoder, self._run_decoder = (open_with_openvino(x, num_threads) for x in (encoder, decoder))
         else:

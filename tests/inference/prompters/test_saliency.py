@@ -47,7 +47,7 @@ def test_objects_are_apart_unless_corners_touch():
     assert len(separate_objects(salient, 2 / 13)) == 2 and len(separate_objects(salient, 0.2)) == 1
 
 
-@pytest.mark.parametrize("kind", ["bool", "bytes", "16 bits", "tensor", "L", "RGB", "zeros and ones", "half"])
+@pytest.mark.parametrize("kind", ["bool", "bytes", "16 bits", "I;16B", "tensor", "L", "RGB", "zeros and ones", "half"])
 def test_kinds_of_maps(kind):
     truth = np.zeros((20, 30), bool)
     truth[5:15, 8:20] = True
@@ -58,6 +58,7 @@ def test_kinds_of_maps(kind):
         "16 bits": truth.astype(np.uint16) * 65535,
         "tensor": torch.from_numpy(truth)[None, None],
         "L": Image.fromarray(gray),
+        "I;16B": Image.frombytes("I;16B", (30, 20), (truth.astype(">u2") * 65535).tobytes()),
         "RGB": Image.fromarray(gray).convert("RGB"),
         "zeros and ones": truth.astype(np.uint8),
         "half": torch.from_numpy(truth).half(),

@@ -103,13 +103,15 @@ class SalientPrompter(Prompter):
 def fit_map(values: Any, size: tuple[int, int]) -> np.ndarray:
     """A map, see `SalientPrompter.segment_map`, as float32 `[height, width]` of `size`."""
     if isinstance(values, Image.Image):
-        values = np.asarray(values if values.mode in ("1", "L", "F", "I", "I;16") else values.convert("L"))
+        is_map = values.mode in ("1", "L", "F", "I") or values.mode.startswith("I;16")
+        values = np.asarray(values if is_map else values.convert("L"))
     if isinstance(values, torch.Tensor):
         values = values.detach().float().cpu() if values.is_floating_point() else values.cpu()
     values = np.asarray(values)
     if values.ndim < 2 or values.size != values.shape[-2] * values.shape[-1] or not values.size:
         raise ValueError(f"A saliency map is [height, width], but it has the shape {list(values.shape)}.")
     values = values.reshape(values.shape[-2:])
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)  # "I;16B" is big-endian
     if values.dtype in (np.uint8, np.uint16) and values.max() > 1:
         values = values / np.float32(np.iinfo(values.dtype).max)
     values = torch.from_numpy(values.astype(np.float32))
