@@ -36,6 +36,7 @@ def test_salient_objects_are_those_of_their_boxes(photo, model, objects):
             "score": round(float(objects[mask > 0].mean()), 4),
             "area": np.count_nonzero(mask),
             "box": expected["box"],
+            "segmentation": expected["segmentation"],
             "iou": expected["score"],
             "file": f"mask_{i}.png",
         }
