@@ -23,13 +23,14 @@ from .options import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    FormatOption,
     JsonOption,
     MaxPixelsOption,
     ModelOption,
     local_path,
     new_commands,
 )
-from .reports import report_folder
+from .reports import report_folder, write_formats
 
 commands = new_commands()
 
@@ -70,6 +71,7 @@ def everything_command(
         int, typer.Option(help="Fill holes and remove islands of fewer pixels in masks.")
     ] = GENERATOR_DEFAULTS["min_mask_region_area"],
     overlay: Annotated[bool, typer.Option("--overlay/--no-overlay", help="Draw the masks over each image.")] = True,
+    formats: FormatOption = [],  # noqa: B006
     model: ModelOption = None,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.float32,
@@ -83,6 +85,8 @@ def everything_command(
     one category, with the scores and the point that led to each. OUTPUT/labels/NAME.png has at each pixel the number
     of its mask, counted from 1 in the order of the image's annotations: where masks overlap, of the smallest, and 0
     where there is none. OUTPUT/overlays/NAME.jpg shows the masks. Pixels are those of the upright image.
+
+    With --format there is the folder OUTPUT/FORMAT, too, as `segment` writes it.
 
     NAME is the image's without its ending, or with it where two images differ by that alone.
 
@@ -111,6 +115,7 @@ def everything_command(
     report_folder(records, failures, as_json)
     if records or (output / "instances.json").is_file():
         write_dataset(records, kept_records(jobs, image), output)
+        write_formats(formats, output / "records", output)
     if failures:
         raise typer.Exit(2)
 

@@ -1,15 +1,18 @@
 """`efficientsam salient` and `efficientsam text`: masks of objects that are found by saliency, or by their names."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from hf_efficientsam.inference.folder_runs import check_not_of_another
 from hf_efficientsam.inference.image_files import read_image, upright_size
 from hf_efficientsam.inference.predictor import EfficientSamPredictor
 from hf_efficientsam.inference.prompters.saliency import SalientPrompter
 from hf_efficientsam.inference.prompters.text import Detector, TextPrompter, split_names
+from hf_efficientsam.inference.results import SegmentationResult
 from hf_efficientsam.inference.segment_files import find_in_file, load_predictor
 
 from .options import (
@@ -18,6 +21,8 @@ from .options import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    Format,
+    FormatOption,
     ImageArgument,
     JsonOption,
     MaskOption,
@@ -27,7 +32,7 @@ from .options import (
     check_image_outputs,
     new_commands,
 )
-from .reports import describe_objects
+from .reports import describe_objects, write_formats
 
 commands = new_commands()
 
@@ -52,6 +57,7 @@ def salient_command(
     min_area: Annotated[
         float, typer.Option(help="Leave out objects of less than this share of the largest one's area, 0 to 1.")
     ] = 0.05,
+    formats: FormatOption = [],  # noqa: B006
     model: ModelOption = None,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.float32,
@@ -65,10 +71,13 @@ def salient_command(
     asks for the mask. For each object, largest first, it prints the mean saliency in the mask (0 to 1), the mask's
     area, and the tight box around it, as `segment` does. Masks are written as `segment` writes them: mask.png for one
     object, and mask_1.png, mask_2.png, ... for several.
+
+    With --format, OUTPUT is a folder for the results of this and other calls, and OUTPUT/FORMAT a dataset of them, as
+    `segment` writes it.
     """
-    predictor = open_predictor(image, output, overlay, model, max_pixels, device, dtype)
+    predictor = open_predictor(image, output, overlay, formats, model, max_pixels, device, dtype)
     prompter = SalientPrompter(predictor, saliency, threshold, min_area, trust_remote_code)
-    record = find_in_file(predictor, image, prompter, output, overlay, max_pixels)
+    record = write_found(predictor, image, prompter, output, overlay, max_pixels, formats)
     report_found(record, as_json, f"try a lower --threshold (now {threshold:g})")
 
 
@@ -84,6 +93,7 @@ def text_command(
     threshold: Annotated[
         float | None, typer.Option(help="Leave out boxes of lower scores, 0 to 1; by default the detector's own.")
     ] = None,
+    formats: FormatOption = [],  # noqa: B006
     model: ModelOption = None,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.float32,
@@ -96,11 +106,14 @@ def text_command(
     The detector finds boxes, and those are what is segmented. For each object, best first, it prints its name, the
     detector's score (0 to 1), the mask's area, and the tight box around it, as `segment` does. Masks are written as
     `segment` writes them: mask.png for one object, and mask_1.png, mask_2.png, ... for several.
+
+    With --format, OUTPUT is a folder for the results of this and other calls, and OUTPUT/FORMAT a dataset of them, as
+    `segment` writes it.
     """
     split_names(words)
-    predictor = open_predictor(image, output, overlay, model, max_pixels, device, dtype)
+    predictor = open_predictor(image, output, overlay, formats, model, max_pixels, device, dtype)
     prompter = TextPrompter(predictor, Detector(detector, predictor.device), threshold)
-    record = find_in_file(predictor, image, lambda: prompter(words), output, overlay, max_pixels)
+    record = write_found(predictor, image, lambda: prompter(words), output, overlay, max_pixels, formats)
     report_found(record, as_json, "try other names or a lower --threshold")
 
 
@@ -108,6 +121,7 @@ def open_predictor(
     image: Path,
     output: Path | None,
     overlay: Path | None,
+    formats: list[Format],
     model: str | None,
     max_pixels: int,
     device: Device,
@@ -116,9 +130,28 @@ def open_predictor(
     """The model, after all checks that can be made before it is loaded."""
     if image.is_dir():
         raise ValueError(f"{image} is a folder; give one image.")
-    check_image_outputs(output, overlay)
+    check_image_outputs(image, output, overlay, formats)
     read_image(image, max_pixels, upright_size)
     return load_predictor(model, max_pixels, device, dtype)
+
+
+def write_found(
+    predictor: EfficientSamPredictor,
+    image: Path,
+    find: Callable[[], SegmentationResult],
+    output: Path | None,
+    overlay: Path | None,
+    max_pixels: int,
+    formats: list[Format],
+) -> dict:
+    """What `find_in_file` returns and writes; with formats into a folder, of which datasets are made."""
+    if not formats:
+        return find_in_file(predictor, image, find, output, overlay, max_pixels)
+    mask, record_file = output / f"{image.stem}.png", output / f"{image.stem}.json"
+    check_not_of_another(record_file, image)
+    record = find_in_file(predictor, image, find, mask, overlay, max_pixels, record_file)
+    write_formats(formats, output, output)
+    return record
 
 
 def report_found(record: dict, as_json: bool, advice: str) -> None:

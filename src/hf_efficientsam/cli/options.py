@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from hf_efficientsam.inference.folder_runs import check_results_folder
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
 
 
@@ -42,8 +43,17 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Format(StrEnum):
+    coco = "coco"
+    yolo = "yolo"
+    labelme = "labelme"
+    label_studio = "label-studio"
+
+
 ImageArgument = Annotated[Path, typer.Argument(parser=local_path, help="An image.")]
-MaskOption = Annotated[Path | None, typer.Option(help="PNG file for the mask.")]
+MaskOption = Annotated[
+    Path | None, typer.Option(help="PNG file for the mask; with --format, a folder for the results.")
+]
 OverlayOption = Annotated[Path | None, typer.Option(help="Image file for a picture with the masks drawn in.")]
 ModelOption = Annotated[
     str | None, typer.Option(metavar="DIR_OR_HUB_ID", help="Checkpoint to use instead of the bundled one.")
@@ -51,6 +61,13 @@ ModelOption = Annotated[
 DeviceOption = Annotated[Device, typer.Option(help="Where the model runs; auto takes cuda, else mps, else cpu.")]
 DtypeOption = Annotated[
     Dtype, typer.Option(help="Precision of the model; auto is the checkpoint's own, but not half of it on a CPU.")
+]
+FormatOption = Annotated[
+    list[Format],
+    typer.Option(
+        "--format",
+        help="Also write OUTPUT/FORMAT, a dataset of all images whose results are in OUTPUT. May be repeated.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
 MaxPixelsOption = Annotated[int, typer.Option(min=1, help="Refuse images of more pixels than this.")]
@@ -67,9 +84,17 @@ def check_ending(path: Path | None, name: str, endings: Iterable[str]) -> None:
         raise ValueError(f"{name} {path} must be the name of a file that ends in {', '.join(endings)}.")
 
 
-def check_image_outputs(output: Path | None, overlay: Path | None) -> None:
-    """Raises a ValueError unless --output and --overlay of one image are names of image files."""
-    check_ending(output, "--output", [".png"])
+def check_image_outputs(image: Path, output: Path | None, overlay: Path | None, formats: list[Format]) -> None:
+    """
+    Raises a ValueError unless --overlay of one image is the name of an image file and --output that of another, or
+    with --format that of a folder.
+    """
+    if formats and output is None:
+        raise ValueError("--format needs a folder for results (--output).")
+    if formats:
+        check_results_folder(output, image)
+    else:
+        check_ending(output, "--output", [".png"])
     check_ending(overlay, "--overlay", OVERLAY_ENDINGS)
 
 

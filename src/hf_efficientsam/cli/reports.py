@@ -1,8 +1,11 @@
 """What commands print about images: records as text or JSON, and those images that could not be read."""
 
 import json
+from pathlib import Path
 
 import typer
+
+from hf_efficientsam.inference.formats.datasets import write_datasets
 
 
 def describe_objects(record: dict) -> str:
@@ -26,3 +29,13 @@ def report_folder(records: list[dict], failures: list[dict], as_json: bool) -> N
         typer.echo(f"{len(records)} of {len(records) + len(failures)} images are done")
     for failure in failures:
         typer.echo(f"efficientsam: {failure['error']}", err=True)
+
+
+def write_formats(formats: list[str], records: Path, output: Path) -> None:
+    """Writes the datasets that --format asks for, and says on stderr which images they lack."""
+    if not formats:
+        return
+    gone = write_datasets(formats, records, output)
+    if gone:
+        names = f"{gone[0]}" if len(gone) == 1 else f"{len(gone)} images, such as {gone[0]},"
+        typer.echo(f"efficientsam: {names} is left out of {', '.join(formats)}: there is no such file now.", err=True)

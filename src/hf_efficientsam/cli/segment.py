@@ -15,7 +15,12 @@ from hf_efficientsam.inference.prompt_files import (
     group_prompts,
     read_prompts_file,
 )
-from hf_efficientsam.inference.segment_files import Segmenter, plan_segment_jobs, segment_file
+from hf_efficientsam.inference.segment_files import (
+    Segmenter,
+    plan_segment_jobs,
+    segment_file,
+    segment_into_folder,
+)
 
 from .options import (
     MAX_PIXELS,
@@ -23,6 +28,8 @@ from .options import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    Format,
+    FormatOption,
     JsonOption,
     MaxPixelsOption,
     ModelOption,
@@ -30,7 +37,7 @@ from .options import (
     local_path,
     new_commands,
 )
-from .reports import describe_objects, report_folder
+from .reports import describe_objects, report_folder, write_formats
 
 commands = new_commands()
 
@@ -54,12 +61,14 @@ def segment_command(
         bool, typer.Option("--separate-points", help="Each point is an object of its own.")
     ] = False,
     output: Annotated[
-        Path | None, typer.Option(help="PNG file for the mask; for a folder of images, a folder for the results.")
+        Path | None,
+        typer.Option(help="PNG file for the mask; for a folder of images or with --format, a folder for the results."),
     ] = None,
     overlay: Annotated[
         Path | None,
         typer.Option(help="Image file for a picture with the masks drawn in; for a folder of images, another folder."),
     ] = None,
+    formats: FormatOption = [],  # noqa: B006
     model: ModelOption = None,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.float32,
@@ -101,6 +110,13 @@ def segment_command(
     this package was the source of. Images that cannot be read, and those whose masks cannot be written, are listed
     at the end, with exit code 2, when all others are done.
 
+    With --format the results of one image go into a folder as well, as OUTPUT/NAME.png and NAME.json, and stay there
+    with those of other calls. OUTPUT/FORMAT is a dataset of all of them with the best mask of each object: for coco
+    instances.json; for yolo data.yaml and classes.txt, images and labels; for labelme a json for each image, which
+    `labelme IMAGES --output OUTPUT/labelme` opens; for label-studio tasks.json and label_config.xml, the labelling
+    interface, where the images are served by a local storage that is their folder. Polygons are up to a pixel from
+    the masks.
+
     With --json each mask has its COCO RLE, too.
     """
     if not image.exists():
@@ -114,14 +130,17 @@ def segment_command(
             )
         entries = read_entries(image, prompts, separate_points, only_listed, output, overlay)
         segmenter = Segmenter.load(model, all_masks, max_pixels, device, dtype)
-        segment_folder(segmenter, image, entries, output, overlay, as_json)
+        segment_folder(segmenter, image, entries, output, overlay, as_json, formats)
         return
     if prompts is not None or only_listed:
         raise ValueError(f"{image} is no folder; give its prompts with --point, --background and --box.")
-    check_image_outputs(output, overlay)
+    check_image_outputs(image, output, overlay, formats)
     objects = parse_objects(point, background, box, separate_points)
     read_image(image, max_pixels, upright_size)  # before the model is loaded
-    record = segment_file(Segmenter.load(model, all_masks, max_pixels, device, dtype), image, objects, output, overlay)
+    segmenter = Segmenter.load(model, all_masks, max_pixels, device, dtype)
+    segment = segment_into_folder if formats else segment_file
+    record = segment(segmenter, image, objects, output, overlay)
+    write_formats(formats, output, output)
     typer.echo(json.dumps(record) if as_json else describe_objects(record))
 
 
@@ -158,13 +177,20 @@ def read_entries(
 
 
 def segment_folder(
-    segmenter: Segmenter, folder: Path, entries: dict, output: Path, overlay: Path | None, as_json: bool
+    segmenter: Segmenter,
+    folder: Path,
+    entries: dict,
+    output: Path,
+    overlay: Path | None,
+    as_json: bool,
+    formats: list[Format],
 ) -> None:
     """Segments the images of a folder that are not done yet, and reports on all of them."""
     jobs = plan_segment_jobs(segmenter, folder, entries, output, overlay)
     records, failures = run_jobs(
         jobs, segmenter, lambda record: None if as_json else tqdm.write(describe_objects(record))
     )
+    write_formats(formats, output, output)
     report_folder(records, failures, as_json)
     if failures:
         raise typer.Exit(2)

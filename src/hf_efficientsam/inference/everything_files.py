@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
 from .drawing import lay_masks
-from .folder_runs import FolderJob, check_results_folder, name_results
+from .folder_runs import FolderJob, check_not_of_another, check_results_folder, name_results
 from .image_files import (
     ImageError,
     as_model_sees,
@@ -151,7 +151,7 @@ class EverythingJob(FolderJob):
         return record["file_name"] == self.name.as_posix() and record["options"] == segmenter.options
 
     def compute(self, segmenter: EverythingSegmenter) -> tuple[dict, dict[Path, bytes]]:
-        self.check_not_of_another()
+        check_not_of_another(self.record_file, self.image)
         image, annotations = segmenter(self.image)
         size = image.size[::-1]
         origin = {"folder": str(self.folder.resolve()), "file_name": self.name.as_posix()}
@@ -165,18 +165,6 @@ class EverythingJob(FolderJob):
                 overlay = lay_masks(seen, (masks[i] for i in largest_first(areas)))
             files[self.overlay] = encode_image(overlay, self.overlay)
         return record, files
-
-    def check_not_of_another(self) -> None:
-        """Raises a ValueError if an image of the same name in another folder has its results here."""
-        try:
-            record = json.loads(self.record_file.read_bytes())
-            other = Path(record["folder"], record["file_name"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return
-        if other.is_file() and not other.samefile(self.image):
-            raise ValueError(
-                f"{self.record_file} is of another image, {other}; choose another --output, or delete that record."
-            )
 
 
 def plan_everything_jobs(images: Path, output: Path, with_overlay: bool) -> list[EverythingJob]:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from hf_efficientsam import __version__
 
 from .image_files import describe_error, write_files
+from .records import recorded_file
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,18 @@ def check_results_folder(results: Path, images: Path) -> None:
         raise ValueError(f"{results} must be a folder for results that does not hold the images.")
 
 
+def check_not_of_another(record_file: Path, image: Path) -> None:
+    """Raises a ValueError if the results of another image, which is still there, have this record."""
+    try:
+        other = recorded_file(json.loads(record_file.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if other.is_file() and not other.samefile(image):
+        raise ValueError(
+            f"{record_file} is of another image, {other}; choose another --output, or delete that record."
+        )
+
+
 def name_results(images: Sequence[Path], files: Callable[[int, Path], list[Path]]) -> list[Path]:
     """
     A name for the results of each image, without an ending: the image's without its ending, or the whole of it where
@@ -152,4 +165,4 @@ def run_jobs(
     return [record for record in records if record is not None], failures
 
 
-__all__ = ["FolderJob", "check_results_folder", "name_results", "run_jobs"]
+__all__ = ["FolderJob", "check_not_of_another", "check_results_folder", "name_results", "run_jobs"]

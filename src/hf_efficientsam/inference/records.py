@@ -1,5 +1,7 @@
 """The record of an image: what commands print as JSON and folder runs keep beside the masks."""
 
+from pathlib import Path
+
 import numpy as np
 
 from .results import boxes_from_masks_np, mask_rles
@@ -26,4 +28,9 @@ def mask_record(mask: np.ndarray, score: float) -> dict:
     return {"score": round(float(score), 4), "area": int(mask.sum()), "box": box, "segmentation": rle}
 
 
-__all__ = ["image_record", "mask_record"]
+def recorded_file(record: dict) -> Path:
+    """The image that a record is of."""
+    return Path(record["folder"], record["file_name"]) if "folder" in record else Path(record["image"])
+
+
+__all__ = ["image_record", "mask_record", "recorded_file"]

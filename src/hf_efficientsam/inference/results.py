@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from .formats.annotation_files import label_studio_task, labelme_file, yolo_lines
+from .formats.annotation_files import coco_annotations, label_studio_task, labelme_file, yolo_lines
 from .formats.polygons import polygons_of_mask
 
 
@@ -82,25 +82,11 @@ class SegmentationResult:
         height]`; `score` and `predicted_iou`) and a category for each different label. Empty masks are left out.
         """
         height, width = self.masks.shape[1:]
-        annotations = []
-        for rle, score, iou, label in zip(self.rles(), self.scores, self.iou_scores, self.labels, strict=True):
-            if area := int(coco_mask.area(rle)):
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": 1,
-                        "category_id": self.categories.index(label) + 1,
-                        "segmentation": rle,
-                        "area": area,
-                        "bbox": coco_mask.toBbox(rle).tolist(),
-                        "iscrowd": 0,
-                        "score": round(float(score), 4),
-                        "predicted_iou": round(float(iou), 4),
-                    }
-                )
+        numbers = [self.categories.index(label) + 1 for label in self.labels]
+        annotations = coco_annotations(self.rles(), numbers, self.scores, self.iou_scores)
         return {
             "images": [{"id": 1, "file_name": file_name, "height": height, "width": width}],
-            "annotations": annotations,
+            "annotations": [{"id": i, "image_id": 1, **one} for i, one in enumerate(annotations, start=1)],
             "categories": [{"id": i, "name": name} for i, name in enumerate(self.categories, start=1)],
         }
 

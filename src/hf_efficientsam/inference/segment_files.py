@@ -4,6 +4,7 @@ Prompts and masks are in pixels of the upright image. An object is a dict with `
 prompt_files.py. Wrong input is a ValueError of one sentence.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import ImageOps
 
 from .drawing import draw_masks
-from .folder_runs import FolderJob, name_results
+from .folder_runs import FolderJob, check_not_of_another, name_results
 from .image_files import ImageError, encode_image, encode_mask, pil_limit_lifted, read_image, upright_size, write_files
 from .loading import checkpoint_fingerprint, find_checkpoint
 from .predictor import EfficientSamPredictor
@@ -181,10 +182,11 @@ def find_in_file(
     output: Path | None,
     overlay: Path | None,
     max_pixels: int,
+    record_file: Path | None = None,
 ) -> dict:
     """
     Writes the masks of what `find` finds in one image, once that is the predictor's, and returns the record: as
-    `segment_file`, but the objects are known afterwards only.
+    `segment_file`, but the objects are known afterwards only. The record is written, too, if it is given a file.
     """
     set_image_file(predictor, path, max_pixels)
     found = find()
@@ -199,8 +201,9 @@ def find_in_file(
     if overlay is not None:
         drawn = {"boxes": found.boxes.tolist(), "scores": found.scores}
         files[overlay] = encode_overlay(predictor, overlay, found.masks, **drawn)
-    write_files(files)
-    return image_record(str(path), predictor.original_size, predictor.model.name_or_path, objects=objects)
+    record = image_record(str(path), predictor.original_size, predictor.model.name_or_path, objects=objects)
+    write_files(files | ({record_file: json.dumps(record).encode()} if record_file else {}))
+    return record
 
 
 # ------------------------------------------------------------------------------------------------ folders
@@ -232,7 +235,8 @@ class SegmentJob(FolderJob):
 
     def is_answered_by(self, record: dict, segmenter: Segmenter) -> bool:
         asked = [{key: one[key] for key in ("points", "labels", "box")} for one in record["objects"]]
-        written = [Path(mask["file"]).name for one in record["objects"] for mask in one["masks"]]
+        masks = [mask for one in record["objects"] for mask in one["masks"] if mask["segmentation"]]
+        written = [Path(mask["file"]).name for mask in masks]
         files = segmenter.targets(self.output, len(self.objects), None)
         return asked == self.objects and written == [file.name for file in files]
 
@@ -244,6 +248,16 @@ class SegmentJob(FolderJob):
 
     def compute(self, segmenter: Segmenter) -> tuple[dict, dict[Path, bytes]]:
         return segmenter(self.image, self.objects, self.output, self.overlay)
+
+
+def segment_into_folder(
+    segmenter: Segmenter, path: Path, objects: list[dict], folder: Path, overlay: Path | None
+) -> dict:
+    """Segments one image as a folder of one, if an earlier call has not; its results are named after it."""
+    job = SegmentJob(path, str(path), objects, folder / f"{path.stem}.png", overlay)
+    check_not_of_another(job.record_file, path)
+    check_targets(job.result_files(segmenter), path, overlay)
+    return job.finished(segmenter) or job.run(segmenter)
 
 
 def plan_segment_jobs(
@@ -285,5 +299,6 @@ __all__ = [
     "load_predictor",
     "plan_segment_jobs",
     "segment_file",
+    "segment_into_folder",
     "set_image_file",
 ]

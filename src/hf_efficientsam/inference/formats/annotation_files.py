@@ -1,14 +1,43 @@
-"""Objects of an image in the file formats of annotation tools and trainers: YOLO, labelme, Label Studio.
+"""Objects of an image in the file formats of annotation tools and trainers: COCO, YOLO, labelme, Label Studio.
 
-All of them write polygons, see polygons.py; holes survive by bridges. An object of several parts is a group of shapes
-in labelme and regions with one parent in Label Studio. A YOLO line has one polygon, so bridges join its parts, too.
+COCO has run-length codes. The others have polygons, see polygons.py; holes survive by bridges. An object of several
+parts is a group of shapes in labelme and regions with one parent in Label Studio. A YOLO line has one polygon, so
+bridges join its parts, too.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 from .polygons import joined
+
+
+def coco_annotations(
+    rles: Sequence[dict], categories: Sequence[int], scores: Sequence[float], iou_scores: Sequence[float]
+) -> list[dict]:
+    """
+    COCO annotations, without their ids and image's, of the objects that are not empty; `bbox` is tight, `[x, y, width,
+    height]`.
+
+    Args:
+        rles: of each object its mask as compressed COCO RLE.
+        categories: of each object the id of its category.
+        scores, iou_scores: of each object, see [`SegmentationResult`].
+    """
+    return [
+        {
+            "category_id": category,
+            "segmentation": rle,
+            "area": area,
+            "bbox": coco_mask.toBbox(rle).tolist(),
+            "iscrowd": 0,
+            "score": round(float(score), 4),
+            "predicted_iou": round(float(iou), 4),
+        }
+        for rle, category, score, iou in zip(rles, categories, scores, iou_scores, strict=True)
+        if (area := int(coco_mask.area(rle)))
+    ]
 
 
 def yolo_lines(polygons: Sequence[list[np.ndarray]], classes: Sequence[int], width: int, height: int) -> list[str]:
