@@ -264,7 +264,7 @@ def test_counted_prompts_drop_the_padding_of_the_masks(processor):
         ({"input_points": [[1, 2], [3, 4]]}, r"nested as \[image\]\[prompt\]\[point\]\[x, y\].*numbers lie 2 deep"),
         ({"input_points": 3}, "numbers lie 0 deep"),
         ({"input_points": [[[1, 2]], [[[1, 2]]]]}, "numbers lie 3 and 4 deep"),
-        ({"input_boxes": [[[[1, 2, 3, 4]]]] * 2}, "numbers lie 4 deep"),
+        ({"input_boxes": [[[[1, 2, 3, 4], [1, 2, 3, 4]]]] * 2}, "numbers lie 4 deep"),
         (
             {"input_points": [None, [[[1, 2]], [[1, 2, 3]]]]},
             r"Image 1, prompt 1: a point is a pair x, y, got \[1, 2, 3",
