@@ -5,7 +5,7 @@ from pathlib import Path
 
 import typer
 
-from hf_efficientsam.inference.formats.datasets import write_datasets
+from hf_efficientsam.inference.record_datasets import write_datasets
 
 
 def describe_objects(record: dict) -> str:

@@ -16,10 +16,10 @@ from xml.sax.saxutils import quoteattr
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from ..image_files import write_files
-from ..records import recorded_file
-from .annotation_files import coco_annotations, label_studio_task, labelme_file, yolo_lines
-from .polygons import polygons_of_mask
+from .formats.annotation_files import coco_annotations, label_studio_task, labelme_file, yolo_lines
+from .formats.polygons import polygons_of_mask
+from .image_files import write_files
+from .records import recorded_file
 
 TOLERANCE = 1.0  # pixels, see polygons_of_mask: people edit these polygons, so few corners are worth more than stairs
 UNNAMED = "object"
