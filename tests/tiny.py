@@ -169,7 +169,7 @@ def sami_model(vision=None, **options) -> EfficientSamForPreTraining:
 def saliency_head(**options) -> EfficientSamSaliencyHead:
     """For embeddings of the models here."""
     torch.manual_seed(0)
-    options = {"input_channels": CHANNELS, "hidden_size": 24} | options
+    options = {"input_channels": CHANNELS, "hidden_size": 24, "num_attention_heads": 3} | options
     return EfficientSamSaliencyHead(EfficientSamSaliencyConfig(**options)).eval()
 
 

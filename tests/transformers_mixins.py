@@ -58,33 +58,37 @@ from transformers_tests.test_image_processing_common import (  # noqa: E402
 from transformers_tests.test_modeling_common import ModelTesterMixin  # noqa: E402
 from transformers_tests.test_processing_common import ProcessorTesterMixin  # noqa: E402
 
-
-class ModelTester:
-    """What the mixin asks about a model: its configuration, its inputs and sizes that outputs have."""
-
-    batch_size, seq_length, is_training = B, N, True
-    num_hidden_layers, num_attention_heads, hidden_size = 2, 3, tiny.VISION["hidden_size"]
-    image_size, patch_size, num_channels = tiny.SIZE, 16, 3
-
-    def __init__(self, config, inputs):
-        self.config, self.inputs = config, inputs
-
-    def get_config(self):
-        return copy.deepcopy(self.config)
-
-    def prepare_config_and_inputs_for_common(self):
-        return self.get_config(), copy.deepcopy(self.inputs)
-
-
 PIXELS = {"pixel_values": tiny.pixel_values(B, tiny.SIZE, tiny.SIZE)}
 
 
 class Mixin(ModelTesterMixin):
-    test_resize_embeddings = False
+    """A subclass says its model's configuration and inputs. It answers itself what the mixin asks a `model_tester`."""
+
     config, inputs = None, PIXELS
+    labels = {}  # with which there is a loss
+    seq_length = N
+    batch_size, num_hidden_layers, num_attention_heads, hidden_size = B, 2, 3, tiny.VISION["hidden_size"]
+    image_size, patch_size, num_channels = tiny.SIZE, 16, 3
+    is_training = False  # whether the model computes a loss
+    test_resize_embeddings = False
 
     def setUp(self):
-        self.model_tester = ModelTester(self.config, self.inputs)
+        self.model_tester = self
+
+    def get_config(self):
+        return type(self.config).from_dict(self.config.to_dict())
+
+    def prepare_config_and_inputs_for_common(self):
+        return self.get_config(), copy.deepcopy(self.inputs)
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        return copy.deepcopy(inputs_dict | (self.labels if return_labels else {}))
+
+    def test_model_get_set_embeddings(self):
+        """The mixin wants an `nn.Embedding` and sets another. transformers' own vision models replace it too."""
+        model = self.all_model_classes[0](self.get_config())
+        assert model.get_input_embeddings() in set(model.modules())
+        assert model.get_output_embeddings() is None
 
 
 class ModelTest(Mixin, unittest.TestCase):
@@ -104,6 +108,8 @@ class VisionModelTest(Mixin, unittest.TestCase):
 class ImageClassificationTest(Mixin, unittest.TestCase):
     all_model_classes = (EfficientSamForImageClassification,)
     config = tiny.vision_config(num_labels=5)
+    labels, is_training = {"labels": torch.arange(B)}, True
+    seq_length = 1 + N
 
 
 class BackboneTest(Mixin, BackboneTesterMixin, unittest.TestCase):
@@ -116,13 +122,16 @@ class PreTrainingTest(Mixin, unittest.TestCase):
     all_model_classes = (EfficientSamForPreTraining,)
     config = tiny.sami_model().config
     inputs = PIXELS | {"target_features": tiny.random(B, N, 8), "noise": tiny.random(B, N)}
+    is_training = True
+    seq_length = 1 + N // 4  # a quarter of the patches is seen
 
 
 class SaliencyHeadTest(Mixin, unittest.TestCase):
     all_model_classes = (EfficientSamSaliencyHead,)
-    has_attentions = False
     config = tiny.saliency_head().config
     inputs = {"image_embeddings": tiny.random(B, tiny.CHANNELS, 4, 4)}
+    labels, is_training = {"labels": tiny.random(B, tiny.SIZE, tiny.SIZE)}, True
+    seq_length = N // 4  # the layers see half the resolution
 
 
 class ImageTester(ImageProcessingTester):
@@ -156,7 +165,13 @@ class ProcessorTest(ProcessorTesterMixin, unittest.TestCase):
         return tiny.image_processor()
 
 
+SAM_FIELDS = "hidden states and attentions are in SamModel's fields, `vision_...`; its tests replace this one too"
 BY_DESIGN = {
+    (ModelTest, "test_attention_outputs"): SAM_FIELDS,
+    (ModelTest, "test_hidden_states_output"): SAM_FIELDS,
+    (ModelTest, "test_retain_grad_hidden_states_attentions"): SAM_FIELDS,
+    (ModelTest, "test_init_weights_can_init_buffers"): "the buffer of the position embedding is drawn at random",
+    (BackboneTest, "test_retain_grad_hidden_states_attentions"): "the first output is a tuple of maps, not a tensor",
     (ImageProcessingTest, "test_call_numpy_4_channels"): "the models take three channels; others are refused",
     (ImageProcessingTest, "test_new_models_require_torchvision_backend"): "the package works without torchvision",
 }

@@ -239,8 +239,6 @@ class TestForPreTraining(ModelTesterMixin):
 
 
 class TestSaliencyHead(ModelTesterMixin):
-    test_hidden_states_and_attentions_are_recorded_when_asked_for = None  # it records none
-
     def model(self):
         return tiny.saliency_head(initializer_range=0.3)
 
@@ -249,6 +247,9 @@ class TestSaliencyHead(ModelTesterMixin):
 
     def inputs(self):
         return {"image_embeddings": 2 * tiny.random(B, tiny.CHANNELS, 4, 5) - 1}
+
+    def hidden_state_shape(self):
+        return (B, 2 * 3, 24)  # half the grid's sides, rounded up
 
     def outputs(self, output):
         return (output.logits,)

@@ -25,10 +25,12 @@ class ProcessorTesterMixin:
         return getattr(processor, "image_processor", processor).to_dict()
 
     def test_saved_and_loaded_it_is_the_same(self, tmp_path):
-        processor = self.processor(keep_aspect_ratio=True, image_mean=[0.1, 0.2, 0.3])
+        options = {"keep_aspect_ratio": True, "image_mean": [0.1, 0.2, 0.3]}
+        processor = self.processor(**options)
         processor.save_pretrained(tmp_path)
         for loaded in (type(processor).from_pretrained(tmp_path), self.auto_class.from_pretrained(tmp_path)):
-            assert type(loaded) is type(processor) and self.options(loaded) == self.options(processor)
+            assert type(loaded) is type(processor)
+            assert self.options(loaded) == self.options(processor) == self.options(processor) | options
         assert self.options(type(processor).from_pretrained(tmp_path, do_normalize=False))["do_normalize"] is False
         assert json.loads(processor.to_json_string())
 

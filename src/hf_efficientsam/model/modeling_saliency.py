@@ -14,12 +14,14 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput
-from transformers.utils.generic import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import TransformersKwargs
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_efficientsam import EfficientSamSaliencyConfig
 from .modeling_efficientsam import (
     EfficientSamMLP,
     EfficientSamPreTrainedModel,
+    EfficientSamVisionAttention,
     EfficientSamVisionLayer,
     at_least_float32,
     check_kwargs,
@@ -36,10 +38,17 @@ class EfficientSamSaliencyOutput(ModelOutput):
         logits (`torch.FloatTensor` of shape `(B, 1, 4 * h, 4 * w)`):
             Over the model input, above 0 where it is more likely salient than not;
             `processor.post_process_masks(..., binarize=False)` brings them to the image.
+        hidden_states (`tuple` of `torch.FloatTensor` of shape `(B, N, hidden_size)`, *optional*):
+            The input of the first layer and the output of each, with `output_hidden_states=True`. The N cells are
+            those of the embedding at half its resolution.
+        attentions (`tuple` of `torch.FloatTensor` of shape `(B, heads, N, N)`, *optional*):
+            Attention weights of each layer, with `output_attentions=True` and eager attention.
     """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 class EfficientSamSaliencyNeighbours(nn.Module):
@@ -74,6 +83,7 @@ class EfficientSamSaliencyHead(EfficientSamPreTrainedModel):
     base_model_prefix = ""
     main_input_name = "image_embeddings"
     _no_split_modules = ["EfficientSamVisionLayer", "EfficientSamSaliencyNeighbours"]
+    _can_record_outputs = {"hidden_states": EfficientSamVisionLayer, "attentions": EfficientSamVisionAttention}
 
     def __init__(self, config: EfficientSamSaliencyConfig):
         super().__init__(config)
@@ -89,7 +99,10 @@ class EfficientSamSaliencyHead(EfficientSamPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @can_return_tuple
+    def get_input_embeddings(self) -> nn.Module:
+        return self.projection
+
+    @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
         image_embeddings: torch.Tensor,
