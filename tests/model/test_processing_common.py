@@ -25,7 +25,7 @@ class ProcessorTesterMixin:
         return getattr(processor, "image_processor", processor).to_dict()
 
     def test_saved_and_loaded_it_is_the_same(self, tmp_path):
-        options = {"keep_aspect_ratio": True, "image_mean": [0.1, 0.2, 0.3]}
+        options = {"keep_aspect_ratio": True, "image_mean": (0.1, 0.2, 0.3)}
         processor = self.processor(**options)
         processor.save_pretrained(tmp_path)
         for loaded in (type(processor).from_pretrained(tmp_path), self.auto_class.from_pretrained(tmp_path)):
