@@ -128,7 +128,7 @@ def load(config: EvaluateEverythingConfig) -> tuple[EfficientSamModel, Efficient
 
 def evaluate(config: EvaluateEverythingConfig) -> None:
     check(config)
-    dataset = CocoMasks(config.annotations, config.images, reading=config)
+    dataset = CocoMasks(config.annotations, config.images, reading=config, split="val")
     if not len(dataset):
         raise ValueError(f"There is no mask to evaluate in {config.annotations}; check the file.")
     count = min(len(dataset), config.limit or len(dataset))

@@ -66,7 +66,9 @@ class EvaluateMasksConfig(AnnotationConfig):
     # What it is asked.
     annotations: list[str] = field(
         default_factory=list,
-        metadata={"help": "one or several COCO-style json files, LVIS's, or folders with images/ and masks/"},
+        metadata={
+            "help": "one or several json files, COCO's or LVIS's; or folders: images/ and masks/, YOLO's, labelme's"
+        },
     )
     images: list[str] = field(
         default_factory=list,
@@ -130,7 +132,7 @@ def open_sources(config: EvaluateMasksConfig) -> list[Any]:
     if config.detections is not None:
         sources = [Detections(pairs[0][0], config.detections, pairs[0][1], config.limit, config.crowds)]
     else:
-        sources = [open_annotations(*pair, config) for pair in pairs]
+        sources = [open_annotations(*pair, config, "val") for pair in pairs]
     for source, (annotations, _) in zip(sources, pairs, strict=True):
         if not len(source):
             raise ValueError(f"There is no mask to evaluate in {annotations}; check the file and --limit.")

@@ -133,7 +133,7 @@ def print_table(results: dict[str, dict]) -> None:
 
 def evaluate(config: EvaluateSaliencyConfig) -> None:
     check(config)
-    source = UnitedMasks(open_annotations(config.data, reading=config))
+    source = UnitedMasks(open_annotations(config.data, reading=config, split="val"))
     count = min(len(source), config.limit or len(source))
     model, processor = load_model(find_checkpoint(config.model))
     predictor = EfficientSamPredictor(model.to(config.device or model.device), processor)

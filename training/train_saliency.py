@@ -98,7 +98,7 @@ def get_data(config: SaliencyConfig, device: torch.device) -> tuple[MirroredEmbe
     data = MirroredEmbeddings(EncodedImages(model, processor, source), config.seed)
     val = None
     if config.val is not None:
-        val = EncodedImages(model, processor, UnitedMasks(open_annotations(config.val, reading=config)))
+        val = EncodedImages(model, processor, UnitedMasks(open_annotations(config.val, reading=config, split="val")))
     return data, val, vision.output_channels
 
 

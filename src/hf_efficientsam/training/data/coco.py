@@ -10,6 +10,7 @@ from PIL import Image
 from pycocotools import mask as rle_codec
 from torch.utils.data import Dataset
 
+from .annotation_folders import is_annotation_folder, read_folder
 from .coco_json import CROWDS, file_names, find_folder, mark_crowds, read_json
 from .reading import (
     FRAMES,
@@ -57,7 +58,8 @@ class Sample:
 
 
 class CocoMasks(Dataset):
-    """The images of a COCO- or LVIS-style json that have masks; `dataset[i]` is a `Sample`.
+    """The images of a COCO- or LVIS-style json, a YOLO dataset or a folder of labelme files that have masks;
+    `dataset[i]` is a `Sample`.
 
     Segmentations may be polygons or RLE, compressed or not. Where images have only a `coco_url`, as in LVIS, its last
     folder and name (train2017/000000391895.jpg) are looked for, then the name alone.
@@ -70,11 +72,12 @@ class CocoMasks(Dataset):
     come out upright.
 
     Args:
-        annotations: the json file.
+        annotations: the json file, or what `read_folder` takes.
         images: the folder that `file_name` is relative to; by default see `find_folder`.
         min_area: leave out masks of fewer pixels, counted in the mask itself (the json's `area` is not read).
         reading: `crowds` is what `iscrowd` means: "skip" leaves these regions out, "keep" reads them as masks, "auto"
             decides for the file, see `mark_crowds`. `mask_frame`: see `FrameConfig`.
+        split: the part of a YOLO dataset, train or val.
 
     Raises FileNotFoundError for a json or images that are not there, and ValueError for a json that is broken or
     ambiguous (see `read_json`) and for images that cannot be opened or whose sizes do not fit. The pixels of an image
@@ -87,14 +90,15 @@ class CocoMasks(Dataset):
         images: str | Path | None = None,
         min_area: int = 1,
         reading: AnnotationConfig = DEFAULT_READING,
+        split: str = "train",
     ):
-        content = self._open(annotations, images, reading.crowds)
+        content = self._open(annotations, images, reading.crowds, split)
         self.categories, left_out, drawn = content.get("categories"), Counter(), defaultdict(list)
         for number, annotation in enumerate(content["annotations"]):
             if annotation["iscrowd"]:
                 left_out["masks marked as crowds (--crowds keep reads them)"] += 1
             elif annotation.get("segmentation") is None:
-                left_out["boxes without a mask"] += 1
+                left_out[annotation.get("left_out", "boxes without a mask")] += 1
             else:
                 drawn[annotation["image_id"]].append((annotation.get("id", number), annotation))
         records = [record for record in content["images"] if record["id"] in drawn]
@@ -120,13 +124,16 @@ class CocoMasks(Dataset):
         kept = f"{len(self.records)} images with {sum(map(len, self.rles))} masks"
         say_what_is_read(str(self.annotations), kept, left_out)
 
-    def _open(self, annotations: str | Path, images: str | Path | None, crowds: str) -> dict:
-        """The content of the json, what is a crowd being settled."""
+    def _open(self, annotations: str | Path, images: str | Path | None, crowds: str, split: str) -> dict:
+        """The content of the json or folder, what is a crowd being settled."""
         if crowds not in CROWDS:
             raise ValueError(f"--crowds {crowds} is not known; choose {', '.join(CROWDS)}.")
         self.annotations = Path(annotations)
-        content = read_json(self.annotations)
-        self.images = Path(images) if images is not None else find_folder(self.annotations, content["images"])
+        if is_annotation_folder(self.annotations):
+            content, self.images = read_folder(self.annotations, images, split)
+        else:
+            content = read_json(self.annotations)
+            self.images = Path(images) if images is not None else find_folder(self.annotations, content["images"])
         if unmarked := mark_crowds(content["annotations"], self.annotations, crowds):
             logger.warning(
                 "%s: %s masks are marked as crowds (iscrowd) and are read as masks, because tools such as CVAT mark "

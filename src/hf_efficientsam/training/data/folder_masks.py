@@ -106,14 +106,15 @@ class UnitedMasks(Dataset):
 
 
 def open_annotations(
-    path: str | Path, images: str | Path | None = None, reading: AnnotationConfig = DEFAULT_READING
+    path: str | Path,
+    images: str | Path | None = None,
+    reading: AnnotationConfig = DEFAULT_READING,
+    split: str = "train",
 ) -> CocoMasks | FolderMasks:
-    """A COCO-style json, or a folder of images and masks."""
-    if not Path(path).is_dir():
-        return CocoMasks(path, images, reading=reading)
-    if not all((Path(path) / name).is_dir() for name in ("images", "masks")):
-        raise ValueError(f"{path} needs the folders images/ and masks/; or give a COCO-style json file.")
-    return FolderMasks(path, reading)
+    """A COCO-style json, a folder of images and masks, a YOLO dataset (of which `split`), or a folder of labelme's."""
+    if all((Path(path) / name).is_dir() for name in ("images", "masks")):
+        return FolderMasks(path, reading)
+    return CocoMasks(path, images, reading=reading, split=split)
 
 
 def find_partners(images: Path, keys: list[str], folder: Path) -> list[str]:

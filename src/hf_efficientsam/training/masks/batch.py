@@ -54,7 +54,9 @@ class MaskDataConfig(AnnotationConfig):
 
     train: list[str] = field(
         default_factory=list,
-        metadata={"help": "COCO-style json files, or folders with images/ and masks/; one named twice weighs double"},
+        metadata={
+            "help": "json as COCO's; folders: images/ with masks/, YOLO's, labelme's; one named twice weighs double"
+        },
     )
     images: list[str] = field(
         default_factory=list, metadata={"help": "folder of the json files' images, or one for each"}

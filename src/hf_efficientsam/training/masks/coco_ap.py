@@ -75,7 +75,7 @@ class Truth(CocoMasks):
 
     def _read(self, annotations: str, images: str | None, limit: int | None, crowds: str = "auto") -> None:
         # AP is COCO's, which trusts the marks.
-        self.truth = self._open(annotations, images, "skip" if crowds == "auto" else crowds)
+        self.truth = self._open(annotations, images, "skip" if crowds == "auto" else crowds, "val")
         crowds = Counter({"crowds": sum(one["iscrowd"] for one in self.truth["annotations"])})
         kept = f"{len(self.truth['images'])} images with {len(self.truth['annotations']) - crowds.total()} masks"
         say_what_is_read(annotations, kept, crowds)
