@@ -468,7 +468,7 @@ def test_a_bad_config_is_refused(tmp_path, text, sentence):
         (["--every", 5], "2 images are less than one step"),
         (["--images", "a", "b", "c"], "Give --images one folder, or one for each of the 2 files of --train."),
         (["--images", "elsewhere"], "give the folder of the images (`--images`)"),
-        (["--shards", "absent.tar"], "Give --train COCO-style json files, or --dataset, or --shards."),
+        (["--shards", "absent.tar"], "Give --train COCO-style json files or folders, or --dataset, or --shards."),
         (["--trackers", "paper"], "There is no tracker paper here"),
     ],
 )
@@ -516,7 +516,7 @@ def test_another_run_in_the_folder_is_refused(arguments, whole):
 
 def test_it_asks_for_data(tmp_path):
     said = refuse("finetune_masks", "--output_dir", tmp_path / "run")
-    assert said == "finetune_masks: Give --train COCO-style json files, or --dataset, or --shards."
+    assert said == "finetune_masks: Give --train COCO-style json files or folders, or --dataset, or --shards."
     assert not list(tmp_path.iterdir())
 
 
@@ -527,8 +527,9 @@ def test_an_unreadable_image_ends_the_run_with_its_name(arguments, coco, tiny_mo
         (images / path.name).write_bytes(b"no image" if path.name == "3.jpg" else path.read_bytes())
     (tmp_path / "masks.json").write_text((coco / "masks.json").read_text())
     given = ["--config", recipe, "--train", tmp_path / "masks.json", "--model", tiny_model]
-    said = run("finetune_masks", *given, "--num_workers", 1, "--output_dir", tmp_path / "run", code=1)
-    assert said.splitlines()[-1].startswith("finetune_masks: ") and "3.jpg cannot be read as an image" in said
+    said = run("finetune_masks", *given, "--num_workers", 1, "--output_dir", tmp_path / "run", code=2)
+    assert f"finetune_masks: Images of {tmp_path / 'masks.json'} are broken; replace or remove (1):" in said
+    assert "3.jpg cannot be read as an image" in said.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("size", "width"), [("ti", 192), ("s", 384)])

@@ -394,9 +394,9 @@ def test_a_broken_image_is_named(recipe, images, tmp_path):
     for path in (tmp_path / "images").iterdir():
         path.write_bytes(path.read_bytes()[:100])
     options = ["--images", tmp_path / "images", "--target", "pixels", "--num_workers", 1]
-    said = run("sami", "--config", recipe, *options, "--output_dir", tmp_path / "run", code=1)
-    (sentence,) = [line for line in said.splitlines() if line.startswith("sami: ")]
-    assert f"sami: {tmp_path / 'images'}" in sentence and "replace or remove it" in sentence
+    said = run("sami", "--config", recipe, *options, "--output_dir", tmp_path / "run", code=2)
+    assert f"sami: Images of {tmp_path / 'images'} are broken; replace or remove (20):" in said.splitlines()
+    assert f"{tmp_path / 'images' / '00.png'} cannot be read as an image" in said and "and 10 more" in said
 
 
 REFUSALS = {
