@@ -13,6 +13,7 @@ DOCUMENTS = {
     "training/README.md": "training.md",
     "src/hf_efficientsam/checkpoints/efficientsam-s/README.md": "checkpoint.md",
     "spaces/README.md": "demo.md",
+    "examples/integrations/README.md": "integrations.md",
     "examples/README.md": "examples.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",

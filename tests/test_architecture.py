@@ -12,7 +12,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "hf_efficientsam"
 NAME = PACKAGE.name
-FOLDERS = ["model", "inference", "export", "training", "demo", "cli"]  # each may import from those before it
+FOLDERS = ["model", "inference", "export", "training", "demo", "serve", "cli"]  # each may import from those before it
 
 TRAINING_BASE = {"engine", "data"}  # for every task
 # What a task's folder may import of another's, and why.

@@ -31,6 +31,7 @@ COMMANDS = {  # name: its module, and its line in the list that --help prints
     "export-onnx": ("checkpoints", "Export a checkpoint to ONNX."),
     "publish": ("publish", "Make a checkpoint a repository of the Hugging Face Hub."),
     "demo": ("demo", "Serve a web page where objects are cut out with the mouse."),
+    "serve": ("serve", "Serve an HTTP API: encode an image once, ask often."),
 }
 
 

@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
-from hf_efficientsam.demo.session import MAX_PIXELS
+from hf_efficientsam.inference.uploads import MAX_PIXELS
 
-from .options import Device, DeviceOption, Dtype, DtypeOption, ModelOption, new_commands
+from .options import Device, DeviceOption, Dtype, DtypeOption, HostOption, MaxPixelsOption, ModelOption, new_commands
 
 commands = new_commands()
 
@@ -25,14 +25,12 @@ def demo_command(
             metavar="DIR_OR_HUB_ID", help="Saliency model instead of the checkpoint's own head; may be .onnx."
         ),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this computer.")] = (
-        "127.0.0.1"
-    ),
+    host: HostOption = "127.0.0.1",
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port to listen at; by default 7860 or the next free one.")
     ] = None,
     share: Annotated[bool, typer.Option("--share", help="Ask gradio's servers for a public link, too.")] = False,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Refuse pictures of more pixels than this.")] = MAX_PIXELS,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
 ) -> None:
     """
     Serve a web page where objects are cut out with the mouse, until Ctrl+C.

@@ -71,6 +71,7 @@ FormatOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
 MaxPixelsOption = Annotated[int, typer.Option(min=1, help="Refuse images of more pixels than this.")]
+HostOption = Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this computer.")]
 
 
 def new_commands() -> typer.Typer:

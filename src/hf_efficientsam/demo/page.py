@@ -9,13 +9,14 @@ from tempfile import TemporaryDirectory
 
 import gradio as gr
 
+from hf_efficientsam.inference.uploads import MAX_FILE_BYTES, MAX_POINTS_PER_SIDE
+
 from .html_fragments import chips_html, thumbnail_html
-from .service import MAX_POINTS_PER_SIDE, Demo, as_sentence
+from .service import Demo, as_sentence
 from .session import FORMATS, Session
 
 HERE = Path(__file__).parent
 EXAMPLES = [HERE / "examples" / name for name in ("elephant.jpg", "bus.jpg", "clock.jpg")]
-MAX_FILE_SIZE = "20mb"
 MAX_WAITING = 32  # requests in the queue; gradio refuses more with a sentence
 MAX_SESSIONS = 50  # the least recently used ones are dropped
 SECONDS_OF_FILES, SECONDS_OF_SESSIONS = 15 * 60, 60 * 60  # how long they are kept
@@ -320,7 +321,7 @@ def launch_demo(demo: Demo, host: str = "127.0.0.1", port: int | None = None, sh
         os.environ["GRADIO_TEMP_DIR"] = folder
         blocks = Page(demo).blocks.queue(max_size=MAX_WAITING)
         options = {"theme": THEME, "css": (HERE / "style.css").read_text(), "footer_links": ["api", "settings"]}
-        limits = {"max_file_size": MAX_FILE_SIZE, "state_session_capacity": MAX_SESSIONS, "run_history": False}
+        limits = {"max_file_size": MAX_FILE_BYTES, "state_session_capacity": MAX_SESSIONS, "run_history": False}
         try:
             # ssr_mode needs node
             blocks.launch(server_name=host, server_port=port, share=share, ssr_mode=False, **options, **limits)

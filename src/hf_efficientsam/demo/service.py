@@ -1,7 +1,6 @@
 """The functions behind the page and the API of the web demo: one model, and a session for each visitor."""
 
 import os
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
@@ -12,35 +11,21 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder, is_in_or_equal
-from PIL import Image, ImageOps
 
-from hf_efficientsam.inference.image_files import read_image, upright_size
 from hf_efficientsam.inference.loading import find_checkpoint, is_bundled, load_model
 from hf_efficientsam.inference.predictor import EfficientSamPredictor
-from hf_efficientsam.inference.prompt_files import group_prompts, read_prompts
 from hf_efficientsam.inference.prompters import Detector, SalientPrompter, TextPrompter, load_saliency
 from hf_efficientsam.inference.prompters.saliency_sources import HeadSaliency, SaliencySource
+from hf_efficientsam.inference.uploads import MAX_PIXELS, MAX_POINTS_PER_SIDE, read_objects, read_upload
 
 from .html_fragments import candidates_html, objects_html, stage_html, status_html
-from .session import MAX_PIXELS, Finding, NothingFound, Session
-
-MAX_POINTS_PER_SIDE = 32
-# PIL reads more, but some (EPS) through other programs, which is not safe for uploads.
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
-MAX_OBJECTS = 64  # of one call of the API: each has a mask of the image's size
+from .session import Finding, NothingFound, Session
 
 
 def as_sentence(error: Exception) -> str:
     """The message of an error with a capital letter."""
     text = str(error)
     return text[:1].upper() + text[1:]
-
-
-def size_of_photograph(image: Image.Image) -> tuple[int, int]:
-    """`upright_size` of a file in one of `FORMATS`."""
-    if image.format not in FORMATS:
-        raise ValueError(f"{image.format} is not taken here; {', '.join(FORMATS)} are")
-    return upright_size(image)
 
 
 def check_numbers(*values) -> None:
@@ -107,15 +92,7 @@ class Demo:
             ValueError: one sentence about what is wrong with the file.
         """
         name = PurePath(name).name
-        try:
-            width, height = read_image(Path(path), sys.maxsize, size_of_photograph)
-            if width * height > self.max_pixels:
-                raise ValueError(
-                    f"{name} has {width} x {height} pixels; this page takes up to {self.max_pixels / 1e6:g} million."
-                )
-            image = read_image(Path(path), sys.maxsize, ImageOps.exif_transpose)
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(path), name)) from None
+        image = read_upload(Path(path), name, self.max_pixels)
         return Session(EfficientSamPredictor(self.model, self.processor), self.checkpoint, name, image)
 
     def open_upload(self, upload: dict | None) -> Session:
@@ -216,10 +193,7 @@ class Demo:
     def segment(self, upload: dict | None, points: list | None, labels: list | None, boxes: list | None) -> dict:
         """The objects that points and boxes show, grouped as by `efficientsam segment`, as a COCO dataset."""
         asked = {"points": points, "labels": labels, "boxes": boxes}
-        prompts = read_prompts({key: value for key, value in asked.items() if value is not None})
-        objects = group_prompts(*prompts, separate_points=False)
-        if len(objects) > MAX_OBJECTS:
-            raise ValueError(f"this page segments up to {MAX_OBJECTS} objects at a time, not {len(objects)}.")
+        objects = read_objects({key: value for key, value in asked.items() if value is not None})
         session = self.open_upload(upload)
         result = session.predictor.segment(
             points=[one["points"] for one in objects],

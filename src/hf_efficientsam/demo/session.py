@@ -23,7 +23,6 @@ from hf_efficientsam.inference.predictor import EfficientSamPredictor
 from hf_efficientsam.inference.prompt_files import check_objects
 from hf_efficientsam.inference.results import SegmentationResult, boxes_from_masks_np, mask_rles
 
-MAX_PIXELS = 24_000_000  # larger images are refused by default
 SHOWN_SIDE = 1024  # pixels: the longer side of the image on the page
 THUMBNAIL_SIDE = 112
 MAX_STEPS_BACK = 200

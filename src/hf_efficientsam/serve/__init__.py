@@ -1,0 +1,1 @@
+"""The HTTP API: `efficientsam serve`. Needs fastapi and uvicorn, which `hf-efficientsam[serve]` brings."""
