@@ -41,16 +41,16 @@ STUBS = {
 }
 
 
-@pytest.mark.parametrize("moment", STUBS)
-def test_ctrl_c_ends_a_command_at_once_with_one_line(tmp_path, moment):
+def start_stub(tmp_path: Path, app: str) -> subprocess.Popen:
+    """The command with a module `app` of this source."""
     package = tmp_path / "hf_efficientsam"
     (package / "cli").mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "cli" / "__init__.py").touch()
-    (package / "cli" / "app.py").write_text(STUBS[moment])
+    (package / "cli" / "app.py").write_text(app)
     (package / "cli" / "main.py").write_bytes(Path(main.__file__).read_bytes())
     command = [sys.executable, "-m", "hf_efficientsam.cli.main"]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         command,
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
@@ -58,10 +58,22 @@ def test_ctrl_c_ends_a_command_at_once_with_one_line(tmp_path, moment):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@pytest.mark.parametrize("moment", STUBS)
+def test_ctrl_c_ends_a_command_at_once_with_one_line(tmp_path, moment):
+    process = start_stub(tmp_path, STUBS[moment])
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)  # half of what the stub would take
     assert process.returncode == 130 and said == "efficientsam: stopped by Ctrl+C\n"
+
+
+def test_a_command_that_ends_says_nothing_more(tmp_path):
+    """Also where Python takes its time to end, as after torch was used."""
+    process = start_stub(tmp_path, "def app():\n    import atexit, time; atexit.register(time.sleep, 0.5)")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0 and said == ""
 
 
 @pytest.mark.slow

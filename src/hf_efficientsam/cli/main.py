@@ -27,10 +27,11 @@ def end() -> NoReturn:
 
 
 def watch(received: socket.socket) -> None:
-    while received.recv(1)[0] != signal.SIGINT:
-        pass
-    threading.Event().wait(GRACE)
-    end()
+    """Ends the process soon after a signal of Ctrl+C; returns when the other end is closed, as the process ends."""
+    while number := received.recv(1):
+        if number[0] == signal.SIGINT:
+            threading.Event().wait(GRACE)
+            end()
 
 
 def main() -> None:
