@@ -38,12 +38,14 @@ def test_salient_objects_are_those_of_their_boxes(photo, model, objects):
             "box": expected["box"],
             "segmentation": expected["segmentation"],
             "iou": expected["score"],
-            "file": f"mask_{i}.png",
+            "file": str(folder / f"new/mask_{i}.png"),
         }
         assert record["objects"][i - 1]["area"] == expected["area"] > 0
     assert all_files(folder) == {"photo.png", "new/mask_1.png", "new/mask_2.png", "overlay.jpg"}
     text = run("salient", photo, *options, "--threshold", "0.8", "--output", folder / "one.png").stdout
-    assert "object 1, salient object: score " in text and "file one.png" in text and "object 2" not in text
+    assert (
+        "object 1, salient object: score " in text and f"file {folder / 'one.png'}" in text and "object 2" not in text
+    )
 
 
 def test_advice_where_nothing_is_salient(photo, model, objects):
