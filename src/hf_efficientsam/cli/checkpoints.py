@@ -1,6 +1,7 @@
 """`efficientsam info`, `convert` and `export-onnx`: describe a checkpoint, make one of official weights, export it."""
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -88,10 +89,22 @@ class Variant(StrEnum):
     int8 = "int8"
 
 
+class Layout(StrEnum):
+    """Of exported files: names, shapes and coordinates of inputs and outputs."""
+
+    native = "native"
+    official = "official"
+    sam = "sam"
+    transformers_js = "transformers.js"
+
+
 @commands.command("export-onnx", no_args_is_help=True)
 def export_command(
     model: Annotated[str, typer.Argument(metavar="DIR_OR_HUB_ID", help="Checkpoint to export.")],
-    output: Annotated[Path, typer.Argument(help="Directory to write encoder.onnx and decoder.onnx to.")],
+    output: Annotated[Path, typer.Argument(help="Directory to write an encoder and a decoder to.")],
+    layout: Annotated[
+        Layout, typer.Option(help="Tools that call the files: this package, osam, AnyLabeling or transformers.js.")
+    ] = Layout.native,
     variants: Annotated[
         list[Variant], typer.Option("--variant", help="Write a smaller variant, too. May be given several times.")
     ] = [],  # noqa: B006
@@ -110,18 +123,25 @@ def export_command(
 
     A variant (encoder_float16.onnx, decoder_float16.onnx, ...) has weights in 16-bit floats or 8-bit integers. Its
     masks are compared with those of the whole files, for boxes laid over the images.
+
+    --layout writes files that other tools call: official as the authors' (osam, samexporter), sam as
+    segment-anything's with a config.yaml (AnyLabeling, X-AnyLabeling), or transformers.js.
     """
     check_output_directory(output)
     if not variants and (images is not None or allow_loss):
         raise ValueError("--images and --allow-loss are for variants; add --variant float16 or --variant int8.")
     if variants and images is None:
         raise ValueError("variants are measured on images; pass a folder of them with --images.")
+    if variants and layout in (Layout.official, Layout.sam):
+        raise ValueError(f"--variant is for the layouts native and transformers.js; leave it out for {layout.value}.")
     name = find_checkpoint(model)
     try:
         from hf_efficientsam.export.onnx_export import export_onnx
+        from hf_efficientsam.export.onnx_layouts import export_layout
     except ImportError as error:
         raise ValueError(f"the export needs {error.name}; install hf-efficientsam[onnx].") from None
-    written = export_onnx(name, output, [one.value for one in variants], images, allow_loss)
+    export = export_onnx if layout is Layout.native else partial(export_layout, layout.value)
+    written = export(name, output, [one.value for one in variants], images, allow_loss)
     for file, report in written.items():
         typer.echo(f"{output / file}: {describe_export(report)}")
 

@@ -87,13 +87,15 @@ class ExportedDecoder(nn.Module):
         image_embeddings: torch.Tensor,
         input_points: torch.Tensor,
         input_labels: torch.Tensor,
-        input_boxes: torch.Tensor,
+        input_boxes: torch.Tensor | None = None,
         input_masks: torch.Tensor | None = None,
         has_input_masks: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         decoder = self.model.mask_decoder
         prompts = (input_points, input_labels, input_boxes, input_masks)
-        positions, tokens, token_multiplicity, dense_prompts = self.model.encode_prompts(image_embeddings, *prompts)
+        own, tokens, token_multiplicity, dense_prompts = self.model.encode_prompts(image_embeddings, *prompts)
+        positions = own if positions is None else positions
         image = decoder.embed_image(image_embeddings, dense_prompts)
         if input_masks is not None:
             without_mask = decoder.embed_image(image_embeddings, self.model.encode_prompts(image_embeddings)[-1])
@@ -354,6 +356,15 @@ def write_parts(
     return {part: graph for part, (graph, *_) in parts.items()}, report
 
 
+def refuse_loss(variant: str, iou: float, allow_loss: bool) -> None:
+    """Raises a ValueError if the masks of a variant lose too much."""
+    if not allow_loss and not iou >= 1 - LARGEST_LOSS:
+        raise ValueError(
+            f"{variant} gives masks of IoU {iou:.4f} with those of float32, a loss of more than "
+            f"{LARGEST_LOSS:.1%}; leave it out, or pass --allow-loss. Nothing was written."
+        )
+
+
 def write_variant(
     variant: str, graphs: dict, folder: Path, description: dict, images: list[Image.Image], allow_loss: bool
 ) -> dict[str, dict]:
@@ -365,11 +376,7 @@ def write_variant(
         EfficientSamOnnxPredictor(folder, one, num_threads=torch.get_num_threads()) for one in ("float32", variant)
     )
     iou = measure_variant(exact, smaller, images)
-    if not allow_loss and not iou >= 1 - LARGEST_LOSS:
-        raise ValueError(
-            f"{variant} gives masks of IoU {iou:.4f} with those of float32, a loss of more than "
-            f"{LARGEST_LOSS:.1%}; leave it out, or pass --allow-loss. Nothing was written."
-        )
+    refuse_loss(variant, iou, allow_loss)
     for file, graph in files.items():
         save(graph, file, {**description, "mask_iou": iou, "images": len(images)})
     return {file.name: {"mask_iou": iou} for file in files}

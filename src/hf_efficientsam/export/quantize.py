@@ -76,6 +76,12 @@ def grid_boxes(width: int, height: int) -> Iterator[np.ndarray]:
                 yield box * (width, height, width, height)
 
 
+def mask_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """IoU of masks `[..., H, W]`; 1 where both are empty."""
+    union = (a | b).sum(axis=(-2, -1))
+    return np.where(union, (a & b).sum(axis=(-2, -1)) / np.maximum(union, 1), 1)
+
+
 def measure_variant(
     exact: EfficientSamOnnxPredictor, variant: EfficientSamOnnxPredictor, images: list[Image.Image]
 ) -> float:
@@ -86,9 +92,8 @@ def measure_variant(
             predictor.set_image(image)
         for box in grid_boxes(*image.size):
             a, b = (predictor.predict(box=box)[0] for predictor in (exact, variant))
-            union = (a | b).sum(axis=(1, 2))
-            ious.append(np.where(union, (a & b).sum(axis=(1, 2)) / np.maximum(union, 1), 1))
+            ious.append(mask_iou(a, b))
     return float(np.mean(ious))
 
 
-__all__ = ["VARIANTS", "grid_boxes", "measure_variant", "quantize", "restore", "to_float16", "to_int8"]
+__all__ = ["VARIANTS", "grid_boxes", "mask_iou", "measure_variant", "quantize", "restore", "to_float16", "to_int8"]
