@@ -106,7 +106,8 @@ def sides(grid: torch.Tensor) -> torch.Tensor:
 def best_first(masks: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Candidates `[..., M, h, w]` and their scores `[..., M]` in the order of the scores."""
     order = scores.argsort(dim=-1, descending=True)
-    return masks.take_along_dim(order[..., None, None], dim=-3), scores.gather(-1, order)
+    # Not take_along_dim, whose export knows only the batch that was traced.
+    return masks.gather(-3, order[..., None, None].expand_as(masks)), scores.gather(-1, order)
 
 
 class LayoutEncoder(nn.Module):
