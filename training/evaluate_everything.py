@@ -14,12 +14,13 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from hf_efficientsam import EfficientSamModel, EfficientSamProcessor
-from hf_efficientsam.inference.loading import find_checkpoint, load_model
+from hf_efficientsam import EfficientSamModel, EfficientSamProcessor, __version__
+from hf_efficientsam.inference.image_files import describe_error
+from hf_efficientsam.inference.loading import checkpoint_fingerprint, find_checkpoint, load_model
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.training.data.coco import AnnotationConfig, CocoMasks
 from hf_efficientsam.training.engine.config import parse_config
-from hf_efficientsam.training.engine.reports import replace_text, write_report
+from hf_efficientsam.training.engine.reports import end_without, replace_text, write_report
 from hf_efficientsam.training.engine.run import check_device, run_script
 from hf_efficientsam.training.masks.coco_ar import NAMES, PROTOCOL, average_recall
 
@@ -51,13 +52,15 @@ def check(config: EvaluateEverythingConfig) -> None:
         raise ValueError("Give --points_per_side at least one number, and none twice.")
 
 
-def check_same_masks(config: EvaluateEverythingConfig) -> None:
+def check_same_masks(config: EvaluateEverythingConfig, dataset: CocoMasks, model, processor) -> None:
     """Notes in the folder of masks how they were found, and compares if it is noted already."""
     path = Path(config.masks) / "config.json"
     names = ("model", "annotations", "images", "pred_iou_thresh", "stability_score_thresh", "box_nms_thresh")
     now = {name: getattr(config, name) for name in names}
+    # What lies under these names may change.
+    now |= {"weights": checkpoint_fingerprint(model, processor), "data": dataset.fingerprint(), "version": __version__}
     if path.exists() and (before := json.loads(path.read_text())) != now:
-        different = [name for name in names if before.get(name) != now[name]]
+        different = [name for name in now if before.get(name) != now[name]]
         raise ValueError(
             f"The masks in {config.masks} were found with another {', '.join(different)}; give another --masks."
         )
@@ -65,11 +68,19 @@ def check_same_masks(config: EvaluateEverythingConfig) -> None:
     replace_text(path, json.dumps(now, indent=1) + "\n")
 
 
-def find_masks(generator: EfficientSamMaskGenerator, dataset: CocoMasks, index: int, path: Path | None) -> list[dict]:
-    """`{segmentation, score}` of an image's masks, the most confident first; from the file if it is there."""
+def find_masks(
+    generator: EfficientSamMaskGenerator, dataset: CocoMasks, index: int, path: Path | None
+) -> list[dict] | str:
+    """
+    `{segmentation, score}` of an image's masks, the most confident first, from the file if it is there; a sentence if
+    the image cannot be read.
+    """
     if path is not None and path.exists():
         return json.loads(path.read_text())
-    records = generator.generate(dataset[index].image)
+    try:
+        records = generator.generate(dataset[index].image)
+    except (ValueError, OSError) as error:
+        return describe_error(error)
     masks = [{"segmentation": one["segmentation"], "score": one["predicted_iou"]} for one in records]
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,8 +90,11 @@ def find_masks(generator: EfficientSamMaskGenerator, dataset: CocoMasks, index: 
 
 def measure(
     config: EvaluateEverythingConfig, dataset: CocoMasks, count: int, points: int, model: EfficientSamModel, processor
-) -> dict[str, float | None]:
-    """Average recall, and how many masks an image has, with a grid of `points` a side on the first `count` images."""
+) -> tuple[dict[str, float | None], list[str]]:
+    """
+    Average recall, and how many masks an image has, with a grid of `points` a side on the first `count` images; a
+    sentence about each image that is left out, as it cannot be read.
+    """
     generator = EfficientSamMaskGenerator(
         model,
         processor,
@@ -94,7 +108,12 @@ def measure(
     for index in tqdm(range(count), desc=f"{points} a side", unit="image", mininterval=2):
         name = f"{points}/{dataset.records[index]['id']}.json"
         found.append(find_masks(generator, dataset, index, config.masks and Path(config.masks) / name))
-    return {**average_recall(dataset.rles[:count], found), "masks": sum(map(len, found)) / count}
+    broken = [one for one in found if isinstance(one, str)]
+    if len(broken) == count:
+        raise ValueError(f"{count} images cannot be evaluated; {broken[0]}")
+    truth = [rles for rles, one in zip(dataset.rles, found, strict=False) if not isinstance(one, str)]
+    found = [one for one in found if not isinstance(one, str)]
+    return {**average_recall(truth, found), "masks": sum(map(len, found)) / len(found)}, broken
 
 
 def print_row(points: int, result: dict[str, float | None]) -> None:
@@ -103,19 +122,20 @@ def print_row(points: int, result: dict[str, float | None]) -> None:
 
 
 def save_results(
-    config: EvaluateEverythingConfig, count: int, results: dict, seconds: float, model, processor
+    config: EvaluateEverythingConfig, count: int, broken: list[str], results: dict, seconds: float, model, processor
 ) -> None:
     size = processor.image_processor.size
     report = {
         "model": config.model,
         "annotations": config.annotations,
-        "images": count,
+        "images": count - len(broken),
         "input_size": {"height": size.height, "width": size.width},
         "protocol": PROTOCOL,
         "results": results,
         "seconds": round(seconds, 1),
         "config": asdict(config),
         "device": str(model.device),
+        **({"broken": broken} if broken else {}),
     }
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     write_report(config.output, report, ("faster-coco-eval", "numpy", "pillow", "pycocotools"))
@@ -134,15 +154,16 @@ def evaluate(config: EvaluateEverythingConfig) -> None:
     count = min(len(dataset), config.limit or len(dataset))
     model, processor = load(config)
     if config.masks is not None:
-        check_same_masks(config)
+        check_same_masks(config, dataset, model, processor)
     started, results = time.perf_counter(), {}
     print(f"{count} images, {sum(map(len, dataset.rles[:count]))} masks")
     print(f"{'points':8}" + "".join(f"{name:>8}" for name in NAMES) + f"{'masks':>8}")
     for points in config.points_per_side:
-        results[str(points)] = measure(config, dataset, count, points, model, processor)
+        results[str(points)], broken = measure(config, dataset, count, points, model, processor)
         print_row(points, results[str(points)])
         if config.output is not None:  # after each, for the next can take hours
-            save_results(config, count, results, time.perf_counter() - started, model, processor)
+            save_results(config, count, broken, results, time.perf_counter() - started, model, processor)
+    end_without(broken)
 
 
 def main(arguments: list[str] | None = None) -> None:

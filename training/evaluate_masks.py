@@ -15,7 +15,6 @@ the model, or by model if there are several. Several processes give the numbers 
 """
 
 import json
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -37,7 +36,7 @@ from hf_efficientsam.training.data.coco import AnnotationConfig, decode_rles, wi
 from hf_efficientsam.training.data.folder_masks import open_annotations
 from hf_efficientsam.training.data.sa1b import Sa1bShards
 from hf_efficientsam.training.engine.config import parse_config
-from hf_efficientsam.training.engine.reports import replace_text, write_report
+from hf_efficientsam.training.engine.reports import end_without, replace_text, write_report
 from hf_efficientsam.training.engine.run import check_device, run_script
 from hf_efficientsam.training.masks.coco_ap import CANDIDATES, Detections, RleEncoder, segment_detections
 from hf_efficientsam.training.masks.evaluation import (
@@ -355,9 +354,7 @@ def evaluate(config: EvaluateMasksConfig, accelerator: Accelerator) -> None:
     if config.output is not None:
         numbers |= {"seconds": seconds} | ({"broken": reasons} if reasons else {})
         save_results(config, predictors, numbers, by_model)
-    if reasons:
-        print(*reasons, sep="\n", file=sys.stderr)
-        raise ValueError(f"{len(reasons)} images could not be evaluated; the numbers are without them.")
+    end_without(reasons)
 
 
 def main(arguments: list[str] | None = None) -> None:

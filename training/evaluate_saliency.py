@@ -22,12 +22,13 @@ from tqdm.auto import tqdm
 
 from hf_efficientsam import EfficientSamPredictor
 from hf_efficientsam.inference.drawing import draw_masks, image_table
+from hf_efficientsam.inference.image_files import describe_error
 from hf_efficientsam.inference.loading import find_checkpoint, load_model
 from hf_efficientsam.inference.prompters import SalientPrompter
 from hf_efficientsam.training.data.coco import AnnotationConfig, decode_rles
 from hf_efficientsam.training.data.folder_masks import UnitedMasks, open_annotations
 from hf_efficientsam.training.engine.config import parse_config
-from hf_efficientsam.training.engine.reports import write_report
+from hf_efficientsam.training.engine.reports import end_without, write_report
 from hf_efficientsam.training.engine.run import check_device, run_script
 from hf_efficientsam.training.saliency.evaluation import mean_scores, score_map
 
@@ -96,12 +97,15 @@ def summarize(scores: list[dict]) -> dict:
     }
 
 
-def draw(source: UnitedMasks, prompters: dict, scores: list[dict]) -> Image.Image:
-    """The images whose masks by the first source are best, median and worst: truth, and maps and masks by each."""
+def draw(source: UnitedMasks, measured: list[int], prompters: dict, scores: list[dict]) -> Image.Image:
+    """
+    Of the images `measured` those whose masks by the first source are best, median and worst: truth, and maps and
+    masks by each.
+    """
     order = np.argsort([-one["masks"]["iou"] for one in scores], kind="stable")
     columns = {"image": [], "truth": []}
     for index in order[[0, len(order) // 2, -1]]:
-        sample = source[index]
+        sample = source[measured[index]]
         columns["image"].append(sample.image)
         columns["truth"].append(draw_masks(sample.image, decode_rles(sample.rles)))
         for name, prompter in prompters.items():
@@ -140,22 +144,31 @@ def evaluate(config: EvaluateSaliencyConfig) -> None:
     prompters = {
         name: SalientPrompter(predictor, open_source(name, config), config.threshold) for name in config.saliency
     }
-    scores = {name: [] for name in prompters}
+    scores, measured, broken = {name: [] for name in prompters}, [], []
     for index in tqdm(range(count), unit="image", mininterval=2):
-        sample = source[index]
+        try:
+            sample = source[index]
+            predictor.set_image(sample.image)  # once for all sources
+        except (ValueError, OSError) as error:
+            broken.append(describe_error(error))
+            continue
+        measured.append(index)
         truth = decode_rles(sample.rles)[0].astype(bool)
-        predictor.set_image(sample.image)  # once for all sources
         for name, prompter in prompters.items():
             scores[name].append(measure(prompter, truth))
+    if not measured:
+        raise ValueError(f"{len(broken)} images cannot be evaluated; {broken[0]}")
     results = {name: summarize(of_source) for name, of_source in scores.items()}
     print_table(results)
     if config.output is not None:
-        report = {"images": count, "results": results, "config": asdict(config), "device": str(predictor.device)}
+        report = {"images": len(measured), "results": results, "config": asdict(config)}
+        report |= {"device": str(predictor.device)} | ({"broken": broken} if broken else {})
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_report(config.output, report, ("numpy", "pillow", "scipy"))
     if config.cases is not None:
         Path(config.cases).parent.mkdir(parents=True, exist_ok=True)
-        draw(source, prompters, scores[config.saliency[0]]).save(config.cases)
+        draw(source, measured, prompters, scores[config.saliency[0]]).save(config.cases)
+    end_without(broken)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 import io
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -209,3 +210,15 @@ def test_wrong_prompts_change_nothing(session, model, monkeypatch):
     with pytest.raises(ValueError, match="takes no background points"):
         session.add_point(0.1, 0.1, label=0)
     assert session.scene == before
+
+
+def test_a_download_never_holds_the_masks_of_all_objects(session):
+    session.set_box(0.1, 0.1, 0.9, 0.9)
+    session.scene = Scene(session.objects * 400)
+    tracemalloc.start()
+    try:
+        result = session.result()
+        assert len(result) == 400
+        assert tracemalloc.get_traced_memory()[1] < 100 * HEIGHT * WIDTH
+    finally:
+        tracemalloc.stop()

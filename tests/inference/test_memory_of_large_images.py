@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import tiny
 import torch
 from PIL import Image
 
-from hf_efficientsam.inference import drawing, mask_bounds
+from hf_efficientsam import SegmentationResult
+from hf_efficientsam.inference import amg, drawing, mask_bounds, results
+from hf_efficientsam.inference.results import RleMasks, mask_rles
 from hf_efficientsam.model import image_processing_efficientsam
 
 CODE = """
@@ -27,15 +30,89 @@ before = peak()
 processor(image)
 print(peak() - before)
 """
+SEGMENT = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import tiny
+from PIL import Image
+from hf_efficientsam import EfficientSamPredictor
+from hf_efficientsam.inference.segment_files import Segmenter
+segmenter = Segmenter("tiny", EfficientSamPredictor(tiny.model(), tiny.processor()), "", True, 10**8)
+Image.new("RGB", (2500, 2000)).save(sys.argv[2])
+boxes = [{"points": [], "labels": [], "box": [100.0, 100.0, 1500.0, 1500.0 - i]} for i in range(24)]
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+segmenter(Path(sys.argv[2]), boxes[:1], None, None)
+before = peak()
+segmenter(Path(sys.argv[2]), boxes, None, None)
+print(peak() - before)
+"""
+
+
+def printed_by(code: str, *arguments) -> float:
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+    command = [sys.executable, "-c", code, str(Path(__file__).parents[1]), *map(str, arguments)]
+    return float(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout)
 
 
 @pytest.mark.slow
 def test_an_image_of_twenty_megapixels_is_never_in_float32_as_a_whole():
     """That alone would take 229 MiB."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
-    command = [sys.executable, "-c", CODE, str(Path(__file__).parents[1])]
-    output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout
-    assert float(output) < 200
+    assert printed_by(CODE) < 200
+
+
+@pytest.mark.slow
+def test_masks_of_many_objects_are_not_kept_as_pixels(tmp_path):
+    """The masks of 23 objects more, with three candidates each, would take 329 MiB."""
+    assert printed_by(SEGMENT, tmp_path / "image.png") < 100
+
+
+def peak_bytes(call) -> int:
+    """What numpy held at most during a call."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_downloads_decode_one_mask_at_a_time():
+    masks = np.zeros((40, 500, 600), dtype=bool)
+    masks[:, 100:300, 50:400] = True
+    numbers = np.ones(40, np.float32)
+    rles = RleMasks(mask_rles(masks), masks.shape[1:])
+    result, plain = (
+        SegmentationResult(one, numbers, numbers, np.zeros((40, 4), np.float32), ["object"] * 40)
+        for one in (rles, masks)
+    )
+    image = Image.new("RGB", (600, 500))
+    for outputs in (
+        lambda of: of.coco("a.jpg"),
+        lambda of: of.label_map().tobytes(),
+        lambda of: of.union().tobytes(),
+        lambda of: of.cut_out(image).tobytes(),
+        lambda of: drawing.draw_masks(image, of.masks).tobytes(),
+        lambda of: results.boxes_from_masks_np(of.masks).tolist(),
+    ):
+        assert outputs(result) == outputs(plain)
+    # A drawing needs floats of a million pixels at a time, whatever the number of masks.
+    assert peak_bytes(lambda: (result.coco("a.jpg"), result.label_map(), result.union())) < masks.nbytes / 4
+    np.testing.assert_array_equal(np.asarray(rles), masks)
+
+
+def test_small_regions_are_removed_with_less_than_eight_bytes_a_pixel(monkeypatch):
+    mask = np.zeros((1000, 2000), dtype=bool)
+    mask[100:900, 100:1900] = True
+    mask[500, 500] = mask[500, 1700] = False
+    mask[950:952, 3:6] = True
+    monkeypatch.setattr(amg, "PIXELS_AT_ONCE", 2**14)
+    assert peak_bytes(lambda: amg.remove_small_regions(mask, 5, "holes")) < 8 * mask.size
+    filled, changed = amg.remove_small_regions(mask, 5, "holes")
+    removed, changed = amg.remove_small_regions(filled, 7, "islands")
+    assert changed and removed.sum() == 800 * 1800 and filled.sum() == 800 * 1800 + 6
+    assert amg.remove_small_regions(removed, 7, "islands") == (removed, False)
 
 
 def test_in_parts_results_are_those_in_one(monkeypatch):

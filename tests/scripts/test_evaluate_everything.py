@@ -1,9 +1,11 @@
 """`training/evaluate_everything.py` and `benchmarks/everything.py`, run as a user does, on tiny models."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from script_runs import refuse, run
 
@@ -62,6 +64,26 @@ def test_found_masks_are_kept(coco, tiny_model, tmp_path, monkeypatch):
     assert len(calls) == 1
     sentence = refuse("evaluate_everything", *kept, 3, "--pred_iou_thresh", 0.5)
     assert "were found with another pred_iou_thresh" in sentence
+
+    weights = shutil.copytree(tiny_model, tmp_path / "other")
+    again = ["--model", weights, *kept[2:]]
+    numbers(tmp_path / "again", *[tmp_path / "of_other" if one == tmp_path / "masks" else one for one in again], 2)
+    tiny.save(weights, tiny.model(), tiny.processor())
+    assert "were found with another weights" in refuse(
+        "evaluate_everything", *[tmp_path / "of_other" if one == tmp_path / "masks" else one for one in again], 2
+    )
+
+
+def test_a_broken_image_is_left_out_named_and_counted(coco, tiny_model, tmp_path):
+    folder = shutil.copytree(coco, tmp_path / "coco")
+    image = folder / "images" / "3.jpg"
+    image.write_bytes(image.read_bytes()[:-30])
+    given = ["--model", tiny_model, "--annotations", folder / "masks.json", "--points_per_side", 2]
+    said = run("evaluate_everything", *given, "--output", tmp_path / "everything.json", code=2)
+    assert "3.jpg cannot be read as an image" in said
+    assert said.endswith("evaluate_everything: 1 images could not be evaluated; the numbers are without them.\n")
+    report = json.loads((tmp_path / "everything.json").read_text())
+    assert report["images"] == 4 and len(report["broken"]) == 1
 
 
 @pytest.mark.parametrize(

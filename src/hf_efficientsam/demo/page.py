@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -314,11 +315,25 @@ def build_api(demo: Demo) -> None:
         button.click(with_errors(answer), [image, *inputs], found, api_name=name, preprocess=False, **COMPUTES)
 
 
+@contextmanager
+def settings_for_gradio(folder: str) -> Iterator[None]:
+    """Gradio keeps files in `folder`, sends no statistics, and ends by SIGTERM as by Ctrl+C; then all is as before."""
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that files are removed then, too
+    before = dict(os.environ)
+    os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
+        for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+            os.environ.pop(name)
+            if name in before:
+                os.environ[name] = before[name]
+
+
 def launch_demo(demo: Demo, host: str = "127.0.0.1", port: int | None = None, share: bool = False) -> None:
     """Serves the page until it is stopped; a public link is made only if `share` asks for it."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that files are removed then, too
-    with TemporaryDirectory(prefix="efficientsam_") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
+    with TemporaryDirectory(prefix="efficientsam_") as folder, settings_for_gradio(folder):
         blocks = Page(demo).blocks.queue(max_size=MAX_WAITING)
         options = {"theme": THEME, "css": (HERE / "style.css").read_text(), "footer_links": ["api", "settings"]}
         limits = {"max_file_size": MAX_FILE_BYTES, "state_session_capacity": MAX_SESSIONS, "run_history": False}

@@ -1,12 +1,9 @@
 """The functions behind the page and the API of the web demo: one model, and a session for each visitor."""
 
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path, PurePath
-
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache

@@ -21,7 +21,7 @@ from hf_efficientsam.inference.drawing import draw_masks
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.inference.predictor import EfficientSamPredictor
 from hf_efficientsam.inference.prompt_files import check_objects
-from hf_efficientsam.inference.results import SegmentationResult, boxes_from_masks_np, mask_rles
+from hf_efficientsam.inference.results import RleMasks, SegmentationResult, boxes_from_masks_np, mask_rles
 
 SHOWN_SIDE = 1024  # pixels: the longer side of the image on the page
 THUMBNAIL_SIDE = 112
@@ -295,7 +295,7 @@ class Session:
     def result(self) -> SegmentationResult:
         """The chosen masks of all objects that have one."""
         done = [one for one in self.objects if one.candidates]
-        masks = np.array([one.mask() for one in done], dtype=bool).reshape(-1, self.height, self.width)
+        masks = RleMasks([one.candidates[one.chosen] for one in done], (self.height, self.width))
         scores = np.array([one.score for one in done], dtype=np.float32)
         ious = np.array([one.score if one.iou is None else one.iou for one in done], dtype=np.float32)
         boxes = boxes_from_masks_np(masks)
@@ -356,7 +356,7 @@ class Session:
             ]
             return f"{stem}_rle.json", json.dumps({"image": self.file_name, "objects": objects}).encode()
         drawings = {
-            "mask": lambda: Image.fromarray(result.masks.any(axis=0).astype(np.uint8) * 255),
+            "mask": result.union,
             "cutout": lambda: result.cut_out(self.predictor.image),
             "labels": result.label_map,
         }

@@ -21,6 +21,8 @@ from hf_efficientsam.model.mask_operations_efficientsam import (
     uncrop_masks,
 )
 
+PIXELS_AT_ONCE = 2**20  # numpy makes indices of 8 bytes of labels: not of all pixels of a large image together
+
 
 def box_xyxy_to_xywh(box_xyxy: list[int]) -> list[int]:
     """(x1, y1, x2, y2) -> (x1, y1, x2 - x1, y2 - y1)."""
@@ -50,16 +52,19 @@ def remove_small_regions(mask: np.ndarray, area_thresh: int, mode: str) -> tuple
     """
     holes = mode == "holes"
     regions, count = ndimage.label(mask != holes, structure=np.ones((3, 3)))
-    areas = np.bincount(regions.ravel(), minlength=count + 1)
+    rows = max(1, PIXELS_AT_ONCE // mask.shape[1])
+    bands = [slice(start, start + rows) for start in range(0, len(mask), rows)]
+    areas = sum(np.bincount(regions[band].ravel(), minlength=count + 1) for band in bands)
     small = areas < area_thresh
     small[0] = False
     if not small.any():
         return mask, False
-    if holes:
-        return mask | small[regions], True
-    if small[1:].all():
+    if not holes and small[1:].all():
         small[1 + areas[1:].argmax()] = False
-    return mask & ~small[regions], True
+    mask = mask.copy()
+    for band in bands:
+        mask[band][small[regions[band]]] = holes
+    return mask, True
 
 
 __all__ = [

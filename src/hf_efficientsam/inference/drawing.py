@@ -1,6 +1,6 @@
 """Draws masks with their prompts over images, class maps, and features. Needs only PIL and numpy."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from colorsys import hsv_to_rgb
 
 import numpy as np
@@ -40,7 +40,7 @@ def draw_masks(
 
     Args:
         image: upright (an EXIF tag is ignored), of any mode that PIL converts to RGB.
-        masks: N masks of the image's height and width, true or above 0 inside; arrays or tensors.
+        masks: N masks of the image's height and width, true or above 0 inside; arrays, tensors or `RleMasks`.
         points: for each object a list of its points (x, y), or `None`.
         labels: for each object a list of its points' labels: 1 on the object (circle), 0 on the background (cross),
             negative: the point is not drawn. Without labels every point is on the object.
@@ -53,28 +53,34 @@ def draw_masks(
     Raises:
         ValueError: if a mask is not of the image's size, or there is not one entry for each mask.
     """
-    masks = [mask if mask.dtype == bool else mask > 0 for mask in map(np.asarray, masks)]
-    for mask in masks:
-        if mask.shape != (image.height, image.width):
-            raise ValueError(
-                f"A mask has shape {mask.shape}, but the image is {image.height} pixels high and {image.width} wide; "
-                "masks are [N, height, width]."
-            )
     for name, values in {"points": points, "labels": labels, "boxes": boxes, "scores": scores}.items():
         if values is not None and len(values) != len(masks):
             raise ValueError(f"There are {len(masks)} masks but {name} for {len(values)} objects; give one for each.")
 
+    tops = []
+
+    def checked() -> Iterator[np.ndarray]:  # one at a time: all masks of a large image may not fit into memory
+        for mask in map(np.asarray, masks):
+            if mask.shape != (image.height, image.width):
+                raise ValueError(
+                    f"A mask has shape {mask.shape}, but the image is {image.height} pixels high and {image.width} "
+                    "wide; masks are [N, height, width]."
+                )
+            mask = mask if mask.dtype == bool else mask > 0
+            tops.append(_top_of(mask) if mask.any() else None)
+            yield mask
+
     width = line_width(image.size)
-    image = lay_masks(image, masks)
+    image = lay_masks(image, checked())
     draw = ImageDraw.Draw(image)
     for i, box in enumerate(boxes or []):
         if box is not None and len(box):
             draw.rectangle([round(float(x)) for x in box], outline=color_of(i), width=width)
-    for i, mask in enumerate(masks):
-        parts = [str(i + 1)] if len(masks) > 1 else []
+    for i, top in enumerate(tops):
+        parts = [str(i + 1)] if len(tops) > 1 else []
         parts += [f"{float(scores[i]):.2f}"] if scores is not None else []
-        if parts and mask.any():
-            _draw_tag(draw, "  ".join(parts), _top_of(mask), color_of(i), image.size)
+        if parts and top is not None:
+            _draw_tag(draw, "  ".join(parts), top, color_of(i), image.size)
     for i, prompt in enumerate(points or []):  # last, as they are small and must stay visible
         for k, point in enumerate(prompt if prompt is not None else []):
             label = 1 if labels is None else int(labels[i][k])

@@ -6,11 +6,9 @@ ValueError of one sentence.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
@@ -28,7 +26,7 @@ from .image_files import (
 from .loading import checkpoint_fingerprint, find_checkpoint, load_model
 from .mask_generation import THRESHOLDS, EfficientSamMaskGenerator
 from .records import image_record
-from .results import draw_label_map, largest_first
+from .results import RleMasks, draw_label_map, largest_first
 
 CATEGORY = {"id": 1, "name": "object", "supercategory": "object"}
 
@@ -100,19 +98,6 @@ def annotation_of(mask: dict) -> dict:
     }
 
 
-class DecodedMasks(Sequence):
-    """The masks of annotations, bool `[height, width]`, each decoded when asked for: all at once are too many."""
-
-    def __init__(self, annotations: list[dict]):
-        self.annotations = annotations
-
-    def __len__(self) -> int:
-        return len(self.annotations)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return coco_mask.decode(self.annotations[index]["segmentation"]).astype(bool)
-
-
 @dataclass(frozen=True)
 class EverythingJob(FolderJob):
     """
@@ -157,7 +142,8 @@ class EverythingJob(FolderJob):
         origin = {"folder": str(self.folder.resolve()), "file_name": self.name.as_posix()}
         content = {**origin, "options": segmenter.options, "annotations": annotations}
         record = image_record(str(self.image), size, segmenter.name, **content)
-        masks, areas = DecodedMasks(annotations), [one["area"] for one in annotations]
+        masks = RleMasks([one["segmentation"] for one in annotations], size)
+        areas = [one["area"] for one in annotations]
         files = {self.label_map: encode_image(draw_label_map(masks, areas, size), self.label_map)}
         if self.with_overlay:
             with pil_limit_lifted():
@@ -247,7 +233,6 @@ def write_dataset(records: list[dict], kept: list[dict], output: Path) -> None:
 
 
 __all__ = [
-    "DecodedMasks",
     "EverythingJob",
     "EverythingSegmenter",
     "kept_records",

@@ -8,7 +8,7 @@ transformers' `pipeline("mask-generation")` finds with this package's image proc
 - only masks that are left at the end are resized to the image, one by one.
 
 Peak memory grows with the image and with the number of masks that are left, not with the number of points. Images may
-have as many pixels as the image processor's `max_image_pixels`; where that is raised, about 10 bytes of memory a
+have as many pixels as the image processor's `max_image_pixels`; where that is raised, about 25 bytes of memory a
 pixel are needed beside the masks, which are best requested as RLE. Crops find the small objects of large images.
 """
 

@@ -4,6 +4,7 @@ Needs numpy, PIL and pycocotools only.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -183,10 +184,33 @@ class PredictorBase(ABC):
         self._check_image()
         if not count_objects(points, boxes, masks):
             return np.zeros((0, 1, *self.original_size), bool), np.zeros((0, 1), np.float32)
+        logits, scores = self._rank(points, labels, boxes, masks, multimask_output, best_only)
+        return self._enlarge(logits, binarize=True), scores
+
+    def iter_candidates(
+        self,
+        points: Any = None,
+        labels: Any = None,
+        boxes: Any = None,
+        masks: Any = None,
+        multimask_output: bool = True,
+        best_only: bool = False,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """
+        What `segment_candidates` returns, one object after the other: masks `[M, height, width]` and scores `[M]`. The
+        masks of many objects of a large image together may not fit into memory.
+        """
+        self._check_image()
+        if count_objects(points, boxes, masks):
+            logits, scores = self._rank(points, labels, boxes, masks, multimask_output, best_only)
+            for i in range(len(logits)):
+                yield self._enlarge(logits[i : i + 1], binarize=True)[0], scores[i]
+
+    def _rank(self, points, labels, boxes, masks, multimask_output: bool, best_only: bool):
+        """What `_decode` returns, the most confident candidate of each object first, or that alone."""
         logits, scores = self._decode(points, labels, boxes, masks, multimask_output)
         order = np.argsort(-scores, axis=1, kind="stable")[:, : 1 if best_only else None]
-        logits = np.take_along_axis(logits, order[..., None, None], axis=1)
-        return self._enlarge(logits, binarize=True), np.take_along_axis(scores, order, axis=1)
+        return np.take_along_axis(logits, order[..., None, None], axis=1), np.take_along_axis(scores, order, axis=1)
 
     # ---------------------------------------------------------------------------------------------- for subclasses
 

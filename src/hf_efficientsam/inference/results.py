@@ -14,6 +14,33 @@ from .formats.annotation_files import coco_annotations, label_studio_task, label
 from .formats.polygons import polygons_of_mask
 
 
+class RleMasks(Sequence):
+    """
+    Masks `[N, height, width]`, bool, that are kept as compressed COCO RLE and decoded one at a time: all masks of a
+    large image together may not fit into memory. `np.asarray` makes an array of them.
+
+    Args:
+        rles: N of them, `{"size": [height, width], "counts": str}`.
+        size: height and width.
+    """
+
+    def __init__(self, rles: list[dict], size: tuple[int, int]):
+        self.rles = rles
+        self.shape = (len(rles), *size)
+
+    def __len__(self) -> int:
+        return len(self.rles)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return coco_mask.decode(self.rles[index]).astype(bool)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        masks = np.empty(self.shape, dtype=dtype or bool)
+        for i, mask in enumerate(self):
+            masks[i] = mask
+        return masks
+
+
 @dataclass(frozen=True)
 class SegmentationResult:
     """
@@ -21,7 +48,7 @@ class SegmentationResult:
     bottom edges of a box are exclusive.
 
     Attributes:
-        masks: `[N, height, width]`, bool.
+        masks: `[N, height, width]`, bool: an array, or [`RleMasks`], which need less memory.
         scores: `[N]`, float32, 0 to 1, the confidence that there is an object: a detector's score, the mean saliency
             of its pixels, or, where points and boxes were given, `iou_scores`.
         iou_scores: `[N]`, float32: the model's own estimate of each mask's IoU with the ground truth.
@@ -33,7 +60,7 @@ class SegmentationResult:
         ValueError: if these are not N of each.
     """
 
-    masks: np.ndarray
+    masks: np.ndarray | RleMasks
     scores: np.ndarray
     iou_scores: np.ndarray
     boxes: np.ndarray
@@ -49,7 +76,7 @@ class SegmentationResult:
 
     def rles(self) -> list[dict]:
         """The masks as compressed COCO RLE, `{"size": [height, width], "counts": str}`."""
-        return mask_rles(self.masks)
+        return self.masks.rles if isinstance(self.masks, RleMasks) else mask_rles(self.masks)
 
     def label_map(self) -> Image.Image:
         """At each pixel the number of its object, from 1: of the smallest where masks overlap, 0 where none is."""
@@ -58,8 +85,15 @@ class SegmentationResult:
     def cut_out(self, image: Image.Image) -> Image.Image:
         """The objects on a transparent background: RGBA of the size of `image`, the upright image."""
         cut = image.convert("RGB")
-        cut.putalpha(Image.fromarray(self.masks.any(axis=0).astype(np.uint8) * 255))
+        cut.putalpha(self.union())
         return cut
+
+    def union(self) -> Image.Image:
+        """A gray image, 255 where any object is and 0 elsewhere."""
+        union = np.zeros(self.masks.shape[1:], dtype=bool)
+        for mask in self.masks:
+            union |= mask
+        return Image.fromarray(union.astype(np.uint8) * 255)
 
     def polygons(self, tolerance: float = 0.0) -> list[list[np.ndarray]]:
         """
@@ -129,7 +163,7 @@ class SegmentationResult:
 
         return Detections(
             xyxy=np.asarray(self.boxes, dtype=np.float32).reshape(-1, 4),
-            mask=self.masks,
+            mask=np.asarray(self.masks),
             confidence=self.scores,
             class_id=np.array([self.categories.index(label) for label in self.labels], dtype=int),
             data={"class_name": np.array(self.labels, dtype=str), "predicted_iou": self.iou_scores},
@@ -169,7 +203,7 @@ def draw_label_map(masks: Sequence[np.ndarray], areas: Sequence[int], size: tupl
     there is none; 8 bits a pixel for up to 255 masks, else 16.
 
     Args:
-        masks: bool `[height, width]` each; decoded one at a time if `masks[i]` does so.
+        masks: bool `[height, width]` each.
         areas: their numbers of pixels.
 
     Raises:
@@ -188,7 +222,7 @@ def largest_first(areas: Sequence[int]) -> list[int]:
     return sorted(range(len(areas)), key=lambda i: -areas[i])
 
 
-def boxes_from_masks_np(masks: np.ndarray) -> np.ndarray:
+def boxes_from_masks_np(masks: np.ndarray | RleMasks) -> np.ndarray:
     """
     Tight boxes of masks `[N, height, width]`, bool -> `[N, 4]`, float32, (x1, y1, x2, y2) in pixels, right and bottom
     exclusive; zeros for an empty mask. The same for tensors: `boxes_from_masks` of training/masks/prompts.py.
@@ -201,4 +235,4 @@ def boxes_from_masks_np(masks: np.ndarray) -> np.ndarray:
     return boxes
 
 
-__all__ = ["SegmentationResult", "boxes_from_masks_np", "draw_label_map", "largest_first", "mask_rles"]
+__all__ = ["RleMasks", "SegmentationResult", "boxes_from_masks_np", "draw_label_map", "largest_first", "mask_rles"]

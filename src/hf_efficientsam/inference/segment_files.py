@@ -19,7 +19,7 @@ from .loading import checkpoint_fingerprint, find_checkpoint
 from .predictor import EfficientSamPredictor
 from .prompt_files import check_objects
 from .records import image_record, mask_record
-from .results import SegmentationResult
+from .results import RleMasks, SegmentationResult
 
 
 def load_predictor(
@@ -79,7 +79,7 @@ def check_targets(targets: list[Path], image: Path, overlay: Path | None) -> Non
         raise ValueError(f"{overlay} would hold both a mask and the overlay; choose another name for one.")
 
 
-def encode_overlay(predictor: EfficientSamPredictor, path: Path, masks: np.ndarray, **prompts) -> bytes:
+def encode_overlay(predictor: EfficientSamPredictor, path: Path, masks: np.ndarray | RleMasks, **prompts) -> bytes:
     """The bytes of an image file with masks `[N, height, width]` drawn over the predictor's image."""
     with pil_limit_lifted():
         return encode_image(draw_masks(predictor.image, masks, **prompts), path)
@@ -143,19 +143,21 @@ class Segmenter:
         """
         set_image_file(self.predictor, path, self.max_pixels, objects)
         prompts = {key: [one[name] for one in objects] for key, name in PROMPTS.items()}
-        masks, scores = self.predictor.segment_candidates(**prompts, best_only=not self.all_masks)
+        answers = self.predictor.iter_candidates(**prompts, best_only=not self.all_masks)
         targets = self.mask_files(output, len(objects)) if output else None
         files, found = {}, []
-        for i, one in enumerate(objects):
-            candidates = [mask_record(*candidate) for candidate in zip(masks[i], scores[i], strict=True)]
+        for i, (one, (masks, scores)) in enumerate(zip(objects, answers, strict=True)):
+            candidates = [mask_record(*candidate) for candidate in zip(masks, scores, strict=True)]
             if targets:
-                for k, (candidate, mask) in enumerate(zip(candidates, masks[i], strict=True)):
+                for k, (candidate, mask) in enumerate(zip(candidates, masks, strict=True)):
                     candidate["file"] = str(targets[i][k])
                     files[targets[i][k]] = encode_mask(mask, output)
             found.append({**one, "masks": candidates})
         if overlay is not None:
-            best = {"scores": scores[:, 0].tolist(), **prompts}
-            files[overlay] = encode_overlay(self.predictor, overlay, masks[:, 0], **best)
+            best = [one["masks"][0] for one in found]
+            masks = RleMasks([one["segmentation"] for one in best], self.predictor.original_size)
+            scores = [one["score"] for one in best]
+            files[overlay] = encode_overlay(self.predictor, overlay, masks, scores=scores, **prompts)
         return image_record(str(path), self.predictor.original_size, self.name, objects=found), files
 
 

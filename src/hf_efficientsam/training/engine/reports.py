@@ -3,6 +3,7 @@
 import json
 import platform
 import shutil
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -51,6 +52,21 @@ def describe_model(writing: Path, script: str, model: PreTrainedModel, config: A
     metrics = Path(config.output_dir) / "metrics.json"
     if metrics.exists():
         shutil.copyfile(metrics, writing / "metrics.json")
+
+
+def end_without(broken: list[str]) -> None:
+    """
+    The end of an evaluation that left images out: each is named on stderr, and they are counted.
+
+    Args:
+        broken: a sentence about each image that could not be evaluated.
+
+    Raises:
+        ValueError: if there is one, so that the script ends with exit code 2.
+    """
+    if broken:
+        print(*broken, sep="\n", file=sys.stderr)
+        raise ValueError(f"{len(broken)} images could not be evaluated; the numbers are without them.")
 
 
 def fill_between(page: str, begin: str, end: str, text: str) -> str:
