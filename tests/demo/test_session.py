@@ -176,7 +176,7 @@ def test_files_open_again(session, image):
         "rle": "photo of a dog_rle.json",
     }
     session.file_name = 'a "quoted" <name>' + 200 * "x" + ".png"  # no page shows it as more than text
-    assert session.file("mask")[0] == ("a _quoted_ _name_" + 200 * "x")[:80] + "_mask.png"
+    assert session.file("mask")[0] == ("a _quoted_ _name_" + 200 * "x")[:200] + "_mask.png"
     session.file_name = "photo of a dog.png"
     pictures = {kind: np.asarray(Image.open(io.BytesIO(files[kind][1]))) for kind in ("mask", "cutout", "labels")}
     assert ((pictures["mask"] == 255) == masks.any(axis=0)).all() and set(np.unique(pictures["mask"])) <= {0, 255}

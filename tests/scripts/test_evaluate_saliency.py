@@ -128,15 +128,17 @@ def test_a_limit(folder, model, tmp_path):
 
 def test_a_broken_image_is_left_out_named_and_counted(folder, model, tmp_path):
     data = shutil.copytree(folder, tmp_path / "data")
-    image = data / "images" / "1.png"
+    image = data / "images" / "1.jpg"  # its header can be read, its end is missing
+    Image.open(image.with_suffix(".png")).save(image)
+    image.with_suffix(".png").unlink()
     image.write_bytes(image.read_bytes()[:-30])
     given = ["--model", model, "--data", data, "--saliency", "whole", "--cases", tmp_path / "cases.png"]
     said = run("evaluate_saliency", *given, "--output", tmp_path / "scores.json", code=2)
-    assert "1.png" in said
+    assert "1.jpg" in said
     assert said.endswith("evaluate_saliency: 1 images could not be evaluated; the numbers are without them.\n")
     report = json.loads((tmp_path / "scores.json").read_text())
     assert report["images"] == 1 and report["results"]["whole"]["map"]["iou"] == pytest.approx(SHARES[0])
-    assert "1.png" in report["broken"][0]
+    assert "1.jpg" in report["broken"][0]
 
 
 @pytest.mark.parametrize(
