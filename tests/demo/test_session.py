@@ -167,7 +167,7 @@ def test_files_open_again(session, image):
     session.select(1)
     session.add_point(0.8, 0.8)
     files = {kind: session.file(kind) for kind in FORMATS}
-    masks = session.result().masks
+    masks = np.asarray(session.result().masks)
     assert {kind: name for kind, (name, _) in files.items()} == {
         "mask": "photo of a dog_mask.png",
         "cutout": "photo of a dog_cutout.png",

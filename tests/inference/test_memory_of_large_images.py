@@ -100,6 +100,7 @@ def test_downloads_decode_one_mask_at_a_time():
     # A drawing needs floats of a million pixels at a time, whatever the number of masks.
     assert peak_bytes(lambda: (result.coco("a.jpg"), result.label_map(), result.union())) < masks.nbytes / 4
     np.testing.assert_array_equal(np.asarray(rles), masks)
+    np.testing.assert_array_equal(np.asarray(rles[1:3]), masks[1:3])
 
 
 def test_small_regions_are_removed_with_less_than_eight_bytes_a_pixel(monkeypatch):

@@ -31,7 +31,9 @@ class RleMasks(Sequence):
     def __len__(self) -> int:
         return len(self.rles)
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int | slice) -> "np.ndarray | RleMasks":
+        if isinstance(index, slice):
+            return RleMasks(self.rles[index], self.shape[1:])
         return coco_mask.decode(self.rles[index]).astype(bool)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
