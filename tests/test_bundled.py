@@ -94,7 +94,7 @@ def first_loaded(module, call):
 
 def evaluate_saliency(folder):
     script, config = load_script("evaluate_saliency"), Mock(model="bundled", limit=1)
-    with patch.multiple(script, check=Mock(), open_saliency=Mock(return_value=[None])):
+    with patch.multiple(script, check=Mock(), open_annotations=Mock(return_value=[[None]])):
         script.evaluate(config)
 
 

@@ -190,7 +190,7 @@ def test_the_objects_of_a_coco_json_are_salient_together(coco):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--train", "absent"], "There is no image"),
+        (["--train", "absent"], "There is no annotation file absent."),
         (["--model", "absent/absent/absent"], "absent/absent/absent: no such directory."),
         (["--global_batch_size", 64], "9 images are less than one step; lower --global_batch_size 64."),
         (["--image_size", 40], "--image_size 40 must be a multiple of 16."),
@@ -216,7 +216,8 @@ def test_another_run_and_a_broken_mask_are_refused(arguments, folder, whole, tmp
     shutil.copytree(folder, tmp_path / "broken")
     Image.new("L", (64, 48)).save(tmp_path / "broken" / "masks" / "0.png")
     given = [*arguments, "--train", tmp_path / "broken", "--output_dir", tmp_path / "run"]
-    assert "0.png is empty or of another size" in refuse("train_saliency", *given)  # before the first step
+    said = run("train_saliency", *given)
+    assert "8 images with 8 masks; left out: 1 images with an empty mask." in said
 
 
 def test_the_miniature_runs_without_arguments_and_learns(tmp_path, monkeypatch):

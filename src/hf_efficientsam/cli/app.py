@@ -15,7 +15,6 @@ from typing import Annotated
 import typer
 
 from hf_efficientsam import __version__
-from hf_efficientsam.inference.image_files import describe_error
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -61,6 +60,8 @@ class Commands(typer.core.TyperGroup):
         except BrokenPipeError:  # the reader of our output has gone; typer knows what to do
             raise
         except (ValueError, OSError) as error:
+            from hf_efficientsam.inference.image_files import describe_error  # loads numpy, which --help does without
+
             typer.echo(f"efficientsam: {describe_error(error)}", err=True)
             raise typer.Exit(2) from None
 

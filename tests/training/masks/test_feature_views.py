@@ -19,7 +19,7 @@ SIZE = 64
 @pytest.fixture
 def data(coco):
     source = CocoMasks(coco / "masks.json")
-    return MaskViews([source, source], MaskDataConfig(image_size=SIZE, max_masks=3), noise_size=12, views=4)
+    return MaskViews([source, source], MaskDataConfig(image_size=SIZE, max_masks=3), noise_size=12, views=[4])
 
 
 @pytest.fixture
@@ -46,10 +46,10 @@ def test_only_what_is_missing_is_encoded(model, data, tmp_path, monkeypatch):
     monkeypatch.setattr(feature_views, "encode_frozen", lambda *given: encoded.append(1) or encode(*given))
     cached(model, data, tmp_path / "cache")
     assert len(encoded) == 4 * 5  # views of images, though each image comes twice
-    lost = tmp_path / "cache" / "view_0002" / "part_000001.safetensors"
+    lost = tmp_path / "cache" / "file_1" / "view_0002" / "part_000001.safetensors"
     content = lost.read_bytes()
     lost.unlink()
-    (tmp_path / "cache" / "index.safetensors").unlink()
+    (tmp_path / "cache" / "file_1" / "index.safetensors").unlink()
     cached(model, data, tmp_path / "cache")
     assert len(encoded) == 4 * 5 + 2 and lost.read_bytes() == content
     cached(model, data, tmp_path / "cache")
@@ -67,7 +67,7 @@ def test_a_cache_of_something_else_is_refused(model, data, tmp_path):
         cached(model, data, tmp_path / "cache")
     with pytest.raises(ValueError, match="frozen_layers is 1, not 0"):
         cached(model, data, tmp_path / "cache", last_layers=1)
-    assert json.loads((tmp_path / "cache" / "manifest.json").read_text())["size"] == SIZE
+    assert json.loads((tmp_path / "cache" / "file_1" / "manifest.json").read_text())["size"] == SIZE
 
 
 def test_views_are_whole_mirrored_and_zoomed_on_a_small_object():

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from accelerate.utils.other import load
 from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ class Checkpoints:
             # Accelerate would go on without random states that it cannot read. A process more than before has none.
             states = path / f"random_states_{self.accelerator.process_index}.pkl"
             if self.accelerator.is_main_process or states.exists():
-                torch.load(states, weights_only=False)
+                load(states)
             self.accelerator.load_state(path)
         except MemoryError:
             raise
