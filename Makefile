@@ -34,7 +34,7 @@ pack: $(CLEARED)
 checkpoint: $(CLEARED) runs/salient/instances.json
 	accelerate launch training/finetune_masks.py --config training/recipes/bundled/s_512_1_frozen_encoder.yaml $(MASKS) \
 	  --select_weights $(TEACHER) --output_dir runs/s_512_1
-	accelerate launch training/finetune_masks.py --config training/recipes/bundled/s_512_2_last_layers.yaml $(MASKS) \
+	accelerate launch --mixed_precision bf16 training/finetune_masks.py --config training/recipes/bundled/s_512_2_last_layers.yaml $(MASKS) \
 	  --model runs/s_512_1/model --output_dir runs/s_512_2
 	accelerate launch training/finetune_masks.py --config training/recipes/bundled/calibration.yaml --train $(COCO) \
 	  --model runs/s_512_2/model --output_dir runs/calibrated
