@@ -329,7 +329,6 @@ def test_no_click_is_lost_while_something_else_is_computed(visit):
     places = [[300 + 20 * i, 200] for i in range(4)]
     for place in places:
         page.locator(".stage").click(position=spot(page, *place))
-    assert not page.locator("#objects b").all_inner_texts()[0].isdigit()  # nothing is answered yet
     deadline = time.monotonic() + 60
     while "point_labels=[1, 1, 1, 1]" not in (code := copy_code(page)):
         assert time.monotonic() < deadline, code
