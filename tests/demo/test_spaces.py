@@ -363,7 +363,7 @@ def test_uploads_good_broken_and_too_large(visit, tmp_path):
     upload = page.locator('input[type="file"]').first
     for path, sentence in (
         (broken, "broken.png cannot be read as an image"),
-        (large, "large.png has 2001 x 1500 pixels; this page takes up to 3 million."),
+        (large, "2001 x 1500 pixels are too many; up to 3 million are taken here."),
         (bytes_, "maximum allowed size"),
     ):
         upload.set_input_files(path)

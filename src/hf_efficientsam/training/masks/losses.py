@@ -146,6 +146,8 @@ def balance_weights(target: torch.Tensor) -> torch.Tensor:
 def _resize_logits(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if logits.shape[-2:] == size:
         return logits
+    if not logits.numel():  # no prompt is valid; torch does not resize nothing
+        return logits.new_zeros(*logits.shape[:2], *size)
     # All masks as channels of one image: twice as fast on the CPU as a batch of three-channel images.
     resized = F.interpolate(logits.flatten(0, 1)[None], size, mode="bilinear", align_corners=False)
     return resized.view(*logits.shape[:2], *size)
