@@ -330,10 +330,20 @@ def export_onnx(
         graphs, report = write_parts(model, folder, description)
         for variant in variants:
             report |= write_variant(variant, graphs, folder, description, test_images, allow_loss)
-        contents = {output / file: Path(folder, file).read_bytes() for file in report}
+        contents = {output / file: (folder / file).read_bytes() for file in report}
+    return write_export(output, contents, report, {file_name(part, one) for part in graphs for one in VARIANTS})
+
+
+def write_export(
+    output: Path, contents: dict[Path, bytes], report: dict[str, dict], variant_files: set[str]
+) -> dict[str, dict]:
+    """
+    Writes the files of an export and removes those of `variant_files` that are of an earlier one: of another model, or
+    another state of this one. Returns the report with each file's number of bytes.
+    """
     write_files(contents)
-    for stale in {output / file_name(part, variant) for part in graphs for variant in VARIANTS} - contents.keys():
-        stale.unlink(missing_ok=True)  # of another model, or another state of this one
+    for stale in {output / file for file in variant_files} - contents.keys():
+        stale.unlink(missing_ok=True)
     return {file: {"bytes": len(contents[output / file]), **found} for file, found in report.items()}
 
 

@@ -35,7 +35,6 @@ from PIL import Image
 from torch import nn
 from torch.export import Dim
 
-from hf_efficientsam.inference.image_files import write_files
 from hf_efficientsam.inference.loading import find_checkpoint, load_model
 from hf_efficientsam.inference.onnx_predictor import open_session
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
@@ -50,6 +49,7 @@ from .onnx_export import (
     load_images,
     refuse_loss,
     save,
+    write_export,
 )
 from .quantize import VARIANTS, grid_boxes, mask_iou
 
@@ -376,11 +376,9 @@ def export_layout(
             refuse_loss(variant, iou, allow_loss)
             report |= {file: {"mask_iou": iou} for file in files.values()}
         contents = {output / file: (folder / file).read_bytes() for file in report}
-    texts = {output / file: text.encode() for file, text in extra_files(layout, description).items()}
-    write_files(contents | texts)
-    for stale in {output / transformers_js_file(file, one) for file in graphs for one in VARIANTS} - contents.keys():
-        stale.unlink(missing_ok=True)  # of another model, or another state of this one
-    return {file: {"bytes": len(contents[output / file]), **found} for file, found in report.items()}
+    contents |= {output / file: text.encode() for file, text in extra_files(layout, description).items()}
+    variant_files = {transformers_js_file(file, one) for file in graphs for one in VARIANTS}
+    return write_export(output, contents, report, variant_files)
 
 
 @torch.no_grad()

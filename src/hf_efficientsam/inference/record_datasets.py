@@ -14,14 +14,13 @@ from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
-from .formats.annotation_files import coco_annotations, label_studio_task, labelme_file, yolo_lines
-from .formats.polygons import polygons_of_mask
+from .formats.annotation_files import coco_annotations, label_studio_task, labelme_file, yolo_file
+from .formats.polygons import EDITABLE_TOLERANCE, polygons_of_mask
 from .image_files import write_files
 from .records import recorded_file
+from .results import RleMasks
 
-TOLERANCE = 1.0  # pixels, see polygons_of_mask: people edit these polygons, so few corners are worth more than stairs
 UNNAMED = "object"
 
 
@@ -65,7 +64,8 @@ class RecordedImage:
 
     def polygons(self) -> list[list[np.ndarray]]:
         """Of each object its parts, `[n, 2]` in pixels; masks are decoded one at a time."""
-        return [polygons_of_mask(coco_mask.decode(rle).astype(bool), TOLERANCE) for rle in self.rles]
+        masks = RleMasks(self.rles, (self.height, self.width))
+        return [polygons_of_mask(mask, EDITABLE_TOLERANCE) for mask in masks]
 
 
 class RecordedImages:
@@ -123,8 +123,7 @@ def write_yolo(images: RecordedImages, output: Path) -> None:
         copy = output / "images" / image.name.with_name(image.name.name + image.file.suffix)
         labels = output / "labels" / image.name.with_name(image.name.name + ".txt")
         classes = [numbers[label] for label in image.labels]
-        lines = yolo_lines(image.polygons(), classes, image.width, image.height)
-        files = {labels: "".join(f"{line}\n" for line in lines).encode()}
+        files = {labels: yolo_file(image.polygons(), classes, image.width, image.height).encode()}
         if not is_copy(copy, image.file):
             files[copy] = image.file.read_bytes()
         write_files(files)

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from .formats.annotation_files import coco_annotations, label_studio_task, labelme_file, yolo_lines
-from .formats.polygons import polygons_of_mask
+from .formats.annotation_files import coco_annotations, label_studio_task, labelme_file, yolo_file
+from .formats.polygons import EDITABLE_TOLERANCE, polygons_of_mask
 
 
 class RleMasks(Sequence):
@@ -126,7 +126,7 @@ class SegmentationResult:
             "categories": [{"id": i, "name": name} for i, name in enumerate(self.categories, start=1)],
         }
 
-    def yolo(self, tolerance: float = 1.0, categories: Sequence[str] | None = None) -> str:
+    def yolo(self, tolerance: float = EDITABLE_TOLERANCE, categories: Sequence[str] | None = None) -> str:
         """
         A YOLO segmentation label file: a line for each object that is not empty, its parts joined by bridges.
 
@@ -142,14 +142,14 @@ class SegmentationResult:
             raise ValueError(f"The label {min(unknown)!r} is not among the categories; add it.")
         height, width = self.masks.shape[1:]
         classes = [names.index(label) for label in self.labels]
-        return "".join(f"{line}\n" for line in yolo_lines(self.polygons(tolerance), classes, width, height))
+        return yolo_file(self.polygons(tolerance), classes, width, height)
 
-    def labelme(self, file_name: str, tolerance: float = 1.0) -> dict:
+    def labelme(self, file_name: str, tolerance: float = EDITABLE_TOLERANCE) -> dict:
         """What labelme's json beside the image `file_name` holds; see `polygons` for the tolerance."""
         height, width = self.masks.shape[1:]
         return labelme_file(self.polygons(tolerance), self.labels, file_name, width, height)
 
-    def label_studio(self, image: str, tolerance: float = 1.0) -> dict:
+    def label_studio(self, image: str, tolerance: float = EDITABLE_TOLERANCE) -> dict:
         """A Label Studio task of the image at this URL or path, with the objects as a prediction of polygons."""
         height, width = self.masks.shape[1:]
         return label_studio_task(self.polygons(tolerance), self.labels, self.scores, image, width, height)

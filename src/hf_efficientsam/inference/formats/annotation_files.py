@@ -40,9 +40,10 @@ def coco_annotations(
     ]
 
 
-def yolo_lines(polygons: Sequence[list[np.ndarray]], classes: Sequence[int], width: int, height: int) -> list[str]:
+def yolo_file(polygons: Sequence[list[np.ndarray]], classes: Sequence[int], width: int, height: int) -> str:
     """
-    The lines of a YOLO segmentation label file, `class x1 y1 x2 y2 ...` with coordinates from 0 to 1.
+    A YOLO segmentation label file: lines `class x1 y1 x2 y2 ...` with coordinates from 0 to 1, one for each object
+    that has a part.
 
     Args:
         polygons: of each object its parts, `[n, 2]` in pixels.
@@ -53,8 +54,8 @@ def yolo_lines(polygons: Sequence[list[np.ndarray]], classes: Sequence[int], wid
     for parts, number in zip(polygons, classes, strict=True):
         if parts:
             corners = joined(parts) / np.float32([width, height])
-            lines.append(" ".join([str(number), *(f"{value:.6g}" for value in corners.ravel())]))
-    return lines
+            lines.append(" ".join([str(number), *(f"{value:.6g}" for value in corners.ravel())]) + "\n")
+    return "".join(lines)
 
 
 def labelme_file(

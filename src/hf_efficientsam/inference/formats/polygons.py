@@ -10,6 +10,8 @@ from pycocotools import mask as coco_mask
 
 # The four directions of an edge between pixels as (x, y); the mask lies on the right-hand side of each.
 STEPS = np.array([[1, 0], [0, 1], [-1, 0], [0, -1]])
+# Of polygons that people edit, in pixels: few corners are worth more to them than the stairs of pixels.
+EDITABLE_TOLERANCE = 1.0
 
 
 def polygons_of_mask(mask: np.ndarray, tolerance: float = 0.0) -> list[np.ndarray]:

@@ -102,20 +102,18 @@ def cache_views(
         "size": data.options.image_size,
         "part_size": PART_SIZE,
     }
-    manifests = {
-        which: {**encoded, "views": data.views[which], "data": data.fingerprint(which)}
-        for which in data.distinct_sources()
-    }
-    folders = {which: Path(folder) / f"file_{which + 1}" for which in manifests}
+    sources = data.distinct_sources()
+    folders = [Path(folder) / f"file_{which + 1}" for which in sources]
+    manifests = [{**encoded, "views": data.views[which], "data": data.fingerprint(which)} for which in sources]
     if accelerator.is_main_process:
-        for which, manifest in manifests.items():
-            open_manifest(folders[which], manifest)
+        for place, manifest in zip(folders, manifests, strict=True):
+            open_manifest(place, manifest)
     accelerator.wait_for_everyone()
-    for which, indices in data.distinct_sources().items():
+    for place, manifest, indices in zip(folders, manifests, sources.values(), strict=True):
         parts = [indices[start : start + PART_SIZE] for start in range(0, len(indices), PART_SIZE)]
-        encode_parts(encoder, data, folders[which], parts, data.views[which], last_layers, accelerator, num_workers)
+        encode_parts(encoder, data, place, parts, manifest["views"], last_layers, accelerator, num_workers)
     model.train(was_training)
-    return CachedViews([FeatureCache(folders[which], manifest) for which, manifest in manifests.items()])
+    return CachedViews([FeatureCache(*one) for one in zip(folders, manifests, strict=True)])
 
 
 @torch.no_grad()
