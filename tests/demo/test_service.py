@@ -69,6 +69,19 @@ def test_what_is_wrong_is_said_and_changes_nothing(demo, photo):
             call()
 
 
+def test_a_box_beyond_the_picture_is_clipped_and_visitors_and_programs_are_told(demo, photo):
+    session = demo.open(photo, "photo.png")
+    sentence = "A box reaches beyond the image; such boxes are clipped to their image."
+    *_, status, _, _, _ = demo.act(session, lambda session: session.set_box(0.2, 0.2, 0.8, 1.1))
+    assert sentence in status
+    *_, status, _, _, _ = demo.act(session, lambda session: session.set_box(0.2, 0.2, 0.8, 1))
+    assert sentence not in status
+    upload = {"path": str(photo), "orig_name": "photo.png"}
+    with pytest.warns(UserWarning) as said:  # what gr.Warning is outside of a request
+        demo.segment(upload, None, None, [[5, 5, 91, 50]])
+    assert sentence in [str(one.message) for one in said]
+
+
 def test_a_download_has_a_name_that_files_can_have_and_a_full_disk_is_said(demo, photo, monkeypatch):
     session = demo.open(photo, "\U00020000" * 100 + ".png")
     session.add_point(0.5, 0.5)

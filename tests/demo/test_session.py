@@ -10,6 +10,7 @@ from pycocotools import mask as coco_mask
 from hf_efficientsam import EfficientSamPredictor, SegmentationResult
 from hf_efficientsam.demo.session import FORMATS, Finding, NothingFound, Scene, Session
 from hf_efficientsam.inference.loading import load_model
+from hf_efficientsam.model.prompts_efficientsam import BOX_IS_CLIPPED
 
 WIDTH, HEIGHT = 90, 60
 LOOSE = {"points_per_side": 3, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
@@ -48,7 +49,9 @@ def test_boxes_by_corners_and_by_dragging_in_any_direction(session):
     assert session.scene.corner == (81, 48) and not session.objects
     session.add_corner(0.1, 0.2)
     assert session.current.box == (9, 12, 82, 48) and session.scene.corner is None
+    assert not session.notice
     session.set_box(0.1, 0.8, 1.2, -1)
+    assert session.notice == BOX_IS_CLIPPED
     assert session.current.box == (9, 0, 90, 48) and len(session.objects) == 1  # a new box in place of the old one
     assert session.result().boxes.tolist() == [[9, 0, 90, 48]]
     with pytest.raises(ValueError, match="two corners that differ"):

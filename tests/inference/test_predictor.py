@@ -1,6 +1,7 @@
 """segment-anything's predictor interface gives what model and processor give by hand."""
 
 import inspect
+import warnings
 
 import numpy as np
 import pytest
@@ -148,3 +149,10 @@ def test_a_box_beyond_the_image_gives_what_the_clipped_one_gives(predictor):
     assert all(map(np.array_equal, found, expected))
     with pytest.warns(UserWarning, match="clipped"):
         assert predictor.segment(boxes=[beyond]).boxes.tolist() == [clipped]
+    boxes = torch.from_numpy(predictor.transform.apply_boxes(np.array([beyond, clipped]), (HEIGHT, WIDTH)))
+    with pytest.warns(UserWarning, match="clipped"):
+        masks, _, _ = predictor.predict_torch(None, None, boxes.float())
+    assert np.array_equal(masks[0], expected[0]) and torch.equal(masks[0], masks[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predictor.predict_torch(None, None, boxes[1:].float())

@@ -74,6 +74,13 @@ def test_masks_are_those_of_the_predictor(client, checkpoint):
             assert mask["bbox"] == coco_mask.toBbox(mask["segmentation"]).tolist()
 
 
+def test_a_box_beyond_the_image_is_clipped_and_the_answer_says_so(client):
+    path = f"/images/{send(client)}/masks"
+    beyond, clipped = (client.post(path, json={"boxes": [box]}).json() for box in ([-3, 5, 61, 30], [0, 5, 60, 30]))
+    assert beyond["objects"] == clipped["objects"] and not clipped["warnings"]
+    assert beyond["warnings"] == ["a box reaches beyond the image; such boxes are clipped to their image."]
+
+
 def test_polygons_enclose_the_same_pixels_as_rle(client):
     path = f"/images/{send(client)}/masks"
     prompts = {"boxes": [[10, 5, 50, 35], [0, 0, 30, 30]]}

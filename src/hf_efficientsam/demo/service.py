@@ -13,14 +13,14 @@ from hf_efficientsam.inference.loading import find_checkpoint, is_bundled, load_
 from hf_efficientsam.inference.predictor import EfficientSamPredictor
 from hf_efficientsam.inference.prompters import Detector, SalientPrompter, TextPrompter, load_saliency
 from hf_efficientsam.inference.prompters.saliency_sources import HeadSaliency, SaliencySource
-from hf_efficientsam.inference.uploads import MAX_PIXELS, MAX_POINTS_PER_SIDE, read_objects, read_upload
+from hf_efficientsam.inference.uploads import MAX_PIXELS, MAX_POINTS_PER_SIDE, read_objects, read_upload, warnings_of
 
 from .html_fragments import candidates_html, objects_html, stage_html, status_html
 from .session import Finding, NothingFound, Session
 
 
-def as_sentence(error: Exception) -> str:
-    """The message of an error with a capital letter."""
+def as_sentence(error: Exception | str) -> str:
+    """The message of an error, or another, with a capital letter."""
     text = str(error)
     return text[:1].upper() + text[1:]
 
@@ -162,13 +162,13 @@ class Demo:
         if session is None:
             raise gr.Error("The picture is no longer there; choose it again.", print_exception=False)
         with session.lock:
-            problem = ""
+            session.notice, problem = "", ""
             try:
                 change(session)
             except ValueError as error:
                 problem = as_sentence(error)
                 gr.Warning(problem)
-            return self.view(session, problem)
+            return self.view(session, problem or as_sentence(session.notice))
 
     def save(self, session: Session | None, kind: str) -> dict:
         """A download for the page, as a temporary file that gradio removes after `SECONDS_OF_FILES`."""
@@ -197,6 +197,8 @@ class Demo:
             labels=[one["labels"] for one in objects],
             boxes=[one["box"] for one in objects],
         )
+        for sentence in warnings_of(objects, session.width, session.height):
+            gr.Warning(as_sentence(sentence))
         return result.coco(session.file_name)
 
     def find(self, method: Callable, upload: dict | None, *options) -> dict:

@@ -22,6 +22,7 @@ from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.inference.predictor import EfficientSamPredictor
 from hf_efficientsam.inference.prompt_files import check_objects
 from hf_efficientsam.inference.results import RleMasks, SegmentationResult, boxes_from_masks_np, mask_rles
+from hf_efficientsam.model.prompts_efficientsam import BOX_IS_CLIPPED, clip_box
 
 SHOWN_SIDE = 1024  # pixels: the longer side of the image on the page
 THUMBNAIL_SIDE = 112
@@ -137,6 +138,7 @@ class Session:
         self.predictor, self.checkpoint, self.file_name = predictor, checkpoint, file_name
         self.lock = Lock()  # held while the session is read or changed: clicks may come faster than answers
         self.scene, self.past, self.future = Scene(), [], []
+        self.notice = ""  # a sentence about the last prompt, if it was not taken as it was given
         start = perf_counter()
         predictor.set_image(image)
         self.encode_seconds, self.answer_seconds = perf_counter() - start, None
@@ -211,11 +213,14 @@ class Session:
 
     def set_box(self, x1: float, y1: float, x2: float, y2: float) -> None:
         """A box between two corners, given as for `add_point`, in any order."""
-        left, right = sorted(round(min(max(x, 0), 1) * self.width) for x in (x1, x2))
-        top, bottom = sorted(round(min(max(y, 0), 1) * self.height) for y in (y1, y2))
+        left, right = sorted(round(x * self.width) for x in (x1, x2))
+        top, bottom = sorted(round(y * self.height) for y in (y1, y2))
+        given = [left, top, right, bottom]
+        left, top, right, bottom = box = clip_box(given, self.width, self.height)
         if left == right or top == bottom:
             raise ValueError("a box needs two corners that differ in x and in y.")
-        self._answer(replace(self._prompted(), box=(left, top, right, bottom)))
+        self._answer(replace(self._prompted(), box=tuple(box)))
+        self.notice = "" if box == given else BOX_IS_CLIPPED
 
     def add_corner(self, x: float, y: float) -> None:
         """One corner of a box; every second call makes the box."""

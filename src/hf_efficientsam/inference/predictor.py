@@ -3,6 +3,8 @@
 from hf_efficientsam import EfficientSamPredictor as SamPredictor
 """
 
+import warnings
+
 import numpy as np
 import torch
 from transformers.image_utils import ImageInput
@@ -10,6 +12,7 @@ from transformers.image_utils import ImageInput
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
+from hf_efficientsam.model.prompts_efficientsam import BOX_IS_CLIPPED, PAD_VALUE
 
 from .loading import find_checkpoint, load_model, load_processor
 from .predictor_base import PredictorBase
@@ -100,7 +103,7 @@ class EfficientSamPredictor(PredictorBase):
         Args:
             point_coords: `[B, P, 2]`, (x, y).
             point_labels: `[B, P]`, 1 on the object, 0 on the background, -1 for no point.
-            boxes: `[B, 4]`, (x1, y1, x2, y2).
+            boxes: `[B, 4]`, (x1, y1, x2, y2); clipped to the image, with a warning. One of `PAD_VALUE` is no box.
             mask_input: `[B, 1, h, w]`, low-resolution logits of an earlier call.
             multimask_output: three candidates, or one mask.
             return_logits: masks as logits instead of bool.
@@ -114,6 +117,7 @@ class EfficientSamPredictor(PredictorBase):
             ValueError: prompts whose numbers disagree, or of a kind that the model does not take.
         """
         self._check_image()
+        boxes = None if boxes is None else self._clip_to_input(boxes)
         prompts = {"input_points": point_coords, "input_labels": point_labels, "input_boxes": boxes}
         prompts["input_masks"] = None if mask_input is None else mask_input.squeeze(1)
         prompts = {name: one[None].to(self.device) for name, one in prompts.items() if one is not None}
@@ -122,6 +126,15 @@ class EfficientSamPredictor(PredictorBase):
         sizes = [self.original_size], [self.input_size]
         masks = self.processor.post_process_masks(logits[None], *sizes, binarize=not return_logits)[0]
         return masks, scores, logits
+
+    def _clip_to_input(self, boxes: torch.Tensor) -> torch.Tensor:
+        """As `clip_box` does it, in the frame of the model input."""
+        height, width = self.input_size
+        clipped = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
+        clipped = torch.where((boxes == PAD_VALUE).all(dim=-1, keepdim=True), boxes, clipped)
+        if not torch.allclose(clipped, boxes, atol=1e-2):  # scaling alone can move a border by a rounding error
+            warnings.warn(BOX_IS_CLIPPED, stacklevel=3)
+        return clipped
 
     def _read_image(self, image: ImageInput) -> np.ndarray:
         return self.processor.image_processor.process_image(image)

@@ -5,6 +5,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from hf_efficientsam.model.image_reading_efficientsam import ImageError, open_image, upright_size
+from hf_efficientsam.model.prompts_efficientsam import BOX_IS_CLIPPED, clip_box
 
 from .prompt_files import group_prompts, read_prompts
 
@@ -66,6 +67,12 @@ def read_objects(prompts: dict, separate_points: bool = False) -> list[dict]:
     return objects
 
 
+def warnings_of(objects: list[dict], width: int, height: int) -> list[str]:
+    """What is said about objects of an image beside their masks: Python's warnings do not reach who sent them."""
+    boxes = [one["box"] for one in objects if one["box"] is not None]
+    return [BOX_IS_CLIPPED] if any(clip_box(box, width, height) != box for box in boxes) else []
+
+
 __all__ = [
     "FORMATS",
     "MAX_FILE_BYTES",
@@ -75,4 +82,5 @@ __all__ = [
     "MAX_POINTS_PER_SIDE",
     "read_objects",
     "read_upload",
+    "warnings_of",
 ]

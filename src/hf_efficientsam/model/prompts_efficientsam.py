@@ -11,6 +11,7 @@ import numpy as np
 # Fills the place of a missing point, label or box, as in transformers' SAM processors.
 PAD_VALUE = -10
 VALID_LABELS = (1, 0, -1, PAD_VALUE)  # on the object, on the background, and two that mean "no point"
+BOX_IS_CLIPPED = "a box reaches beyond the image; such boxes are clipped to their image."
 
 # How prompts are nested: in full, and with the prompt level left out.
 LEVELS = {
@@ -217,17 +218,22 @@ def _check_boxes(boxes: list, original_sizes: list):
                 )
 
 
+def clip_box(box: list[float], width: int, height: int) -> list[float]:
+    """
+    A box (x1, y1, x2, y2) without what lies beyond its image, which the model has no positions for: it was trained
+    without them, and its masks get worse. Who clips says `BOX_IS_CLIPPED`.
+    """
+    return np.clip(box, 0, (width, height) * 2).tolist()
+
+
 def _clip_boxes(boxes: list, original_sizes: list) -> list[list[list]]:
-    """
-    Boxes with the parts beyond the image cut off, which the model has no positions for: it was trained without them,
-    and its masks get worse. Python shows the warning once a process, as its text is the same for all boxes.
-    """
+    """Python shows the warning once a process, as its text is the same for all boxes."""
     clipped = [
-        [box if _is_missing(box) else np.clip(box, 0, (width, height) * 2).tolist() for box in image]
+        [box if _is_missing(box) else clip_box(box, width, height) for box in image]
         for image, (height, width) in zip(boxes, original_sizes, strict=True)
     ]
     if clipped != boxes:
-        warnings.warn("a box reaches beyond the image; such boxes are clipped to their image.", stacklevel=2)
+        warnings.warn(BOX_IS_CLIPPED, stacklevel=2)
     return clipped
 
 

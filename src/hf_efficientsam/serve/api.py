@@ -1,6 +1,7 @@
 """The HTTP API: its paths, what they take and return, and the server."""
 
 import socket
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import uvicorn
@@ -90,6 +91,7 @@ class FoundObject(BaseModel):
 
 class Found(BaseModel):
     objects: list[FoundObject]
+    warnings: list[str] = Field([], description="Sentences about prompts that were not taken as they were sent.")
 
 
 SENT_TOO_MUCH = f"A request may have {MAX_FILE_BYTES // 2**20} MB; send a smaller file."
@@ -158,7 +160,8 @@ def create_app(service: Service) -> FastAPI:
     def segment(image_id: str, asked: Prompts) -> Found:
         """The masks of the objects that points and boxes show."""
         prompts = asked.model_dump(include={"points", "labels", "boxes"}, exclude_none=True)
-        return found(service.segment(image_id, prompts, asked.separate_points, asked.candidates), asked)
+        objects, warnings = service.segment(image_id, prompts, asked.separate_points, asked.candidates)
+        return found(objects, asked, warnings)
 
     @app.post("/images/{image_id}/everything")
     def find_everything(image_id: str, asked: Everything) -> Found:
@@ -174,10 +177,11 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-def found(objects: list[list[tuple]], asked: MaskFormat) -> Found:
+def found(objects: list[list[tuple]], asked: MaskFormat, warnings: Sequence[str] = ()) -> Found:
     """What `Service` found, in the form that was asked for."""
     form = asked.format == "polygons", asked.tolerance
-    return Found(objects=[{"masks": [annotation_of(*mask, *form) for mask in masks]} for masks in objects])
+    objects = [{"masks": [annotation_of(*mask, *form) for mask in masks]} for masks in objects]
+    return Found(objects=objects, warnings=list(warnings))
 
 
 def problem(status: int, detail: str) -> JSONResponse:

@@ -12,7 +12,7 @@ from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.inference.predictor import EfficientSamPredictor
 from hf_efficientsam.inference.prompt_files import check_objects
 from hf_efficientsam.inference.results import mask_rles
-from hf_efficientsam.inference.uploads import MAX_PIXELS, read_objects, read_upload
+from hf_efficientsam.inference.uploads import MAX_PIXELS, read_objects, read_upload, warnings_of
 
 
 class UnknownImage(LookupError):
@@ -114,7 +114,9 @@ class Service:
         self.images.add(name, predictor)
         return name, predictor
 
-    def segment(self, name: str, prompts: dict, separate_points: bool, candidates: bool) -> list[list[tuple]]:
+    def segment(
+        self, name: str, prompts: dict, separate_points: bool, candidates: bool
+    ) -> tuple[list[list[tuple]], list[str]]:
         """
         The masks of the objects that points and boxes show.
 
@@ -124,7 +126,7 @@ class Service:
             candidates: all candidate masks of each object, the most confident first, or that one alone.
 
         Returns:
-            for each object its masks, (compressed COCO RLE, predicted IoU).
+            for each object its masks, (compressed COCO RLE, predicted IoU); and the sentences of `warnings_of`.
 
         Raises:
             UnknownImage: no image of this name is kept.
@@ -140,10 +142,10 @@ class Service:
                     [one["points"]], [one["labels"]], [one["box"]], best_only=not candidates
                 )
                 found.append(list(zip(mask_rles(masks[0]), scores[0].clip(0, 1).tolist(), strict=True)))
-        return found
+        return found, warnings_of(objects, *predictor.image.size)
 
     def find_everything(self, name: str, **options) -> list[list[tuple]]:
-        """As `segment`, of all objects, with one mask each; `options` are those of [`EfficientSamMaskGenerator`]."""
+        """As `segment`, of all objects, one mask each; `options` are those of [`EfficientSamMaskGenerator`]."""
         predictor = self.images.get(name)
         generator = EfficientSamMaskGenerator(self.model, self.processor, output_mode="coco_rle", **options)
         with self.computing:

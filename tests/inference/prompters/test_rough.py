@@ -12,11 +12,13 @@ WIDTH, HEIGHT = 60, 40  # of the images
 
 
 def test_loose_boxes_are_put_in_order_and_cut_off(predictor):
-    found = RoughPrompter(predictor).boxes([[70, 30, 10, -5], [5, 6, 20, 20]])
+    with pytest.warns(UserWarning, match="clipped"):
+        found = RoughPrompter(predictor).boxes([[70, 30, 10, -5], [5, 6, 20, 20]])
     expected = predictor.segment(boxes=[[10, 0, 60, 30], [5, 6, 20, 20]])
     assert found.boxes.tolist() == expected.boxes.tolist() and np.array_equal(found.masks, expected.masks)
-    with pytest.raises(ValueError, match="no area"):
-        RoughPrompter(predictor).boxes([[70, 5, 80, 9]])
+    for box, problem in (([70, 5, 80, 9], "entirely outside"), ([5, 5, 5, 9], "no area")):
+        with pytest.raises(ValueError, match=problem):
+            RoughPrompter(predictor).boxes([box])
 
 
 def paint() -> np.ndarray:

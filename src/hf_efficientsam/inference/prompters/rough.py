@@ -29,17 +29,16 @@ class RoughPrompter(Prompter):
             boxes: `[N, 4]`, two opposite corners each in any order; they may reach beyond the image.
 
         Returns:
-            the N objects; their `boxes` are put in order and clipped to the image.
+            the N objects; their `boxes` are put in order and clipped to the image, with a warning.
 
         Raises:
             RuntimeError: if there is no image.
-            ValueError: a box without area in the image.
+            ValueError: a box without area, or entirely outside the image.
         """
         self.look_at()
-        height, width = self.predictor.original_size
         corners = np.asarray(boxes, dtype=np.float32).reshape(-1, 2, 2)
         corners = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
-        return self.predictor.segment(boxes=corners.clip(0, [width, height] * 2).tolist())
+        return self.predictor.segment(boxes=corners.tolist())
 
     def scribble(self, painted: np.ndarray, background: np.ndarray | None = None) -> SegmentationResult:
         """
