@@ -33,9 +33,10 @@ if TYPE_CHECKING:  # for editors and type checkers; `MODULES` below says the sam
     from .model.image_processing_efficientsam import EfficientSamImageProcessor
     from .model.modeling_backbone_efficientsam import EfficientSamBackbone
     from .model.modeling_classification_efficientsam import EfficientSamForImageClassification
-    from .model.modeling_efficientsam import EfficientSamModel, EfficientSamPreTrainedModel, EfficientSamVisionModel
+    from .model.modeling_efficientsam import EfficientSamModel
     from .model.modeling_saliency import EfficientSamSaliencyHead
     from .model.modeling_sami import EfficientSamForPreTraining
+    from .model.modeling_vision_efficientsam import EfficientSamPreTrainedModel, EfficientSamVisionModel
     from .model.processing_efficientsam import EfficientSamProcessor
 
 __version__ = "0.1.0"
@@ -75,11 +76,11 @@ MODULES = {
     "EfficientSamMaskGenerator": "inference.mask_generation",
     "EfficientSamModel": "model.modeling_efficientsam",
     "EfficientSamOnnxPredictor": "inference.onnx_predictor",
-    "EfficientSamPreTrainedModel": "model.modeling_efficientsam",
+    "EfficientSamPreTrainedModel": "model.modeling_vision_efficientsam",
     "EfficientSamPredictor": "inference.predictor",
     "EfficientSamProcessor": "model.processing_efficientsam",
     "EfficientSamSaliencyHead": "model.modeling_saliency",
-    "EfficientSamVisionModel": "model.modeling_efficientsam",
+    "EfficientSamVisionModel": "model.modeling_vision_efficientsam",
     "RoughPrompter": "inference.prompters.rough",
     "SalientPrompter": "inference.prompters.saliency",
     "SegmentationResult": "inference.results",

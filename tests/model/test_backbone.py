@@ -17,7 +17,7 @@ from hf_efficientsam import (
     EfficientSamBackboneConfig,
     EfficientSamImageProcessor,
 )
-from hf_efficientsam.model.modeling_efficientsam import drop_path, join_windows, split_windows
+from hf_efficientsam.model.modeling_vision_efficientsam import drop_path, join_windows, split_windows
 
 STRIDES = [4, 8, 16, 32, 64]
 

@@ -38,14 +38,14 @@ CODE = {
     "mask_decoder_fast_efficientsam.py",
     "mask_operations_efficientsam.py",
     "modeling_efficientsam.py",
+    "modeling_vision_efficientsam.py",
     "processing_efficientsam.py",
     "prompts_efficientsam.py",
 }
 SAMI_CODE = {
     "configuration_efficientsam.py",
-    "mask_decoder_fast_efficientsam.py",
-    "modeling_efficientsam.py",
     "modeling_sami.py",
+    "modeling_vision_efficientsam.py",
 }
 
 # Loads a folder through every Auto class, checks that all of them give the same numbers, saves them, and writes the
@@ -180,7 +180,8 @@ def test_saved_classifier_needs_no_package(tmp_path):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     own = {"modeling_classification_efficientsam.py"}
-    unused = {"processing_efficientsam.py", "prompts_efficientsam.py"}
+    decoder = {"mask_decoder_fast_efficientsam.py", "modeling_efficientsam.py"}
+    unused = {"processing_efficientsam.py", "prompts_efficientsam.py"} | decoder
     assert {path.name for path in folder.glob("*.py")} == CODE - unused | own
     image = np.arange(50 * 70 * 3, dtype=np.uint8).reshape(50, 70, 3)
     with torch.no_grad():
@@ -225,7 +226,7 @@ def test_vision_model_is_saved_with_its_own_entry(tmp_path):
     vision.save_pretrained(tmp_path)
     assert read_json(tmp_path / "config.json")["auto_map"] == {
         "AutoConfig": "configuration_efficientsam.EfficientSamVisionConfig",
-        "AutoModel": "modeling_efficientsam.EfficientSamVisionModel",
+        "AutoModel": "modeling_vision_efficientsam.EfficientSamVisionModel",
     }
     assert type(AutoModel.from_pretrained(tmp_path)) is EfficientSamVisionModel
 

@@ -467,7 +467,7 @@ class RecordedAttention:
         self.calls = []
 
     def __call__(self, module, query, key, value, attention_mask, **kwargs):
-        from hf_efficientsam.model.modeling_efficientsam import eager_attention_forward
+        from hf_efficientsam.model.modeling_vision_efficientsam import eager_attention_forward
 
         self.calls.append((attention_mask, kwargs))
         return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)

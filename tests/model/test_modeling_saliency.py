@@ -12,9 +12,8 @@ from hf_efficientsam.model.modeling_saliency import saliency_loss
 
 CODE = {
     "configuration_efficientsam.py",
-    "mask_decoder_fast_efficientsam.py",
-    "modeling_efficientsam.py",
     "modeling_saliency.py",
+    "modeling_vision_efficientsam.py",
 }
 ENTRIES = {
     "AutoConfig": "configuration_efficientsam.EfficientSamSaliencyConfig",

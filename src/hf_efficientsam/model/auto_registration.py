@@ -35,9 +35,10 @@ def register_configurations(auto: ModuleType) -> None:
 def register_models(auto: ModuleType) -> None:
     from .modeling_backbone_efficientsam import EfficientSamBackbone
     from .modeling_classification_efficientsam import EfficientSamForImageClassification
-    from .modeling_efficientsam import EfficientSamModel, EfficientSamVisionModel
+    from .modeling_efficientsam import EfficientSamModel
     from .modeling_saliency import EfficientSamSaliencyHead
     from .modeling_sami import EfficientSamForPreTraining
+    from .modeling_vision_efficientsam import EfficientSamVisionModel
 
     for model in (
         EfficientSamModel,

@@ -14,7 +14,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .configuration_efficientsam import EfficientSamBackboneConfig
-from .modeling_efficientsam import EfficientSamPreTrainedModel, EfficientSamTokenEncoder, EfficientSamVisionNeck
+from .modeling_vision_efficientsam import EfficientSamPreTrainedModel, EfficientSamTokenEncoder, EfficientSamVisionNeck
 
 
 class EfficientSamMapLayerNorm(nn.LayerNorm):

@@ -8,7 +8,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .configuration_efficientsam import EfficientSamVisionConfig
-from .modeling_efficientsam import EfficientSamPreTrainedModel, EfficientSamTokenEncoder
+from .modeling_vision_efficientsam import EfficientSamPreTrainedModel, EfficientSamTokenEncoder
 
 
 class EfficientSamForImageClassification(EfficientSamPreTrainedModel):

@@ -18,7 +18,7 @@ from transformers.utils.generic import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_efficientsam import EfficientSamSaliencyConfig
-from .modeling_efficientsam import (
+from .modeling_vision_efficientsam import (
     EfficientSamMLP,
     EfficientSamPreTrainedModel,
     EfficientSamVisionAttention,

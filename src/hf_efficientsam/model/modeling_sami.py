@@ -22,7 +22,7 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_efficientsam import EfficientSamSamiConfig, EfficientSamVisionConfig
-from .modeling_efficientsam import (
+from .modeling_vision_efficientsam import (
     EfficientSamMLP,
     EfficientSamPatchEmbeddings,
     EfficientSamPreTrainedModel,

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from hf_efficientsam.inference.loading import resolve_name
-from hf_efficientsam.model.modeling_efficientsam import EfficientSamVisionEncoder, EfficientSamVisionModel
+from hf_efficientsam.model.modeling_vision_efficientsam import EfficientSamVisionEncoder, EfficientSamVisionModel
 
 from .config import PositiveInt, RatioBelowOne
 

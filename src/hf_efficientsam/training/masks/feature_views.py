@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel, EfficientSamVisionEncoder
+from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
+from hf_efficientsam.model.modeling_vision_efficientsam import EfficientSamVisionEncoder
 from hf_efficientsam.training.data.feature_cache import (
     FeatureCache,
     open_manifest,
