@@ -49,7 +49,7 @@ from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPi
 
 from hf_efficientsam import EfficientSamModel
 from hf_efficientsam.inference import mask_generation
-from hf_efficientsam.inference.loading import find_checkpoint, load_model
+from hf_efficientsam.inference.loading import load_model
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.model.mask_decoder_fast_efficientsam import FastMaskDecoder
 from hf_efficientsam.model.mask_operations_efficientsam import (
@@ -194,7 +194,7 @@ class SamPipeline:
 
 def load(name: str | None, size: int):
     """Model and image processor for images of `size` x `size` pixels."""
-    model, processor = load_model(find_checkpoint(name))
+    model, processor = load_model(name)
     processor.image_processor.size = SizeDict(height=size, width=size)
     return model, processor.image_processor
 

@@ -182,8 +182,8 @@ def ways(checkpoint, onnx):
     onnx._run_encoder = lambda inputs: seen.append(torch.from_numpy(inputs["pixel_values"])) or run(inputs)
     few = {"points_per_side": 1}
     generator = EfficientSamMaskGenerator(tiny.model(), tiny.processor(), **few)
-    segment, demo = Segmenter.load(str(checkpoint), False, 10**6), Demo(str(checkpoint))
-    everything = EverythingSegmenter.load(str(checkpoint), few, 1, 10**6, False)
+    segment, demo = Segmenter(EfficientSamPredictor.from_pretrained(str(checkpoint)), False), Demo(str(checkpoint))
+    everything = EverythingSegmenter(EfficientSamMaskGenerator(tiny.model(), tiny.processor(), **few), few, False)
     piped = pipeline("mask-generation", model=tiny.model(), image_processor=tiny.image_processor())
     processor = tiny.image_processor()
 
@@ -197,7 +197,7 @@ def ways(checkpoint, onnx):
         "predictor": watched(predictor.model, predictor.set_image),
         "onnx": with_onnx,
         "generator": watched(generator.model, generator.generate),
-        "segment": watched(segment.predictor.model, lambda path: set_image_file(segment.predictor, Path(path), 10**6)),
+        "segment": watched(segment.predictor.model, lambda path: set_image_file(segment.predictor, Path(path))),
         "everything": watched(everything.generator.model, lambda path: everything(Path(path))),
         "demo": watched(demo.model, lambda path: demo.open(path, "image")),
         "training": lambda path: processor(decode_image(path, path))["pixel_values"].numpy(),

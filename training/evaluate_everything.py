@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from hf_efficientsam import EfficientSamModel, EfficientSamProcessor, __version__
 from hf_efficientsam.inference.image_files import describe_error
-from hf_efficientsam.inference.loading import checkpoint_fingerprint, find_checkpoint, load_model
+from hf_efficientsam.inference.loading import checkpoint_fingerprint, load_model
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.training.data.coco import AnnotationConfig, CocoMasks
 from hf_efficientsam.training.engine.config import parse_config
@@ -58,7 +58,8 @@ def check_same_masks(config: EvaluateEverythingConfig, dataset: CocoMasks, model
     names = ("model", "annotations", "images", "pred_iou_thresh", "stability_score_thresh", "box_nms_thresh")
     now = {name: getattr(config, name) for name in names}
     # What lies under these names may change.
-    now |= {"weights": checkpoint_fingerprint(model, processor), "data": dataset.fingerprint(), "version": __version__}
+    weights = checkpoint_fingerprint(model, processor.image_processor)
+    now |= {"weights": weights, "data": dataset.fingerprint(), "version": __version__}
     if path.exists() and (before := json.loads(path.read_text())) != now:
         different = [name for name in now if before.get(name) != now[name]]
         raise ValueError(
@@ -142,7 +143,7 @@ def save_results(
 
 
 def load(config: EvaluateEverythingConfig) -> tuple[EfficientSamModel, EfficientSamProcessor]:
-    model, processor = load_model(find_checkpoint(config.model))
+    model, processor = load_model(config.model)
     return model.to(config.device or model.device), processor
 
 

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from hf_efficientsam import EfficientSamPredictor
 from hf_efficientsam.inference.drawing import draw_masks, image_table
 from hf_efficientsam.inference.image_files import describe_error
-from hf_efficientsam.inference.loading import find_checkpoint, load_model
+from hf_efficientsam.inference.loading import load_model
 from hf_efficientsam.inference.prompters import SalientPrompter
 from hf_efficientsam.training.data.coco import AnnotationConfig, decode_rles
 from hf_efficientsam.training.data.folder_masks import UnitedMasks, open_annotations
@@ -139,7 +139,7 @@ def evaluate(config: EvaluateSaliencyConfig) -> None:
     check(config)
     source = UnitedMasks(open_annotations(config.data, reading=config, split="val"))
     count = min(len(source), config.limit or len(source))
-    model, processor = load_model(find_checkpoint(config.model))
+    model, processor = load_model(config.model)
     predictor = EfficientSamPredictor(model.to(config.device or model.device), processor)
     prompters = {
         name: SalientPrompter(predictor, open_source(name, config), config.threshold) for name in config.saliency

@@ -30,7 +30,7 @@ from hf_efficientsam import (
     EfficientSamSaliencyHead,
 )
 from hf_efficientsam.inference.drawing import image_table
-from hf_efficientsam.inference.loading import find_checkpoint, load_model
+from hf_efficientsam.inference.loading import load_model
 from hf_efficientsam.training.data.coco import AnnotationConfig
 from hf_efficientsam.training.data.folder_masks import UnitedMasks, open_annotations
 from hf_efficientsam.training.engine.checkpoints import replaced_folder
@@ -90,7 +90,7 @@ def check(config: SaliencyConfig) -> None:
 
 def get_data(config: SaliencyConfig, device: torch.device) -> tuple[MirroredEmbeddings, EncodedImages | None, int]:
     """What is trained on, what is measured on, and the channels of the embeddings."""
-    model, _ = load_model(find_checkpoint(config.model))
+    model, _ = load_model(config.model)
     model, vision = model.to(device), model.config.vision_config
     side = config.image_size or vision.image_size
     processor = EfficientSamProcessor(EfficientSamImageProcessor(size={"height": side, "width": side}))

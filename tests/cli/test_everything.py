@@ -17,6 +17,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from hf_efficientsam import EfficientSamConfig
+from hf_efficientsam.cli import everything
 from hf_efficientsam.cli.everything import GENERATOR_DEFAULTS, everything_command
 from hf_efficientsam.inference import everything_files, folder_runs
 from hf_efficientsam.inference.drawing import lay_masks
@@ -44,7 +45,7 @@ def model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch):
     """Loading takes most of the time of a call here."""
-    monkeypatch.setattr(everything_files, "load_model", load_once)
+    monkeypatch.setattr(everything, "load_model", load_once)
 
 
 @pytest.fixture
@@ -175,7 +176,7 @@ def test_options_reach_the_generator(photos, out, model, monkeypatch):
         given.append(options)
         return EfficientSamMaskGenerator(*arguments, **options)
 
-    monkeypatch.setattr(everything_files, "EfficientSamMaskGenerator", generator)
+    monkeypatch.setattr(everything, "EfficientSamMaskGenerator", generator)
     options = {"crop_n_layers": 1, "min_mask_region_area": 30, "points_per_side": 2, "box_nms_thresh": 0.5}
     options |= {"points_per_batch": 3, "pred_iou_thresh": 0.1, "stability_score_thresh": 0.2}
     result = annotate_well(photos / "a.png", out, model=model, **options)

@@ -127,6 +127,18 @@ def test_odd_names_and_tiny_images_are_done_and_names_too_long_are_failures(phot
     assert "File name too long" in document["failed"][0]["error"]
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_limit_of_pixels_is_no_part_of_what_a_result_was_made_from(photos, out, model, command, tmp_path):
+    records = []
+    other = tiny.save(tmp_path / "other", tiny.model_for_mask_generation(1), tiny.processor(max_image_pixels=9999))
+    for checkpoint, limit in ((model, 10**6), (other, 10**7)):
+        document_of(
+            COMMANDS[command](photos, out, "--json", "--max-pixels", limit, model=checkpoint), done=3, failed=0
+        )
+        records.append([file.stat().st_mtime_ns for file in sorted(out.rglob("[abc].json"))])
+    assert len(records[0]) == 3 and records[0] == records[1]
+
+
 # ------------------------------------------------------------------------------------------------ names
 
 

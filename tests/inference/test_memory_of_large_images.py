@@ -38,7 +38,7 @@ import tiny
 from PIL import Image
 from hf_efficientsam import EfficientSamPredictor
 from hf_efficientsam.inference.segment_files import Segmenter
-segmenter = Segmenter("tiny", EfficientSamPredictor(tiny.model(), tiny.processor()), "", True, 10**8)
+segmenter = Segmenter(EfficientSamPredictor(tiny.model(), tiny.processor()), True)
 Image.new("RGB", (2500, 2000)).save(sys.argv[2])
 boxes = [{"points": [], "labels": [], "box": [100.0, 100.0, 1500.0, 1500.0 - i]} for i in range(24)]
 def peak():

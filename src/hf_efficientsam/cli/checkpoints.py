@@ -24,14 +24,14 @@ def info_command(
     model: Annotated[str | None, typer.Argument(help="Directory or Hub name; the bundled one if not given.")] = None,
 ) -> None:
     """Describe a checkpoint: its size, the prompts it takes, and its measured numbers if they come with it."""
-    name = find_checkpoint(model)
-    for key, value in describe_checkpoint(name, *load_model(name)).items():
+    loaded = load_model(model)
+    for key, value in describe_checkpoint(*loaded).items():
         typer.echo(f"{key:11} {value}")
-    if metrics := read_metrics(name):
+    if metrics := read_metrics(loaded[0].name_or_path):
         typer.echo(metrics_as_text(metrics))
 
 
-def describe_checkpoint(name: str, model: EfficientSamModel, processor: EfficientSamProcessor) -> dict[str, str]:
+def describe_checkpoint(model: EfficientSamModel, processor: EfficientSamProcessor) -> dict[str, str]:
     """What `info` says of a model, by name."""
 
     def millions(module: nn.Module) -> str:
@@ -44,7 +44,7 @@ def describe_checkpoint(name: str, model: EfficientSamModel, processor: Efficien
     kinds += ["masks"] if prompt_encoder.mask_prompts else []
     aspect = "kept" if processor.image_processor.keep_aspect_ratio else "ignored"
     return {
-        "checkpoint": name,
+        "checkpoint": model.name_or_path,
         "parameters": millions(model),
         "  encoder": f"{millions(model.vision_encoder)}, {vision.num_hidden_layers} layers of {vision.hidden_size}",
         "  prompts": millions(model.prompt_encoder),

@@ -15,6 +15,7 @@ from hf_efficientsam.inference.everything_files import (
 )
 from hf_efficientsam.inference.folder_runs import run_jobs
 from hf_efficientsam.inference.image_files import read_image, upright_size
+from hf_efficientsam.inference.loading import load_model
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 
 from .options import (
@@ -107,7 +108,11 @@ def everything_command(
         "min_mask_region_area": min_mask_region_area,
     }
     crop_progress = len(jobs) == 1 and crop_n_layers > 0
-    segmenter = EverythingSegmenter.load(model, options, points_per_batch, max_pixels, crop_progress, device, dtype)
+    loaded = load_model(model, dtype, device, max_pixels)
+    generator = EfficientSamMaskGenerator(
+        *loaded, points_per_batch=points_per_batch, output_mode="coco_rle", **options
+    )
+    segmenter = EverythingSegmenter(generator, options, crop_progress)
     records, failures = run_jobs(
         jobs, segmenter, lambda record: None if as_json else tqdm.write(describe_annotations(record))
     )

@@ -9,11 +9,12 @@ import typer
 
 from hf_efficientsam.inference.folder_runs import check_not_of_another
 from hf_efficientsam.inference.image_files import read_image, upright_size
+from hf_efficientsam.inference.loading import load_model
 from hf_efficientsam.inference.predictor import EfficientSamPredictor
 from hf_efficientsam.inference.prompters.saliency import SalientPrompter
 from hf_efficientsam.inference.prompters.text import Detector, TextPrompter, split_names
 from hf_efficientsam.inference.results import SegmentationResult
-from hf_efficientsam.inference.segment_files import find_in_file, load_predictor
+from hf_efficientsam.inference.segment_files import find_in_file
 
 from .options import (
     MAX_PIXELS,
@@ -77,7 +78,7 @@ def salient_command(
     """
     predictor = open_predictor(image, output, overlay, formats, model, max_pixels, device, dtype)
     prompter = SalientPrompter(predictor, saliency, threshold, min_area, trust_remote_code)
-    record = write_found(predictor, image, prompter, output, overlay, max_pixels, formats)
+    record = write_found(predictor, image, prompter, output, overlay, formats)
     report_found(record, as_json, f"try a lower --threshold (now {threshold:g})")
 
 
@@ -113,7 +114,7 @@ def text_command(
     split_names(words)
     predictor = open_predictor(image, output, overlay, formats, model, max_pixels, device, dtype)
     prompter = TextPrompter(predictor, Detector(detector, predictor.device), threshold)
-    record = write_found(predictor, image, lambda: prompter(words), output, overlay, max_pixels, formats)
+    record = write_found(predictor, image, lambda: prompter(words), output, overlay, formats)
     report_found(record, as_json, "try other names or a lower --threshold")
 
 
@@ -132,7 +133,7 @@ def open_predictor(
         raise ValueError(f"{image} is a folder; give one image.")
     check_image_outputs(image, output, overlay, formats)
     read_image(image, max_pixels, upright_size)
-    return load_predictor(model, max_pixels, device, dtype)
+    return EfficientSamPredictor(*load_model(model, dtype, device, max_pixels))
 
 
 def write_found(
@@ -141,15 +142,14 @@ def write_found(
     find: Callable[[], SegmentationResult],
     output: Path | None,
     overlay: Path | None,
-    max_pixels: int,
     formats: list[Format],
 ) -> dict:
     """What `find_in_file` returns and writes; with formats into a folder, of which datasets are made."""
     if not formats:
-        return find_in_file(predictor, image, find, output, overlay, max_pixels)
+        return find_in_file(predictor, image, find, output, overlay)
     mask, record_file = output / f"{image.stem}.png", output / f"{image.stem}.json"
     check_not_of_another(record_file, image)
-    record = find_in_file(predictor, image, find, mask, overlay, max_pixels, record_file)
+    record = find_in_file(predictor, image, find, mask, overlay, record_file)
     write_formats(formats, output, output)
     return record
 

@@ -9,6 +9,8 @@ from tqdm import tqdm
 
 from hf_efficientsam.inference.folder_runs import check_results_folder, run_jobs
 from hf_efficientsam.inference.image_files import read_image, upright_size
+from hf_efficientsam.inference.loading import load_model
+from hf_efficientsam.inference.predictor import EfficientSamPredictor
 from hf_efficientsam.inference.prompt_files import (
     are_numbers,
     check_images_listed,
@@ -129,7 +131,8 @@ def segment_command(
                 f"{image} is a folder; it needs a prompts file (--prompts) and a folder for results (--output)."
             )
         entries = read_entries(image, prompts, separate_points, only_listed, output, overlay)
-        segmenter = Segmenter.load(model, all_masks, max_pixels, device, dtype)
+        loaded = load_model(model, dtype, device, max_pixels)
+        segmenter = Segmenter(EfficientSamPredictor(*loaded), all_masks)
         segment_folder(segmenter, image, entries, output, overlay, as_json, formats)
         return
     if prompts is not None or only_listed:
@@ -137,7 +140,7 @@ def segment_command(
     check_image_outputs(image, output, overlay, formats)
     objects = parse_objects(point, background, box, separate_points)
     read_image(image, max_pixels, upright_size)  # before the model is loaded
-    segmenter = Segmenter.load(model, all_masks, max_pixels, device, dtype)
+    segmenter = Segmenter(EfficientSamPredictor(*load_model(model, dtype, device, max_pixels)), all_masks)
     segment = segment_into_folder if formats else segment_file
     record = segment(segmenter, image, objects, output, overlay)
     write_formats(formats, output, output)

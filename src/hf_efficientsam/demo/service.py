@@ -9,7 +9,7 @@ import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder, is_in_or_equal
 
-from hf_efficientsam.inference.loading import find_checkpoint, is_bundled, load_model
+from hf_efficientsam.inference.loading import is_bundled, load_model
 from hf_efficientsam.inference.predictor import EfficientSamPredictor
 from hf_efficientsam.inference.prompters import Detector, SalientPrompter, TextPrompter, load_saliency
 from hf_efficientsam.inference.prompters.saliency_sources import HeadSaliency, SaliencySource
@@ -61,8 +61,7 @@ class Demo:
     ):
         self.checkpoint = None if is_bundled(model) else model
         self.detector, self.saliency, self.max_pixels = detector, saliency, max_pixels
-        self.model, self.processor = load_model(find_checkpoint(model), dtype, device)
-        self.processor.image_processor.max_image_pixels = max_pixels
+        self.model, self.processor = load_model(model, dtype, device, max_pixels)
         thresholds = self.model.config.mask_generation
         self.everything_thresholds = thresholds["pred_iou_thresh"], thresholds["stability_score_thresh"]
         self.detector_model = Detector(detector, self.model.device) if detector else None

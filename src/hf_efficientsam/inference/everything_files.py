@@ -12,8 +12,11 @@ from pathlib import Path
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
+from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
+from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
+
 from .drawing import lay_masks
-from .folder_runs import FolderJob, check_not_of_another, check_results_folder, name_results
+from .folder_runs import FolderJob, JobSegmenter, check_not_of_another, check_results_folder, name_results
 from .image_files import (
     ImageError,
     as_model_sees,
@@ -23,7 +26,6 @@ from .image_files import (
     read_image,
     write_files,
 )
-from .loading import checkpoint_fingerprint, find_checkpoint, load_model
 from .mask_generation import THRESHOLDS, EfficientSamMaskGenerator
 from .records import image_record
 from .results import RleMasks, draw_label_map, largest_first
@@ -32,47 +34,32 @@ CATEGORY = {"id": 1, "name": "object", "supercategory": "object"}
 
 
 @dataclass(frozen=True)
-class EverythingSegmenter:
+class EverythingSegmenter(JobSegmenter):
     """
     A mask generator and the options that hold for every image of a call.
 
     Attributes:
-        name: of the checkpoint.
-        fingerprint: see `checkpoint_fingerprint`.
         generator: its `output_mode` is "coco_rle".
-        options: arguments of the generator that the masks depend on, its thresholds among them.
-        max_pixels: larger images are refused.
+        given: arguments of the generator that the masks depend on; its thresholds may be None.
         crop_progress: show a bar over the crops of each image.
     """
 
-    name: str
-    fingerprint: str
     generator: EfficientSamMaskGenerator
-    options: dict
-    max_pixels: int
+    given: dict
     crop_progress: bool
 
-    @classmethod
-    def load(
-        cls,
-        name: str | None,
-        options: dict,
-        points_per_batch: int,
-        max_pixels: int,
-        crop_progress: bool,
-        device: str = "auto",
-        dtype: str = "float32",
-    ) -> "EverythingSegmenter":
-        """From a checkpoint's name as `find_checkpoint` takes it."""
-        name = find_checkpoint(name)
-        model, processor = load_model(name, dtype, device)
-        fingerprint = checkpoint_fingerprint(model, processor)
-        processor.image_processor.max_image_pixels = max_pixels
-        generator = EfficientSamMaskGenerator(
-            model, processor, points_per_batch=points_per_batch, output_mode="coco_rle", **options
-        )
-        options = options | {threshold: getattr(generator, threshold) for threshold in THRESHOLDS}
-        return cls(name, fingerprint, generator, options, max_pixels, crop_progress)
+    @property
+    def options(self) -> dict:
+        """`given`, with the thresholds that the generator took."""
+        return self.given | {threshold: getattr(self.generator, threshold) for threshold in THRESHOLDS}
+
+    @property
+    def model(self) -> EfficientSamModel:
+        return self.generator.model
+
+    @property
+    def image_processor(self) -> EfficientSamImageProcessor:
+        return self.generator.image_processor
 
     def __call__(self, path: Path) -> tuple[Image.Image, list[dict]]:
         """The upright image and its annotations in the order of the generator, as COCO has them but without ids."""

@@ -10,22 +10,50 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from hf_efficientsam import __version__
+from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
+from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 
 from .image_files import describe_error, write_files
+from .loading import checkpoint_fingerprint
 from .records import recorded_file
+
+
+class JobSegmenter(ABC):
+    """What all jobs of a run share: a loaded checkpoint, and options."""
+
+    @property
+    @abstractmethod
+    def model(self) -> EfficientSamModel: ...
+
+    @property
+    @abstractmethod
+    def image_processor(self) -> EfficientSamImageProcessor: ...
+
+    @property
+    def name(self) -> str:
+        """Of the checkpoint."""
+        return self.model.name_or_path
+
+    @property
+    def max_pixels(self) -> int:
+        """Larger images are refused."""
+        return self.image_processor.max_image_pixels
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return checkpoint_fingerprint(self.model, self.image_processor)
 
 
 @dataclass(frozen=True)
 class FolderJob(ABC):
     """
-    One image and where its results go. `segmenter` is what all jobs of a run share: a model, its `name`, its
-    `fingerprint` (see `checkpoint_fingerprint`), and options.
+    One image and where its results go.
 
     Attributes:
         image: the file.
@@ -39,22 +67,22 @@ class FolderJob(ABC):
         """Where the record goes."""
 
     @abstractmethod
-    def result_files(self, segmenter: Any) -> list[Path]:
+    def result_files(self, segmenter: JobSegmenter) -> list[Path]:
         """Where everything else goes."""
 
     @abstractmethod
-    def is_answered_by(self, record: dict, segmenter: Any) -> bool:
+    def is_answered_by(self, record: dict, segmenter: JobSegmenter) -> bool:
         """Whether a record of an earlier run is of the same question; a record of another form may raise."""
 
     @abstractmethod
-    def compute(self, segmenter: Any) -> tuple[dict, dict[Path, bytes]]:
+    def compute(self, segmenter: JobSegmenter) -> tuple[dict, dict[Path, bytes]]:
         """The record, and the contents of `result_files`."""
 
-    def restate(self, record: dict, segmenter: Any) -> dict:
+    def restate(self, record: dict, segmenter: JobSegmenter) -> dict:
         """The record of an earlier run with the names of files as this run was given them."""
         return record | {"image": str(self.image), "model": segmenter.name}
 
-    def made_from(self, segmenter: Any) -> dict[str, str]:
+    def made_from(self, segmenter: JobSegmenter) -> dict[str, str]:
         """What the results depend on beside the question: the bytes of the image and the model, and the version."""
         digest = hashlib.sha256()
         with self.image.open("rb") as file:
@@ -62,7 +90,7 @@ class FolderJob(ABC):
                 digest.update(block)
         return {"image_sha256": digest.hexdigest(), "model_sha256": segmenter.fingerprint, "version": __version__}
 
-    def finished(self, segmenter: Any) -> dict | None:
+    def finished(self, segmenter: JobSegmenter) -> dict | None:
         """The record of an earlier run, if it answers the same question from the same, and all files are there."""
         try:
             record = json.loads(self.record_file.read_bytes())
@@ -75,7 +103,7 @@ class FolderJob(ABC):
             pass
         return None
 
-    def run(self, segmenter: Any) -> dict:
+    def run(self, segmenter: JobSegmenter) -> dict:
         """Computes and writes the results, the record last; returns the record."""
         made_from = self.made_from(segmenter)  # an image that is replaced from now on does not match the record
         record, files = self.compute(segmenter)
@@ -138,7 +166,7 @@ def name_results(images: Sequence[Path], files: Callable[[int, Path], list[Path]
 
 
 def run_jobs(
-    jobs: Sequence[FolderJob], segmenter: Any, report: Callable[[dict], None]
+    jobs: Sequence[FolderJob], segmenter: JobSegmenter, report: Callable[[dict], None]
 ) -> tuple[list[dict], list[dict]]:
     """
     Runs the jobs that are not finished yet, with a progress bar on stderr; each new record goes to `report`.

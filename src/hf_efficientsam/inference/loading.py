@@ -15,6 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import cached_file
 
 from hf_efficientsam.model.configuration_efficientsam import EfficientSamConfig
+from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.modeling_saliency import EfficientSamSaliencyHead
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
@@ -113,10 +114,11 @@ def check_complete(name: str, loaded: dict) -> None:
         raise ValueError(f"{name} lacks {len(missing)} of the model's weights, such as {min(missing)}.")
 
 
-def checkpoint_fingerprint(model: EfficientSamModel, processor: EfficientSamProcessor) -> str:
+def checkpoint_fingerprint(model: EfficientSamModel, image_processor: EfficientSamImageProcessor) -> str:
     """SHA-256 of what results depend on, wherever it lies: weights, configuration and preprocessing."""
     ignored = {"_name_or_path", "transformers_version", "dtype", "auto_map", "architectures"}
-    options = [model.config.to_dict(), processor.image_processor.to_dict()]
+    ignored |= {"max_image_pixels"}  # decides which images are refused, not what the others become
+    options = [model.config.to_dict(), image_processor.to_dict()]
     options = [{key: value for key, value in one.items() if key not in ignored} for one in options]
     digest = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
@@ -181,21 +183,26 @@ def find_device(device: torch.device | str = "auto") -> torch.device:
 
 
 def load_model(
-    name: str, dtype: torch.dtype | str = torch.float32, device: torch.device | str = "auto"
+    name: str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "auto",
+    max_pixels: int | None = None,
 ) -> tuple[EfficientSamModel, EfficientSamProcessor]:
     """
-    Model and processor of a directory or Hub name.
+    Model and processor of a checkpoint.
 
     Args:
+        name: as `find_checkpoint` takes it.
         dtype: float32 by default; "auto" is what the checkpoint's config says, but float32 instead of half precision
             on a CPU, where that is ten times slower.
         device: see `find_device`.
+        max_pixels: larger images are refused, in place of the processor's own `max_image_pixels`.
 
     Raises:
-        ValueError: a device that is not there; a checkpoint that cannot be loaded, lacks weights, or has weights that
-            are no finite numbers.
+        ValueError: what `find_checkpoint` refuses; a device that is not there; a checkpoint that cannot be loaded,
+            lacks weights, or has weights that are no finite numbers.
     """
-    device = find_device(device)
+    name, device = find_checkpoint(name), find_device(device)
     with loading(name):
         processor = EfficientSamProcessor.from_pretrained(name)
         model, loaded = EfficientSamModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
@@ -207,4 +214,6 @@ def load_model(
         stored = str(model.dtype).removeprefix("torch.")
         logger.warning(f"{name} is in {stored}, which is slow on a CPU; it is computed in float32.")
         model = model.float()
+    if max_pixels is not None:
+        processor.image_processor.max_image_pixels = max_pixels
     return model.to(device).eval(), processor

@@ -14,7 +14,7 @@ from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
 from hf_efficientsam.model.prompts_efficientsam import BOX_IS_CLIPPED, PAD_VALUE
 
-from .loading import find_checkpoint, load_model, load_processor
+from .loading import load_model, load_processor
 from .predictor_base import PredictorBase
 
 
@@ -73,7 +73,7 @@ class EfficientSamPredictor(PredictorBase):
         dtype: torch.dtype | str = torch.float32,
     ) -> "EfficientSamPredictor":
         """From a directory, a Hub name or "bundled", the default; `device` and `dtype` as of `load_model`."""
-        return cls(*load_model(find_checkpoint(name), dtype, device))
+        return cls(*load_model(name, dtype, device))
 
     def to(self, *args, **kwargs) -> "EfficientSamPredictor":
         """Moves the model and the encoded image as `torch.Tensor.to` does."""

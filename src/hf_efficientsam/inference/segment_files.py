@@ -12,28 +12,19 @@ from pathlib import Path
 import numpy as np
 from PIL import ImageOps
 
+from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
+from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
+
 from .drawing import draw_masks
-from .folder_runs import FolderJob, check_not_of_another, name_results
+from .folder_runs import FolderJob, JobSegmenter, check_not_of_another, name_results
 from .image_files import ImageError, encode_image, encode_mask, pil_limit_lifted, read_image, upright_size, write_files
-from .loading import checkpoint_fingerprint, find_checkpoint
 from .predictor import EfficientSamPredictor
 from .prompt_files import check_objects
 from .records import image_record, mask_record
 from .results import RleMasks, SegmentationResult
 
 
-def load_predictor(
-    name: str | None, max_pixels: int, device: str = "auto", dtype: str = "float32"
-) -> EfficientSamPredictor:
-    """The predictor of a checkpoint for image files of up to `max_pixels`."""
-    predictor = EfficientSamPredictor.from_pretrained(name, device, dtype)
-    predictor.processor.image_processor.max_image_pixels = max_pixels
-    return predictor
-
-
-def set_image_file(
-    predictor: EfficientSamPredictor, path: Path, max_pixels: int, objects: list[dict] | None = None
-) -> None:
+def set_image_file(predictor: EfficientSamPredictor, path: Path, objects: list[dict] | None = None) -> None:
     """
     Makes the image in a file that of the predictor.
 
@@ -44,7 +35,7 @@ def set_image_file(
         ImageError: an image that cannot be read.
         ValueError: objects that do not fit the image or the model.
     """
-    image = read_image(path, max_pixels, ImageOps.exif_transpose)
+    image = read_image(path, predictor.processor.image_processor.max_image_pixels, ImageOps.exif_transpose)
     if objects is not None:
         check_objects(objects, image.size, predictor.model, predictor.processor)
     try:
@@ -89,34 +80,25 @@ def encode_overlay(predictor: EfficientSamPredictor, path: Path, masks: np.ndarr
 
 
 @dataclass(frozen=True)
-class Segmenter:
+class Segmenter(JobSegmenter):
     """
-    A model and the options that hold for every image of a call.
+    A predictor and the options that hold for every image of a call.
 
     Attributes:
-        name: of the checkpoint.
-        predictor: its predictor, as `load_predictor` makes it.
-        fingerprint: see `checkpoint_fingerprint`.
+        predictor: of a loaded checkpoint.
         all_masks: give every candidate of each object, best first, not only the best.
-        max_pixels: larger images are refused.
     """
 
-    name: str
     predictor: EfficientSamPredictor
-    fingerprint: str
     all_masks: bool
-    max_pixels: int
 
-    @classmethod
-    def load(
-        cls, name: str | None, all_masks: bool, max_pixels: int, device: str = "auto", dtype: str = "float32"
-    ) -> "Segmenter":
-        """From a checkpoint's name as `find_checkpoint` takes it."""
-        name = find_checkpoint(name)
-        predictor = EfficientSamPredictor.from_pretrained(name, device, dtype)
-        fingerprint = checkpoint_fingerprint(predictor.model, predictor.processor)
-        predictor.processor.image_processor.max_image_pixels = max_pixels
-        return cls(name, predictor, fingerprint, all_masks, max_pixels)
+    @property
+    def model(self) -> EfficientSamModel:
+        return self.predictor.model
+
+    @property
+    def image_processor(self) -> EfficientSamImageProcessor:
+        return self.predictor.processor.image_processor
 
     def mask_files(self, output: Path, num_objects: int) -> list[list[Path]]:
         """The file of each candidate of each object."""
@@ -141,7 +123,7 @@ class Segmenter:
         Returns:
             the record of the image, as `--json` prints it; the contents of the files to be written.
         """
-        set_image_file(self.predictor, path, self.max_pixels, objects)
+        set_image_file(self.predictor, path, objects)
         prompts = {key: [one[name] for one in objects] for key, name in PROMPTS.items()}
         answers = self.predictor.iter_candidates(**prompts, best_only=not self.all_masks)
         targets = self.mask_files(output, len(objects)) if output else None
@@ -183,14 +165,13 @@ def find_in_file(
     find: Callable[[], SegmentationResult],
     output: Path | None,
     overlay: Path | None,
-    max_pixels: int,
     record_file: Path | None = None,
 ) -> dict:
     """
     Writes the masks of what `find` finds in one image, once that is the predictor's, and returns the record: as
     `segment_file`, but the objects are known afterwards only. The record is written, too, if it is given a file.
     """
-    set_image_file(predictor, path, max_pixels)
+    set_image_file(predictor, path)
     found = find()
     targets = [file for row in mask_files(output, len(found)) for file in row] if output else []
     check_targets([*targets, *([overlay] if overlay else [])], path, overlay)
@@ -298,7 +279,6 @@ __all__ = [
     "SegmentJob",
     "Segmenter",
     "find_in_file",
-    "load_predictor",
     "plan_segment_jobs",
     "segment_file",
     "segment_into_folder",

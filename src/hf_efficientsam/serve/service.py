@@ -7,7 +7,7 @@ from threading import BoundedSemaphore, Lock
 from pycocotools import mask as coco_mask
 
 from hf_efficientsam.inference.formats.polygons import polygons_of_mask
-from hf_efficientsam.inference.loading import find_checkpoint, is_bundled, load_model
+from hf_efficientsam.inference.loading import is_bundled, load_model
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.inference.predictor import EfficientSamPredictor
 from hf_efficientsam.inference.prompt_files import check_objects
@@ -91,8 +91,8 @@ class Service:
         max_bytes: int = 2**30,
     ):
         self.name = "bundled" if is_bundled(model) else model
-        self.model, self.processor = load_model(find_checkpoint(model), dtype, device)
-        self.max_pixels = self.processor.image_processor.max_image_pixels = max_pixels
+        self.model, self.processor = load_model(model, dtype, device, max_pixels)
+        self.max_pixels = max_pixels
         self.images = EncodedImages(max_images, max_bytes)
         self.computing = BoundedSemaphore(2)
 

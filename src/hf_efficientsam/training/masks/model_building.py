@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from accelerate.utils import set_seed
 
-from hf_efficientsam.inference.loading import find_checkpoint, load_model, resolve_name
+from hf_efficientsam.inference.loading import load_model, resolve_name
 from hf_efficientsam.model.configuration_efficientsam import EfficientSamConfig, EfficientSamVisionConfig
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.training.engine.config import PositiveInt
@@ -67,7 +67,7 @@ def build_model(config: MaskModelConfig, image_size: int | None = None, seed: in
     set_seed(seed)  # the same start on every process, whatever was loaded before
     kinds = {name: getattr(config, name) for name in ("background_points", "mask_prompts")}
     if config.model is not None:
-        model, _ = load_model(find_checkpoint(config.model))
+        model, _ = load_model(config.model)
         model = model.cpu().train()
         model_config = copy.deepcopy(model.config)
         asked = {name: wanted for name, wanted in kinds.items() if wanted is not None}

@@ -8,7 +8,7 @@ from transformers import AutoModelForMaskGeneration, AutoProcessor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASK_GENERATION_MAPPING_NAMES
 
-from hf_efficientsam.inference.loading import find_checkpoint, is_bundled, load_model
+from hf_efficientsam.inference.loading import is_bundled, load_model
 
 MASKS_AT_ONCE = 8  # of a prompt's candidates each, brought to image size: some enlarge them to the model input before
 
@@ -143,7 +143,7 @@ def load_mask_predictor(name: str, device: torch.device | str) -> Predictor:
         ValueError: with one sentence, if it cannot be loaded.
     """
     if is_bundled(name) or _model_type(name) not in MODEL_FOR_MASK_GENERATION_MAPPING_NAMES:
-        model, processor = load_model(find_checkpoint(name))
+        model, processor = load_model(name)
         return Predictor(name, model.to(device), processor)
     try:
         processor = AutoProcessor.from_pretrained(name)
