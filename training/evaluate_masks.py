@@ -1,17 +1,19 @@
 """How good promptable masks are: mIoU for boxes and clicks beside trivial answers, or mask AP on a detector's boxes.
 
     python training/evaluate_masks.py --annotations ../shared/data/coco-val-dev/instances_val.json
-    python training/evaluate_masks.py --model runs/masks/model facebook/sam-vit-base --annotations my/instances.json \
-        --prompts box click1 click3 click5 click10 --clicks error --output metrics.json --cases cases.png
+    python training/evaluate_masks.py --model bundled runs/masks/model facebook/sam-vit-base \
+        --annotations my/instances.json --count_clicks --output metrics.json --cases cases.png
+    python training/evaluate_masks.py --annotations my/instances.json --prompts box click1 click10 --clicks error
     accelerate launch training/evaluate_masks.py --shards sa_000000.tar sa_000001.tar --limit 500
     python training/evaluate_masks.py --annotations ../shared/data/saliency/val --prompts box
     python training/evaluate_masks.py --annotations instances_val2017.json --images val2017 --detections vitdet_h.json
 
-Several models are asked for the same masks and read the images once. Without --detections a mask is asked for by its
-tight box or by clicks (the paper's, or one after the other on the errors, as Segment Anything's) and compared with the
-truth. With --detections, a flat list of `{image_id, category_id, bbox [x, y, width, height], score}`, AP is COCO's, or
-LVIS's for its annotations. The protocol is written into the json together with every number; `results` are those of
-the model, or by model if there are several. Several processes give the numbers of one.
+Several models are asked for the same masks and read the images once; a table at the end has them beside each other.
+Without --detections a mask is asked for by its tight box or by clicks (the paper's, or one after the other on the
+errors, as Segment Anything's) and compared with the truth; boundary IoU comes on top, and with --count_clicks NoC@85
+and NoC@90. With --detections, a flat list of `{image_id, category_id, bbox [x, y, width, height], score}`, AP is
+COCO's, or LVIS's for its annotations. The protocol is written into the json together with every number; `results` are
+those of the model, or by model if there are several. Several processes give the numbers of one.
 """
 
 import json
@@ -46,13 +48,16 @@ from hf_efficientsam.training.masks.evaluation import (
     Item,
     Record,
     answers,
+    boundary_ious,
     calibration_errors,
     evaluate_images,
     fixed_prompts,
     mean_ious,
     num_clicks,
+    numbers_of_clicks,
     split_broken,
 )
+from hf_efficientsam.training.masks.evaluation_tables import model_table, peers_table
 from hf_efficientsam.training.masks.predictors import Predictor, load_mask_predictor, prepare_image
 
 
@@ -84,6 +89,10 @@ class EvaluateMasksConfig(AnnotationConfig):
         metadata={"help": "random (the paper's) or error (on what is wrong)", "choices": list(PROTOCOLS)},
     )
     seed: int = field(default=0, metadata={"help": "of random clicks"})
+    count_clicks: bool = field(
+        default=False,
+        metadata={"help": "also NoC@85 and NoC@90: how many clicks on errors bring so much IoU, at most 20"},
+    )
     detections: str | None = field(default=None, metadata={"help": "json of a detector's boxes, in place of prompts"})
     candidate: str = field(
         default="box_iou", metadata={"help": "which mask of a detection is scored", "choices": list(CANDIDATES)}
@@ -153,7 +162,8 @@ def measure_masks(
 ) -> list[Record | BrokenImage]:
     """What was measured on each image of this process."""
     named = dict(zip(config.model, predictors, strict=True))
-    return evaluate_images(named, batches, config.prompts, config.clicks, config.seed, config.prompts_at_once)
+    asked = (config.prompts, config.clicks, config.seed, config.prompts_at_once, config.count_clicks)
+    return evaluate_images(named, batches, *asked)
 
 
 def measure_detections(
@@ -190,26 +200,6 @@ def summarize_masks(config: EvaluateMasksConfig, records: list[Record]) -> tuple
 
 
 # ------------------------------------------------------------------------------------------ showing
-
-
-def print_masks(model: str, results: dict, datasets: dict[str, dict], errors: dict[str, float]) -> None:
-    """A row of mIoU for each prompt and answer, and below it one for each dataset; then the calibration error of each
-    prompt, over all masks."""
-    tables = {"": results, **{source: by_model[model] for source, by_model in datasets.items()}}
-    counts = results["baseline"]["ellipse"]
-    print(f"\n{model}\n{'mIoU':32}" + "".join(f"{group:>10}" for group in counts))
-
-    def row(name: str, groups: dict, form: str, key: str) -> None:
-        print(f"{name:32}" + "".join(form.format(groups[g][key]) if g in groups else f"{'-':>10}" for g in counts))
-
-    for prompt, rows in results.items():
-        for answer in rows:
-            for source, table in tables.items():
-                row(f"  {source}" if source else f"{prompt}, {answer}", table[prompt][answer], "{:10.4f}", "miou")
-    for source, table in tables.items():
-        row(f"  {source}" if source else "masks", table["baseline"]["ellipse"], "{:10}", "count")
-    for prompt, error in errors.items():
-        print(f"{f'calibration error, {prompt}':32}{error:10.4f}")
 
 
 def print_aps(results: dict[str, dict[str, float | None]]) -> None:
@@ -298,12 +288,20 @@ def report_masks(
         raise ValueError(f"There is no mask to evaluate in {', '.join(config.shards)}; check the files.")
     results, datasets = summarize_masks(config, records)
     errors = {model: calibration_errors(records, model, config.prompts) for model in config.model}
+    boundary = {model: boundary_ious(records, model, config.prompts) for model in config.model}
+    clicks = {model: numbers_of_clicks(records, model) for model in config.model if config.count_clicks}
     for model in config.model:
-        print_masks(model, results[model], datasets, errors[model])
+        own = {source: by_model[model] for source, by_model in datasets.items()}
+        table = model_table(results[model], own, errors[model], boundary[model], clicks.get(model, {}))
+        print(f"\n{model}\n{table}")
+    by_model = {"results": results, "boundary_iou": boundary, "calibration_error": errors}
+    by_model |= {"clicks": clicks} if clicks else {}
+    if len(config.model) > 1:
+        named = zip(config.model, predictors, strict=True)
+        print("\n" + peers_table(by_model, {name: predictor.input_size() for name, predictor in named}))
     if config.cases is not None:
         draw_cases(config, predictors[0], batches, records)
     shared = {"images": len(records), "masks": sum(len(record.areas) for record in records), "seed": config.seed}
-    by_model = {"results": results, "calibration_error": errors}
     if datasets:
         by_model["datasets"] = {
             model: {source: by_model[model] for source, by_model in datasets.items()} for model in config.model

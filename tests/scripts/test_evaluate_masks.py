@@ -126,7 +126,7 @@ def test_several_models_and_datasets_in_one_run(coco, tiny_model, tiny_sam, tmp_
     (other / "masks.json").write_text((coco / "masks.json").read_text())
     (other / "images").symlink_to(coco / "images")
     given = ["--annotations", coco / "masks.json", other / "masks.json", "--prompts", "click1", "box", "click4"]
-    given += ["--clicks", "error"]
+    given += ["--clicks", "error", "--count_clicks"]
     both = numbers(tmp_path, *given, "--model", tiny_model, tiny_sam, "--cases", tmp_path / "cases.png")
     assert (both["images"], both["masks"]) == (10, 30)
     assert both["model"] == [str(tiny_model), str(tiny_sam)] and "one after the other" in both["protocol"]
@@ -143,6 +143,9 @@ def test_several_models_and_datasets_in_one_run(coco, tiny_model, tiny_sam, tmp_
                 assert groups["all"]["miou"] == pytest.approx(part["all"]["miou"])
         alone = numbers(tmp_path, *given, "--model", model)
         assert alone["results"] == results and alone["datasets"] == datasets
+        assert alone["clicks"] == both["clicks"][str(model)] and alone["clicks"]["85"]["all"]["count"] == 30
+        assert alone["boundary_iou"] == both["boundary_iou"][str(model)]
+        assert list(alone["boundary_iou"]) == ["click1", "box", "click4", "filled_box", "ellipse"]
     assert both["results"][str(tiny_model)]["click4"] != both["results"][str(tiny_sam)]["click4"]
 
 
@@ -160,7 +163,7 @@ def test_shards_are_the_same_images(coco, shards, tiny_model, tmp_path):
 @pytest.mark.parametrize("clicks", ["random", "error"])
 def test_two_processes_give_the_numbers_of_one(coco, tiny_model, tiny_sam, tmp_path, clicks):
     given = ["--model", tiny_model, tiny_sam, "--annotations", coco / "masks.json", "--batch_size", 2]
-    given += ["--clicks", clicks, "--prompts", "box", "click3"]
+    given += ["--clicks", clicks, "--prompts", "box", "click3", "--count_clicks"]
     one = numbers(tmp_path, *given)
     two = numbers(tmp_path, *given, "--num_workers", 1, processes=2)
     assert one == two

@@ -1,6 +1,6 @@
-import numpy as np
 import pytest
 import torch
+from model_answers import BOXES, HEIGHT, MASKS, WIDTH, Answers
 from PIL import Image
 from pycocotools import mask as rle_codec
 
@@ -8,24 +8,23 @@ from hf_efficientsam import EfficientSamImageProcessor, EfficientSamProcessor
 from hf_efficientsam.model.mask_operations_efficientsam import boxes_from_masks
 from hf_efficientsam.training.data.coco import Sample
 from hf_efficientsam.training.masks import evaluation
+from hf_efficientsam.training.masks.clicks import MAX_CLICKS, random_clicks
 from hf_efficientsam.training.masks.evaluation import (
+    BOUNDARY,
+    CLICKS,
     PREDICTED_IOU,
     ImageBatches,
     Record,
+    boundary_ious,
     calibration_errors,
     candidate_ious,
-    error_rounds,
     evaluate_image,
     mean_ious,
-    next_click,
     num_clicks,
-    random_clicks,
+    numbers_of_clicks,
 )
 from hf_efficientsam.training.masks.metrics import filled_box
 
-HEIGHT, WIDTH = 20, 30
-BOXES = torch.tensor([[2.0, 3, 12, 9], [14, 0, 30, 8], [20, 10, 21, 11]])
-MASKS = filled_box(BOXES, HEIGHT, WIDTH)
 AREAS = [60, 128, 1]
 PROMPTS = ["box", "click1", "click3"]
 
@@ -35,29 +34,10 @@ def sample(*order):
     return Sample(Image.new("RGB", (WIDTH, HEIGHT)), rles, 1, [10 + i for i in order], "test")
 
 
-class Answers:
-    """
-    Instead of a model: finds out which of MASKS is asked for and answers with `candidates(mask [H,W]) -> [M,H,W]`, of
-    which the last is the most confident.
-    """
-
-    def __init__(self, candidates, background_points=True, mask_prompts=True):
-        self.candidates, self.asked = candidates, []
-        self.background_points, self.mask_prompts = background_points, mask_prompts
-
-    def __call__(
-        self, multimask_output=True, input_boxes=None, input_points=None, input_labels=None, input_masks=None
-    ):
-        self.asked.append((multimask_output, input_boxes, input_points, input_labels, input_masks))
-        points = (input_boxes[:, :2] + input_boxes[:, 2:]) / 2 if input_points is None else input_points[:, 0]
-        masks = torch.stack([self.candidates(MASKS[MASKS[:, int(y), int(x)]].squeeze(0)) for x, y in points])
-        masks = masks if multimask_output else masks[:, :1]
-        return masks, torch.linspace(0, 1, masks.shape[1]).expand(masks.shape[:2]), masks * 2.0 - 1
-
-
 def evaluate(answers, sample, prompts, seed=0, **options):
     ious, areas = evaluate_image({"model": answers}, sample, prompts, seed=seed, **options)
-    assert all(model == (None if prompt == "baseline" else "model") for model, prompt, _ in ious)
+    trivial = ("baseline", "filled_box", "ellipse")
+    assert all(model == (None if prompt in trivial else "model") for model, prompt, _ in ious)
     return {row[1:]: values for row, values in ious.items()}, areas
 
 
@@ -81,31 +61,23 @@ def test_candidates_by_hand():
     assert best.tolist() == pytest.approx([1, 1 / 3])
 
 
-def test_clicks_depend_on_seed_and_annotation_alone():
-    clicks = random_clicks(MASKS[0], 5, seed=0, annotation_id=3)
-    assert torch.equal(clicks[:3], random_clicks(MASKS[0], 3, 0, 3))
-    assert not torch.equal(clicks, random_clicks(MASKS[0], 5, 1, 3))
-    assert not torch.equal(clicks, random_clicks(MASKS[0], 5, 0, 4))
-    assert len(clicks.unique(dim=0)) > 1
-    x, y = clicks.long().T
-    assert MASKS[0][y, x].all()
-
-
 def test_perfect_and_empty_answers():
     ious, areas = evaluate(Answers(lambda mask: mask[None].repeat(3, 1, 1)), sample(0, 1, 2), PROMPTS, seed=0)
     assert areas.tolist() == AREAS
     assert set(ious) == {
         *(("box", answer) for answer in ("confident", "best", "single", PREDICTED_IOU)),
         *((prompt, answer) for prompt in ("click1", "click3") for answer in ("confident", "best", PREDICTED_IOU)),
+        *((row, BOUNDARY) for row in (*PROMPTS, "filled_box", "ellipse")),
         ("baseline", "filled_box"),
         ("baseline", "ellipse"),
     }
     trivial = ("ellipse", PREDICTED_IOU)
-    assert all(values.tolist() == [1, 1, 1] for row, values in ious.items() if row[1] not in trivial)
+    assert all(values.tolist() == [1, 1, 1] for row, values in ious.items() if not set(row) & set(trivial))
     nothing = Answers(lambda mask: torch.zeros(3, HEIGHT, WIDTH, dtype=torch.bool))
     ious, _ = evaluate(nothing, sample(0, 1, 2), PROMPTS, seed=0)
     shown = ("confident", "best", "single")
     assert all(values.tolist() == [0, 0, 0] for row, values in ious.items() if row[1] in shown)
+    assert all(ious[prompt, BOUNDARY].tolist() == [0, 0, 0] for prompt in PROMPTS)
 
 
 def test_answers_by_hand():
@@ -161,72 +133,19 @@ def test_each_model_is_asked_for_the_same():
     assert ious["other", "box", "confident"].tolist() == [0, 0]
 
 
-# ------------------------------------------------------------------------------------------ clicks on errors
-
-
-def mask(*rows):
-    return np.array([[pixel == "#" for pixel in row] for row in rows])
-
-
-NOTHING = mask(*["......."] * 5)
-BLOCK = mask(".......", ".#####.", ".#####.", ".#####.", ".......")
-
-
-def test_next_click_by_hand():
-    # The only pixels two away from the background are the three in the middle row; the first of them is taken.
-    assert next_click(NOTHING, BLOCK, [], True) == (2, 2, 1)
-    assert next_click(NOTHING, BLOCK, [(2, 2)], True) == (3, 2, 1)
-    # The image's edge is a boundary: of a full image it is the middle, not a corner.
-    assert next_click(mask(*["....."] * 5), mask(*["#####"] * 5), [], True) == (2, 2, 1)
-
-
-def test_the_deeper_error_is_clicked():
-    # Missed: two pixels on the right. Too much: three rows above them.
-    predicted = mask("#####..", "#####..", "#####..", ".......", ".......")
-    target = mask(".......", ".......", ".......", "......#", "......#")
-    assert next_click(predicted, target, [], True) == (1, 1, 0)
-    assert next_click(predicted, target, [], False) == (6, 3, 1)  # no clicks beside the object
-    # Equally deep: what is missed comes first.
-    assert next_click(mask("#.."), mask("..#"), [], True) == (2, 0, 1)
-
-
-def test_where_nothing_is_wrong_the_object_is_clicked():
-    assert next_click(BLOCK, BLOCK, [], True) == (2, 2, 1)
-    assert next_click(BLOCK, BLOCK, [(2, 2), (3, 2), (4, 2)], True) == (1, 1, 1)
-    too_much = mask(*["#######"] * 5)
-    assert next_click(too_much, BLOCK, [(2, 2)], False) == (3, 2, 1)
-    dot = mask("..#")
-    assert next_click(dot, dot, [(2, 0)], True) == (2, 0, 1)  # no other pixel is left
-
-
-def test_error_rounds():
-    """A model that gives the filled box's left half, as its most confident answer."""
-
-    def candidates(mask):
-        left, top, right, bottom = boxes_from_masks(mask).tolist()
-        half = torch.tensor([left, top, (left + right) / 2, bottom])
-        return torch.stack([torch.zeros_like(mask), filled_box(half, HEIGHT, WIDTH)])
-
-    answers = Answers(candidates)
-    rounds = list(error_rounds(answers, MASKS[:2].byte(), [1, 3]))
-    assert [count for count, _, _ in rounds] == [1, 3]
-    (_, first, _), (_, third, (_, _, logits)) = rounds
-    assert first["input_points"].shape == (2, 1, 2) and third["input_points"].shape == (2, 3, 2)
-    assert torch.equal(third["input_points"][:, :1], first["input_points"])
-    assert "input_masks" not in first and torch.equal(third["input_masks"], logits[:, 1])
-    assert (third["input_labels"] == 1).all()
-    # MASKS[0] is 10 x 6 from (2, 3): three deep from (4, 5) on; its right half is 5 x 6 from (7, 3).
-    assert third["input_points"][0, :2].tolist() == [[4, 5], [9, 5]]
-    without = Answers(candidates, mask_prompts=False)
-    assert all("input_masks" not in given for _, given, _ in error_rounds(without, MASKS[:2].byte(), [3]))
-
-
 def test_answers_to_clicks_on_errors():
     perfect = Answers(lambda mask: mask[None].repeat(3, 1, 1))
     ious, _ = evaluate(perfect, sample(0, 1, 2), PROMPTS, clicks="error")
     assert set(ious) >= {("click1", "confident"), ("click3", "best"), ("box", "single")}
     trivial = ("ellipse", PREDICTED_IOU)
-    assert all(values.tolist() == [1, 1, 1] for row, values in ious.items() if row[1] not in trivial)
+    assert all(values.tolist() == [1, 1, 1] for row, values in ious.items() if not set(row) & set(trivial))
+
+
+def test_clicks_are_counted_if_asked_for():
+    perfect = Answers(lambda mask: mask[None])
+    assert not any(row[1] == CLICKS for row in evaluate(perfect, sample(0, 1), ["box"])[0])
+    ious, _ = evaluate(perfect, sample(0, 1), ["box"], count_clicks=True, prompts_at_once=1)
+    assert ious["85", CLICKS].tolist() == ious["90", CLICKS].tolist() == [1, 1]
 
 
 # ------------------------------------------------------------------------------------------ reading and averaging
@@ -290,6 +209,24 @@ def test_calibration_errors_are_those_of_the_most_confident_candidate():
     assert calibration_errors(records, "a", ["box"]) == {"box": 0.25}
     rows[None, "baseline", "ellipse"] = [0.5, 0.5]
     assert list(mean_ious(records[:1], "a", ["box"])["box"]) == ["confident"]  # a score is no mask's IoU
+
+
+def test_numbers_of_clicks_by_hand():
+    rows = {("a", "85", CLICKS): [1.0, 20.0], ("a", "90", CLICKS): [3.0, float("inf")]}
+    other = {("a", "85", CLICKS): [3.0], ("a", "90", CLICKS): [float("inf")]}
+    records = [Record((0, 0), "s", [10, 2000], rows), Record((0, 1), "s", [20], other)]
+    numbers = numbers_of_clicks(records, "a")
+    assert numbers["85"]["all"] == {"mean": 8.0, "count": 3, "failed": 0.0}
+    assert numbers["90"]["all"] == {"mean": pytest.approx(43 / 3), "count": 3, "failed": pytest.approx(2 / 3)}
+    assert numbers["90"]["medium"] == {"mean": MAX_CLICKS, "count": 1, "failed": 1.0}
+
+
+def test_boundary_ious_of_prompts_and_baselines():
+    rows = {("a", "box", BOUNDARY): [0.5], (None, "filled_box", BOUNDARY): [0.25], (None, "ellipse", BOUNDARY): [0.75]}
+    means = boundary_ious([Record((0, 0), "s", [10], rows)], "a", ["box"])
+    assert {name: one["all"]["mean"] for name, one in means.items()} == {
+        "box": 0.5, "filled_box": 0.25, "ellipse": 0.75
+    }  # fmt: skip
 
 
 def test_mean_ious():

@@ -6,25 +6,32 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.ndimage import distance_transform_edt
 from torch.utils.data import IterableDataset, get_worker_info
 
 from hf_efficientsam.inference.image_files import describe_error
 from hf_efficientsam.model.mask_operations_efficientsam import boxes_from_masks
 from hf_efficientsam.training.data.coco import Sample, decode_rles
-from hf_efficientsam.training.data.images import hash_key
 
-from .metrics import MeanIoU, calibration_error, filled_box, inscribed_ellipse, mask_iou
+from .clicks import MAX_CLICKS, clicks_to_reach, error_rounds, random_clicks
+from .metrics import (
+    MeanIoU,
+    boundary_iou,
+    calibration_error,
+    filled_box,
+    inscribed_ellipse,
+    mask_iou,
+    mean_by_size,
+)
 from .predictors import ImagePredictor, Predictor, PreparedImage, prepare_image
-from .prompts import sample_points
 
 ANSWERS = (
     "Masks are compared at the image's own size and the mean is over masks. 'confident': of the candidates the one "
     "with the highest predicted IoU; 'best': the one with the highest true IoU; 'single': the one mask that the model "
     "gives without candidates. 'calibration_error': mean absolute difference of predicted and true IoU of the "
-    "'confident' ones."
+    "'confident' ones. 'boundary_iou': boundary IoU (arXiv 2103.16562) of the 'confident' ones. 'clicks': how many "
+    "clicks on errors (see --clicks error) until the 'confident' mask has so much IoU, 20 where it has not after 20 "
+    "('failed': their ratio)."
 )
 PROTOCOLS = {
     "random": (
@@ -41,7 +48,10 @@ PROTOCOLS = {
     ),
 }
 BASELINES = {"filled_box": filled_box, "ellipse": inscribed_ellipse}
-PREDICTED_IOU = "predicted_iou"  # beside the answers' IoUs: what the model says of its most confident candidate
+# Beside the answers' IoUs, of the most confident candidate: what the model says of it, its boundary IoU, and how many
+# clicks it needs.
+PREDICTED_IOU, BOUNDARY, CLICKS = MEASURES = "predicted_iou", "boundary", "clicks"
+CLICK_TARGETS = {"85": 0.85, "90": 0.9}
 PIXELS_AT_ONCE = 2**23  # of masks at image size; bounds the memory of large images with many masks
 
 
@@ -155,74 +165,7 @@ def read_sample(source: Any, index: int) -> Any:
         return error
 
 
-# ------------------------------------------------------------------------------------------ clicks
-
-
-def random_clicks(mask: torch.Tensor, count: int, seed: int, annotation_id: int | str) -> torch.Tensor:
-    """`count` pixels (x, y) of mask [H,W], float32 [count,2]; they depend on nothing but the arguments, and the first
-    ones not on `count`."""
-    if not isinstance(annotation_id, int) or annotation_id < 0:
-        annotation_id = hash_key(str(annotation_id))
-    state = np.random.SeedSequence([seed, annotation_id]).generate_state(1)
-    generator = torch.Generator().manual_seed(int(state[0]))
-    uniform = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for _ in range(count)])
-    return sample_points(mask.expand(count, -1, -1), uniform)
-
-
-def next_click(
-    predicted: np.ndarray, target: np.ndarray, clicked: Sequence[tuple[int, int]], background_points: bool
-) -> tuple[int, int, int]:
-    """The click of `PROTOCOLS["error"]` for masks [H,W]: x, y and the label, 1 on the object and 0 beside it.
-
-    Of equally deep pixels it is the first, row by row, and on what is missed rather than on what is too much.
-    """
-    errors = [(target & ~predicted, 1)] + ([(predicted & ~target, 0)] if background_points else [])
-    found = [(*_deepest(region, clicked), label) for region, label in errors]
-    depth, x, y, label = max(found, key=lambda one: one[0])
-    if depth == 0:
-        depth, x, y = _deepest(target, clicked)
-        label = 1
-    if depth == 0:  # every pixel of the object was clicked
-        _, x, y = _deepest(target, [])
-    return x, y, label
-
-
-def _deepest(region: np.ndarray, clicked: Sequence[tuple[int, int]]) -> tuple[float, int, int]:
-    """Distance to the boundary, x and y of the pixel farthest from it; distance 0 if there is none."""
-    rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
-    if not len(rows):
-        return 0.0, 0, 0
-    top, left = rows[0], columns[0]
-    inside = region[top : rows[-1] + 1, left : columns[-1] + 1]
-    depth = distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1]  # the border makes the image's edge a boundary
-    for x, y in clicked:
-        if 0 <= y - top < depth.shape[0] and 0 <= x - left < depth.shape[1]:
-            depth[y - top, x - left] = 0
-    y, x = np.unravel_index(depth.argmax(), depth.shape)
-    return float(depth[y, x]), int(x + left), int(y + top)
-
-
-def error_rounds(predict: ImagePredictor, masks: torch.Tensor, counts: Sequence[int]) -> Iterator[tuple]:
-    """Clicks on the errors of `predict` on masks [N,H,W]; for each number of clicks in `counts` the number, the
-    prompt and what `predict` answered."""
-    targets = masks.bool().cpu().numpy()
-    predicted, previous = np.zeros_like(targets), {}
-    points = torch.zeros(len(masks), max(counts), 2)
-    labels = torch.zeros(len(masks), max(counts), dtype=torch.int64)
-    everyone = torch.arange(len(masks))
-    for number in range(max(counts)):
-        for i, target in enumerate(targets):
-            clicked = [tuple(point) for point in points[i, :number].int().tolist()]
-            *point, labels[i, number] = next_click(predicted[i], target, clicked, predict.background_points)
-            points[i, number] = torch.tensor(point)
-        given = {"input_points": points[:, : number + 1], "input_labels": labels[:, : number + 1], **previous}
-        answer = candidates, scores, logits = predict(**given)
-        if number + 1 in counts:
-            yield number + 1, given, answer
-        confident = scores.argmax(1)
-        predicted = candidates[everyone, confident].cpu().numpy()
-        if predict.mask_prompts:
-            previous = {"input_masks": logits[everyone, confident]}
+# ------------------------------------------------------------------------------------------ asking
 
 
 def fixed_prompts(
@@ -270,6 +213,7 @@ def evaluate_image(
     clicks: str = "random",
     seed: int = 0,
     prompts_at_once: int = 64,
+    count_clicks: bool = False,
 ) -> tuple[dict[tuple[str | None, str, str], torch.Tensor], torch.Tensor]:
     """
     IoUs of all masks of an image.
@@ -281,10 +225,12 @@ def evaluate_image(
         clicks: which of `PROTOCOLS`.
         seed: of the clicks, together with each annotation's id.
         prompts_at_once: masks that are asked for together, at most.
+        count_clicks: also count clicks on errors, see `clicks_to_reach`; up to 20 decodings more of each mask.
 
     Returns:
-        {(model, prompt, answer): float [N]}, (model, prompt, `PREDICTED_IOU`), and (None, "baseline", ...) for each of
-        `BASELINES`, which are answers to the box that know nothing of the image. And the masks' areas [N] in pixels.
+        {(model, prompt, answer): float [N]}, and (None, "baseline", ...) for each of `BASELINES`, which are answers to
+        the box that know nothing of the image. Also (model, prompt, `PREDICTED_IOU`), (model, prompt, `BOUNDARY`),
+        (None, baseline, `BOUNDARY`) and (model, target, `CLICKS`). And the masks' areas [N] in pixels.
     """
     step = masks_at_once(*sample.rles[0]["size"], prompts_at_once)
     parts = []
@@ -296,9 +242,14 @@ def evaluate_image(
         for model, predict in predictors.items():
             for (prompt, answer), values in _evaluate_masks(predict, masks, fixed, prompts).items():
                 ious[model, prompt, answer] = values.cpu()
+            if count_clicks:
+                counts = clicks_to_reach(predict, masks, list(CLICK_TARGETS.values()))
+                ious |= {(model, name, CLICKS): one for name, one in zip(CLICK_TARGETS, counts.T, strict=True)}
         boxes = boxes_from_masks(masks)
         for name, guess in BASELINES.items():
-            ious[None, "baseline", name] = mask_iou(guess(boxes, *masks.shape[-2:]), masks)
+            guessed = guess(boxes, *masks.shape[-2:])
+            ious[None, "baseline", name] = mask_iou(guessed, masks)
+            ious[None, name, BOUNDARY] = boundary_iou(guessed, masks)
         parts.append((ious, masks.sum((1, 2), dtype=torch.int64)))
     ious, areas = zip(*parts, strict=True)
     return {row: torch.cat([part[row] for part in ious]) for row in ious[0]}, torch.cat(areas)
@@ -310,6 +261,7 @@ def _evaluate_masks(predict: ImagePredictor, masks: torch.Tensor, fixed: dict, p
         target = masks.to(candidates.device)
         ious[prompt, "confident"], ious[prompt, "best"] = candidate_ious(candidates, scores, target)
         ious[prompt, PREDICTED_IOU] = scores.amax(1).float()
+        ious[prompt, BOUNDARY] = boundary_iou(candidates[torch.arange(len(masks)), scores.argmax(1)], target)
         if prompt == "box":
             single, _, _ = predict(multimask_output=False, **given)
             ious[prompt, "single"] = mask_iou(single[:, 0], target)
@@ -333,6 +285,7 @@ def evaluate_images(
     clicks: str = "random",
     seed: int = 0,
     prompts_at_once: int = 64,
+    count_clicks: bool = False,
 ) -> list[Record | BrokenImage]:
     """What was measured on each image of some batches, whose items have inputs for each model in this order, and the
     images that cannot be read; for the other arguments see `evaluate_image`."""
@@ -343,30 +296,57 @@ def evaluate_images(
         encoded = [one.encode([item.inputs[i] for item in batch]) for i, one in enumerate(predictors.values())]
         for number, item in enumerate(batch):
             asked = {name: images[number] for name, images in zip(predictors, encoded, strict=True)}
-            ious, areas = evaluate_image(asked, item.sample, prompts, clicks, seed, prompts_at_once)
+            ious, areas = evaluate_image(asked, item.sample, prompts, clicks, seed, prompts_at_once, count_clicks)
             lists = {row: values.tolist() for row, values in ious.items()}
             records.append(Record(item.place, item.sample.source, areas.tolist(), lists))
     return records
 
 
+def measured(records: list[Record], *row: str | None) -> torch.Tensor:
+    """The values float32 [N] of a row, of all masks of records in the order given."""
+    return torch.tensor([value for record in records for value in record.ious[row]])
+
+
+def all_areas(records: list[Record]) -> torch.Tensor:
+    """int64 [N], in pixels."""
+    return torch.tensor([area for record in records for area in record.areas])
+
+
 def mean_ious(records: list[Record], model: str, prompts: Sequence[str]) -> dict[str, dict[str, dict]]:
     """{prompt: {answer: `MeanIoU.compute()`}} of a model and of the baselines, from records in the order given."""
     results = {prompt: {} for prompt in (*prompts, "baseline")}
-    areas = torch.tensor([area for record in records for area in record.areas])
+    areas = all_areas(records)
     for row in records[0].ious:
-        if row[0] in (model, None) and row[2] != PREDICTED_IOU:
+        if row[0] in (model, None) and row[2] not in MEASURES:
             mean = MeanIoU()
-            mean.update(torch.tensor([iou for record in records for iou in record.ious[row]]), areas)
+            mean.update(measured(records, *row), areas)
             results[row[1]][row[2]] = mean.compute()
+    return results
+
+
+def boundary_ious(records: list[Record], model: str, prompts: Sequence[str]) -> dict[str, dict[str, dict]]:
+    """{prompt or baseline: `mean_by_size`} of the boundary IoUs of a model's most confident candidates."""
+    rows = [(model, prompt, BOUNDARY) for prompt in prompts] + [(None, name, BOUNDARY) for name in BASELINES]
+    return {row[1]: mean_by_size(measured(records, *row), all_areas(records)) for row in rows}
+
+
+def numbers_of_clicks(records: list[Record], model: str) -> dict[str, dict[str, dict]]:
+    """{target: `mean_by_size`} of a model's clicks to each of `CLICK_TARGETS`, with the ratio `failed` of masks that
+    do not get there in 20, which count as 20."""
+    areas, results = all_areas(records), {}
+    for target in CLICK_TARGETS:
+        clicks = measured(records, model, target, CLICKS)
+        failed = mean_by_size(clicks.isinf(), areas)
+        means = mean_by_size(clicks.clamp(max=MAX_CLICKS), areas)
+        results[target] = {group: one | {"failed": failed[group]["mean"]} for group, one in means.items()}
     return results
 
 
 def calibration_errors(records: list[Record], model: str, prompts: Sequence[str]) -> dict[str, float]:
     """{prompt: `calibration_error`} of a model's most confident candidates."""
-
-    def values(prompt: str, answer: str) -> torch.Tensor:
-        return torch.tensor([value for record in records for value in record.ious[model, prompt, answer]])
-
     return {
-        prompt: calibration_error(values(prompt, PREDICTED_IOU), values(prompt, "confident")) for prompt in prompts
+        prompt: calibration_error(
+            measured(records, model, prompt, PREDICTED_IOU), measured(records, model, prompt, "confident")
+        )
+        for prompt in prompts
     }

@@ -1,6 +1,7 @@
 """Overlap of masks, what trivial answers to a box would score, and how far predicted scores can be trusted."""
 
 import torch
+import torch.nn.functional as F
 
 COCO_AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
 
@@ -11,6 +12,33 @@ def mask_iou(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     intersection = (predicted & target).sum((-2, -1), dtype=torch.int32)
     union = (predicted | target).sum((-2, -1), dtype=torch.int32)
     return torch.where(union > 0, intersection / union.clamp(min=1), 1.0)
+
+
+def boundary_iou(predicted: torch.Tensor, target: torch.Tensor, dilation_ratio: float = 0.02) -> torch.Tensor:
+    """
+    IoU float32 [...] of the inner boundaries of masks [...,H,W]: of their pixels within a distance of
+    `dilation_ratio` of the image's diagonal from a pixel outside, or from the image's edge. At least one pixel; both
+    axes count alike (the distance is the larger of the two). It weighs what IoU of large objects hardly sees.
+
+    Source: Boundary IoU, Cheng et al. 2021 (arXiv 2103.16562), equation 2; distance as in the authors' code.
+    """
+    height, width = target.shape[-2:]
+    distance = max(1, round(dilation_ratio * (height**2 + width**2) ** 0.5))
+    return mask_iou(_inner_boundary(predicted.bool(), distance), _inner_boundary(target.bool(), distance))
+
+
+def _inner_boundary(masks: torch.Tensor, distance: int) -> torch.Tensor:
+    inner = _erode_lines(_erode_lines(masks, distance).mT, distance).mT
+    return masks & ~inner
+
+
+def _erode_lines(masks: torch.Tensor, distance: int) -> torch.Tensor:
+    """Keeps the pixels of masks [...,H,W] with so many of the mask on their left and on their right."""
+    sums = F.pad(masks.cumsum(-1, dtype=torch.int32), (1, 0))
+    kept, side = torch.zeros_like(masks), 2 * distance + 1
+    if masks.shape[-1] >= side:  # what lies outside of the image is not of the mask
+        kept[..., distance : masks.shape[-1] - distance] = sums[..., side:] - sums[..., :-side] == side
+    return kept
 
 
 def filled_box(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -56,6 +84,13 @@ class MeanIoU:
     def _add(self, group: str, ious: torch.Tensor) -> None:
         self.sums[group] += ious.sum().item()
         self.counts[group] += ious.numel()
+
+
+def mean_by_size(values: torch.Tensor, areas: torch.Tensor) -> dict[str, dict[str, float | int]]:
+    """{"all": {"mean": ..., "count": ...}, "small": ..., ...} of values [N] by the masks' areas [N], see `MeanIoU`."""
+    mean = MeanIoU()
+    mean.update(values, areas)
+    return {group: {"mean": one["miou"], "count": one["count"]} for group, one in mean.compute().items()}
 
 
 def calibration_error(predicted: torch.Tensor, true: torch.Tensor) -> float:
