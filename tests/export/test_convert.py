@@ -145,7 +145,7 @@ def answers_of(model: EfficientSamModel, expected: dict[str, torch.Tensor], pixe
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("decoder", ["reference", "fast"])
+@pytest.mark.parametrize("decoder", ["reference", "fast", "shared"])
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_in_float64_the_model_equals_the_plain_forward(
@@ -156,7 +156,11 @@ def test_in_float64_the_model_equals_the_plain_forward(
     model = EfficientSamModel.from_pretrained(converted, attn_implementation=attention).double()
     if decoder == "reference":
         monkeypatch.setattr(modeling_efficientsam, "can_decode_fast", lambda *args: False)
-    assert modeling_efficientsam.can_decode_fast(model.mask_decoder, right["image_embeddings"]) == (decoder == "fast")
+    if decoder == "shared":
+        monkeypatch.setattr(modeling_efficientsam, "LEAST_PROMPTS", 1)
+    assert modeling_efficientsam.can_decode_fast(model.mask_decoder, right["image_embeddings"]) == (
+        decoder != "reference"
+    )
     for name, value in answers_of(model, expected, right["pixel_values"]).items():
         torch.testing.assert_close(value, right[name], atol=1e-9, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 

@@ -404,6 +404,28 @@ def test_adapters_of_the_decoder_take_part(model, pixel_values, points, with_gra
     assert_same(output, decode_by_reference(model)(pixel_values, input_points=points))
 
 
+@pytest.mark.parametrize("multimask_output", [True, False])
+@torch.no_grad()
+def test_many_prompts_of_an_image_equal_the_reference(model, pixel_values, multimask_output):
+    """Also where no weight or bias is 0 or 1, as they are in a new model."""
+    torch.manual_seed(1)
+    for parameter in model.mask_decoder.parameters():
+        parameter.add_(0.3 * parameter.std(correction=0).clamp(min=0.3) * torch.randn_like(parameter))
+    labels = torch.where(tiny.random(B, 19, 3) < 0.4, -10, 1)
+    prompts = {"input_points": tiny.random(B, 19, 3, 2, scale=60), "input_labels": labels}
+    expected = decode_by_reference(copy.deepcopy(model))(pixel_values, **prompts, multimask_output=multimask_output)
+    assert_same(model(pixel_values, **prompts, multimask_output=multimask_output), expected)
+
+    embeddings = model.get_image_embeddings(pixel_values)[1:]
+    points, threshold = prompts["input_points"][1:, :3], expected.iou_scores[1, :3].mean().item()
+    kept, scores, masks = model.predict_confident(
+        embeddings, points, threshold, labels[1:, :3], multimask_output, model.share_image(embeddings)
+    )
+    assert torch.equal(kept, expected.iou_scores[1, :3] > threshold) and 0 < kept.sum() < kept.numel()
+    torch.testing.assert_close(scores, expected.iou_scores[1, :3][kept], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(masks, expected.pred_masks[1, :3][kept], rtol=1e-4, atol=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------- attention
 
 

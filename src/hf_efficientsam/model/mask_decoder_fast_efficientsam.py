@@ -213,16 +213,24 @@ def upscale_masks(
     Doublings, normalisation over all cells, activation and products ignore the order of cells, so the cells stay flat
     until the end. The four cells that a cell becomes follow each other.
     """
-    for conv, norm in zip(upscaling.convs[:-1], upscaling.norms, strict=True):
-        image = upscaling.activation(group_normalize(norm, double_cells(conv, image)))
+    return upscale_doubled(upscaling, double_cells(upscaling.convs[0], image), filters, grid_size)
+
+
+def upscale_doubled(
+    upscaling: nn.Module, doubled: torch.Tensor, filters: torch.Tensor, grid_size: tuple[int, int]
+) -> torch.Tensor:
+    """`upscale_masks` from what the first doubling makes of the image, `[P, 4 N, C_next]`."""
+    image, convs = doubled, upscaling.convs
+    for norm, conv in zip(upscaling.norms[:-1], convs[1:-1], strict=True):
+        image = double_cells(conv, upscaling.activation(group_normalize(norm, image)))
+    image = upscaling.activation(group_normalize(upscaling.norms[-1], image))
     # The last doubling is the largest by far and nothing is normalised after it: in parts that stay in the cache of a
     # CPU, unless gradients need all of it anyway; not in compiled code, where the number of parts would be fixed.
     parts = [image]
     if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         parts = image.split(max(1, UPSCALED_NUMBERS // image[:, 0].numel()), dim=1)
-    last = upscaling.convs[-1]
-    masks = [filters @ upscaling.activation(double_cells(last, part)).transpose(1, 2) for part in parts]
-    return lay_out(torch.cat(masks, dim=2), grid_size, doublings=len(upscaling.convs))
+    masks = [filters @ upscaling.activation(double_cells(convs[-1], part)).transpose(1, 2) for part in parts]
+    return lay_out(torch.cat(masks, dim=2), grid_size, doublings=len(convs))
 
 
 def group_normalize(norm: nn.GroupNorm, image: torch.Tensor) -> torch.Tensor:
@@ -232,8 +240,12 @@ def group_normalize(norm: nn.GroupNorm, image: torch.Tensor) -> torch.Tensor:
 
 def double_cells(conv: nn.ConvTranspose2d, image: torch.Tensor) -> torch.Tensor:
     """`[P, N, C] -> [P, 4 N, C_next]`, the transposed convolution with kernel and stride 2."""
-    image = F.linear(image, conv.weight.permute(2, 3, 1, 0).flatten(0, 2), conv.bias.repeat(4))
-    return image.unflatten(-1, (4, -1)).flatten(1, 2)
+    return F.linear(image, doubling_weight(conv), conv.bias.repeat(4)).unflatten(-1, (4, -1)).flatten(1, 2)
+
+
+def doubling_weight(conv: nn.ConvTranspose2d) -> torch.Tensor:
+    """`[4 * C_next, C]`: of the linear layer that makes the four cells of one."""
+    return conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
 
 
 def lay_out(masks: torch.Tensor, grid_size: tuple[int, int], doublings: int) -> torch.Tensor:

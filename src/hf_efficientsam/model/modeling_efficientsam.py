@@ -33,6 +33,7 @@ from .configuration_efficientsam import (
     EfficientSamPromptEncoderConfig,
 )
 from .mask_decoder_fast_efficientsam import FastMaskDecoder, can_decode_fast
+from .mask_decoder_shared_efficientsam import LEAST_PROMPTS, SharedImageDecoder, can_share_image
 from .modeling_vision_efficientsam import (
     EfficientSamMLP,
     EfficientSamPreTrainedModel,
@@ -437,7 +438,8 @@ class EfficientSamMaskDecoder(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Where `can_decode_fast` says so, [`FastMaskDecoder`] gives the same numbers with less work.
+        Where `can_decode_fast` says so, [`FastMaskDecoder`] gives the same numbers with less work, and of many prompts
+        [`SharedImageDecoder`].
 
         Args:
             image_embeddings: `[B, C, h, w]`.
@@ -466,6 +468,8 @@ class EfficientSamMaskDecoder(nn.Module):
             scale = 2 ** len(self.upscaling.convs)
             return iou_scores.new_empty(*iou_scores.shape, *(scale * side for side in grid_size)), iou_scores
         if can_decode_fast(self, image, kwargs.get("output_attentions")):
+            if tokens.shape[1] >= LEAST_PROMPTS and can_share_image(self, image):
+                return self.predict_shared(*inputs, grid_size, multimask_output)
             return FastMaskDecoder(self).predict(*inputs, grid_size, multimask_output)
 
         masks, iou_scores = [], []
@@ -486,9 +490,11 @@ class EfficientSamMaskDecoder(nn.Module):
         dense_prompt_embeddings: torch.Tensor | None,
         multimask_output: bool,
         pred_iou_thresh: float,
+        shared: SharedImageDecoder | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        `forward` for the masks whose predicted IoU is above `pred_iou_thresh`.
+        `forward` for the masks whose predicted IoU is above `pred_iou_thresh`; `shared` is of one image, as
+        `share_image` returns it.
 
         Returns:
             which masks are kept, bool `[B, Q, M]`; the K scores in order; their logits `[K, 4h, 4w]`.
@@ -496,6 +502,9 @@ class EfficientSamMaskDecoder(nn.Module):
         grid_size = tuple(image_embeddings.shape[-2:])
         image = self.embed_image(image_embeddings, dense_prompt_embeddings)
         tokens, log_multiplicity = self.embed_tokens(sparse_prompt_embeddings, token_multiplicity)
+        if shared is not None:
+            kept, *rest = shared.predict(tokens[0], log_multiplicity[0], grid_size, multimask_output, pred_iou_thresh)
+            return kept[None], *rest
         inputs = (image, image_positional_embeddings, tokens, log_multiplicity)
         if can_decode_fast(self, image):
             return FastMaskDecoder(self).predict_confident(*inputs, grid_size, multimask_output, pred_iou_thresh)
@@ -511,6 +520,31 @@ class EfficientSamMaskDecoder(nn.Module):
             )
             masks.append(candidates[0][kept[-1][prompts]])
         return torch.cat(kept, dim=1), torch.cat(scores), torch.cat(masks)
+
+    def predict_shared(
+        self, image, image_positional_embeddings, tokens, log_multiplicity, grid_size, multimask_output: bool | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward` by [`SharedImageDecoder`], image by image."""
+        masks, iou_scores = [], []
+        for (of_one,), *prompts in zip(image, tokens, log_multiplicity, strict=True):
+            shared = SharedImageDecoder(self, of_one, image_positional_embeddings)
+            kept, scores, logits = shared.predict(*prompts, grid_size, multimask_output)
+            masks.append(logits.unflatten(0, kept.shape))
+            iou_scores.append(scores.unflatten(0, kept.shape))
+        return torch.stack(masks), torch.stack(iou_scores)
+
+    @torch.no_grad()
+    def share_image(
+        self,
+        image_embeddings: torch.Tensor,
+        image_positional_embeddings: torch.Tensor,
+        dense_prompt_embeddings: torch.Tensor | None,
+    ) -> SharedImageDecoder | None:
+        """What many prompts of one image, `[1, C, h, w]`, have in common; None where `can_share_image` forbids it."""
+        image = self.embed_image(image_embeddings, dense_prompt_embeddings)
+        if can_share_image(self, image):
+            return SharedImageDecoder(self, image[0, 0], image_positional_embeddings)
+        return None
 
     def embed_image(
         self, image_embeddings: torch.Tensor, dense_prompt_embeddings: torch.Tensor | None
@@ -806,6 +840,7 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         pred_iou_thresh: float,
         input_labels: torch.Tensor | None = None,
         multimask_output: bool = True,
+        shared: SharedImageDecoder | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         The masks of `forward` whose predicted IoU is above a threshold. Scores are computed first, and the other masks
@@ -817,15 +852,25 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
             pred_iou_thresh (`float`): Exclusive.
             input_labels (`torch.LongTensor` of shape `(1, Q, P)`, *optional*): As in `forward`.
             multimask_output (`bool`, defaults to `True`): As in `forward`.
+            shared (`SharedImageDecoder`, *optional*): What `share_image` made of `image_embeddings`, which makes many
+                prompts cheaper.
 
         Returns:
             which mask of which prompt is kept, bool `(Q, M)`; the K scores; the K masks' logits `(K, H / 4, W / 4)`.
         """
         prompts = self.encode_prompts(image_embeddings, input_points, input_labels)
         kept, scores, masks = self.mask_decoder.predict_confident(
-            image_embeddings, *prompts, multimask_output, pred_iou_thresh
+            image_embeddings, *prompts, multimask_output, pred_iou_thresh, shared
         )
         return kept[0], scores, masks
+
+    def share_image(self, image_embeddings: torch.Tensor) -> SharedImageDecoder | None:
+        """
+        What all prompts of one image `(1, 256, H / 16, W / 16)` have in common, computed once for many calls of
+        `predict_confident` with it; None where that decoder does not apply, as on a GPU.
+        """
+        positions, _, _, dense_prompt_embeddings = self.encode_prompts(image_embeddings)
+        return self.mask_decoder.share_image(image_embeddings, positions, dense_prompt_embeddings)
 
     def encode_prompts(
         self,
