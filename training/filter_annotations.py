@@ -3,6 +3,11 @@
     python training/filter_annotations.py --annotations ../shared/data/train-seg/instances_train.json \
         --sources clothing-co-parsing oxford-iiit-pet feral-cat --limit 200 --output runs/salient/instances.json
 
+Or only the masks of a teacher's pseudo-labels, the json of `efficientsam everything`, that it is sure of:
+
+    python training/filter_annotations.py --annotations runs/found/instances.json --images photographs \
+        --min_predicted_iou 0.7 --output runs/pseudo/instances.json
+
 A source is the `source` of an image's record. Beside the output a link `images` leads to the images of the input.
 """
 
@@ -20,9 +25,13 @@ class FilterConfig:
     annotations: str = field(
         default="", metadata={"help": "COCO-style json file, its images where `--train` finds them"}
     )
+    images: str | None = field(default=None, metadata={"help": "folder of its images, if they are elsewhere"})
     output: str = field(default="", metadata={"help": "json file to write, in a folder of its own"})
     sources: list[str] = field(default_factory=list, metadata={"help": "only images of these; by default of all"})
     limit: PositiveInt | None = field(default=None, metadata={"help": "so many of them at most, evenly spread"})
+    min_predicted_iou: float = field(
+        default=0.0, metadata={"help": "only masks that `efficientsam everything` gave at least this predicted IoU"}
+    )
 
 
 def choose_images(images: list[dict], sources: list[str], limit: int | None) -> list[dict]:
@@ -35,18 +44,29 @@ def choose_images(images: list[dict], sources: list[str], limit: int | None) -> 
     return [chosen[number * len(chosen) // count] for number in range(count)]
 
 
+def choose_masks(annotations: list[dict], numbers: set, min_predicted_iou: float) -> list[dict]:
+    """The annotations of images with these numbers, and of those the ones with this predicted IoU or more."""
+    chosen = [annotation for annotation in annotations if annotation["image_id"] in numbers]
+    if not min_predicted_iou:
+        return chosen
+    if any("predicted_iou" not in annotation for annotation in chosen):
+        raise ValueError("--min_predicted_iou: the json has masks without predicted_iou; leave the option out.")
+    return [annotation for annotation in chosen if annotation["predicted_iou"] >= min_predicted_iou]
+
+
 def main(arguments: list[str] | None = None) -> None:
     config = parse_config(FilterConfig, __doc__, arguments)
     if not config.annotations or not config.output:
         raise ValueError("Give --annotations a COCO-style json file and --output the name of another.")
     source, output = Path(config.annotations), Path(config.output)
     content = read_json(source)
-    link, images = output.parent / "images", find_folder(source, content["images"]).resolve()
+    folder = Path(config.images) if config.images else find_folder(source, content["images"])
+    link, images = output.parent / "images", folder.resolve()
     if link.exists() and link.resolve() != images:
         raise ValueError(f"{link} is there and is not {images}; choose --output in a folder of its own.")
     chosen = choose_images(content["images"], config.sources, config.limit)
     numbers = {image["id"] for image in chosen}
-    annotations = [annotation for annotation in content["annotations"] if annotation["image_id"] in numbers]
+    annotations = choose_masks(content["annotations"], numbers, config.min_predicted_iou)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({**content, "images": chosen, "annotations": annotations}))
     if not link.exists():

@@ -70,9 +70,11 @@ from hf_efficientsam.training.masks.batch import (
     collate,
     open_masks,
 )
+from hf_efficientsam.training.masks.distillation import MaskTeacher
 from hf_efficientsam.training.masks.feature_views import cache_views
-from hf_efficientsam.training.masks.interactive import InteractiveSegmentation, PromptConfig, most_confident
+from hf_efficientsam.training.masks.interactive import InteractiveSegmentation, PromptConfig
 from hf_efficientsam.training.masks.losses import MaskLoss, MaskLossConfig
+from hf_efficientsam.training.masks.metrics import most_confident
 from hf_efficientsam.training.masks.model_building import MaskModelConfig, build_model
 
 MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "masks.yaml"
@@ -90,6 +92,14 @@ class MasksConfig(
     MaskDataConfig,
     MaskLossConfig,
 ):
+    # What is learnt from.
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "learn this model's answers to the prompts (path or Hub name of an EfficientSAM or SAM, or: "
+            "bundled), not the data's masks"
+        },
+    )
     # What is trained.
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "parts that are not trained: vision_encoder, prompt_encoder, ..."}
@@ -105,7 +115,8 @@ class MasksConfig(
         metadata={"help": "run the frozen layers of the encoder once for each view of an image, and keep the result"},
     )
     cache_dir: str | None = field(
-        default=None, metadata={"help": "folder of the cached embeddings; by default OUTPUT_DIR/embeddings"}
+        default=None,
+        metadata={"help": "folder of the cached embeddings, the teacher's too; by default OUTPUT_DIR/embeddings"},
     )
     views: list[int] = field(
         default_factory=lambda: [1],
@@ -160,17 +171,21 @@ def check(config: MasksConfig) -> None:
 def check_cache(config: MasksConfig) -> None:
     if not config.views or min(config.views) < 1:
         raise ValueError("--views must be numbers from 1 on.")
-    if not config.cache_embeddings:
+    if not config.cache_embeddings and config.teacher is None:
         if max(config.views) > 1:
             raise ValueError("--views are views of cached images; give --cache_embeddings, too.")
         return
     varied = config.crop_scale < 1 or config.flip or config.color_jitter
     frozen = "vision_encoder" in config.freeze or config.train_last_layers is not None
-    if varied or config.shards or not frozen:
+    if config.cache_embeddings and not frozen:
+        raise ValueError("--cache_embeddings needs --freeze vision_encoder or --train_last_layers.")
+    if varied or config.shards:
         raise ValueError(
-            "--cache_embeddings needs --freeze vision_encoder or --train_last_layers, --crop_scale 1 --flip false "
-            "--color_jitter 0 (--views vary the images instead), and no --shards, which are too many to cache."
+            "--cache_embeddings and --teacher need --crop_scale 1 --flip false --color_jitter 0 (--views vary the "
+            "images instead), and no --shards, which are too many to cache."
         )
+    if config.teacher is not None and (config.cells or config.synthetic_steps or config.synthetic_ratio):
+        raise ValueError("--teacher answers on whole masks of the images; leave --cells and --synthetic_... out.")
 
 
 def choose_trained(
@@ -219,7 +234,7 @@ def merged(model: EfficientSamModel) -> EfficientSamModel:
 
 def build_data(config: MasksConfig) -> MaskTrainingSet | MaskViews | StreamedMasks:
     sources = open_masks(config)
-    if config.cache_embeddings:
+    if config.cache_embeddings or config.teacher is not None:
         return MaskViews(sources, config, config.noise_size, config.seed, config.views)
     if not config.shards:
         return MaskTrainingSet(sources, config, config.noise_size, config.seed)
@@ -313,16 +328,19 @@ def training_function(config: MasksConfig, run: TrainingRun) -> None:
     choose_trained(segmenter, config.freeze, config.lora, config.train_last_layers, config.unfreeze)
     saliency_head = kept_saliency_head(config, segmenter)
     last_layers = config.train_last_layers or 0
-    task = InteractiveSegmentation(segmenter, MaskLoss(*config.loss_weights), config, last_layers)
+    teacher = None if config.teacher is None else MaskTeacher(config.teacher, accelerator.device)
+    task = InteractiveSegmentation(segmenter, MaskLoss(*config.loss_weights), config, last_layers, teacher)
     optimizer, scheduler = get_optimizer(config, task.model, steps)
     task, optimizer = accelerator.prepare(task, optimizer)
     average = weight_average(segmenter, config.ema_decay)
     done = run.resume(steps, [scheduler, average])
 
-    embeddings = None
+    embeddings = teacher_features = None
+    folder = Path(config.cache_dir or run.output_dir / "embeddings")
     if config.cache_embeddings and done < steps:
-        folder = config.cache_dir or run.output_dir / "embeddings"
         embeddings = cache_views(segmenter, loader.dataset, folder, last_layers, accelerator, config.num_workers)
+    if teacher is not None and done < steps:
+        teacher_features = teacher.cache_views(loader.dataset, folder / "teacher", accelerator, config.num_workers)
     sampled_steps = steps - round(config.all_cells_ratio * steps) if config.cells else 0
     task.train()
     for step, batches in step_batches(accelerator, loader, done, steps, epoch_steps):
@@ -334,11 +352,14 @@ def training_function(config: MasksConfig, run: TrainingRun) -> None:
             batch = batch.to(accelerator.device, non_blocking=True)
             chance, generator = step_chance(config.seed, step - 1)
             synthetic = step <= config.synthetic_steps or chance < config.synthetic_ratio
-            known = None if embeddings is None else embeddings.read(batch.keys, batch.views).to(accelerator.device)
+            known, taught = (
+                None if cache is None else cache.read(batch.keys, batch.views).to(accelerator.device)
+                for cache in (embeddings, teacher_features)
+            )
             num_cells = config.cells if step <= sampled_steps else 0
             with accelerator.accumulate(task):
                 inputs = (batch.pixel_values, batch.masks, batch.valid, batch.noise)
-                parts = task(*inputs, generator, num_prompts, synthetic, known, num_cells)
+                parts = task(*inputs, generator, num_prompts, synthetic, known, num_cells, taught)
                 accelerator.backward(parts["loss"])
                 if accelerator.sync_gradients:
                     grad_norm = clip_gradients(accelerator, task.parameters(), config.max_grad_norm)

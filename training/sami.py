@@ -14,20 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import send_to_device, set_seed
 from PIL import Image
 from transformers import get_cosine_schedule_with_warmup
 
 from hf_efficientsam import EfficientSamForPreTraining, EfficientSamSamiConfig
 from hf_efficientsam.inference.drawing import draw_features
-from hf_efficientsam.training.data.feature_cache import FeatureCache
-from hf_efficientsam.training.data.images import ImageSourceConfig, ImageViews, StreamedViews, normalize, open_images
+from hf_efficientsam.training.data.images import normalize
 from hf_efficientsam.training.engine.checkpoints import replaced_folder
 from hf_efficientsam.training.engine.config import (
     EpochsConfig,
     NotNegativeFloat,
-    NotNegativeInt,
     PositiveFloat,
     PositiveInt,
     RunConfig,
@@ -40,22 +37,15 @@ from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
 from hf_efficientsam.training.engine.optimization import clip_gradients, parameter_groups, weight_average
 from hf_efficientsam.training.engine.reports import describe_model
 from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
-from hf_efficientsam.training.sami.teachers import Teacher, load_teacher
+from hf_efficientsam.training.sami.teacher_views import TeacherViewsConfig, needed_teacher, open_views
+from hf_efficientsam.training.sami.teachers import Teacher
 
 MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "sami.yaml"
 
 
 @dataclass(frozen=True)
-class SamiConfig(RunConfig, EpochsConfig, StreamConfig, ImageSourceConfig):
-    # Student's images.
-    size: PositiveInt = field(default=224, metadata={"help": "side of the student's crop in pixels"})
-    crop_scale: float = field(default=0.2, metadata={"help": "smallest part of an image's area that a crop keeps"})
-    views: int | None = field(default=None, metadata={"help": "crops of an image; else new ones in each epoch"})
-    view_seed: NotNegativeInt = field(default=0, metadata={"help": "of the crops: that of the cache, if one is used"})
+class SamiConfig(RunConfig, EpochsConfig, StreamConfig, TeacherViewsConfig):
     # Target.
-    teacher: str | None = field(default=None, metadata={"help": "vision model: Hub name, directory, or: bundled"})
-    teacher_size: int | None = field(default=None, metadata={"help": "its input side; else its processor's"})
-    cache: str | None = field(default=None, metadata={"help": "its features from cache_features.py"})
     target: str = field(default="features", metadata={"help": "features (SAMI), or pixels (MAE, without a teacher)"})
     target_normalization: str = field(default="layer_norm", metadata={"help": "layer_norm or none"})
     loss: str = field(default="mse", metadata={"help": "mse or cosine"})
@@ -92,33 +82,7 @@ def build_teacher(config: SamiConfig, device: torch.device) -> Teacher | None:
             "Give --teacher a vision model, or --cache its features, or --target pixels; the miniature is --config "
             f"{MINIATURE}."
         )
-    return load_teacher(config.teacher, config.teacher_size, device) if config.teacher and not config.cache else None
-
-
-def build_data(config: SamiConfig, teacher: Teacher | None) -> ImageViews | StreamedViews:
-    source = open_images(config.images, config.dataset, config.split, config.image_column, config.shards)
-    crop_scale = (config.crop_scale, 1.0)
-    arguments = {"size": config.size, "crop_scale": crop_scale, "views": config.views, "seed": config.view_seed}
-    if config.cache:
-        expected = {name: getattr(config, name) for name in ("size", "crop_scale", "view_seed")} | {"patch_size": 16}
-        expected["data"] = source.fingerprint()
-        if config.teacher:  # is looked at and let go; without it a cache says itself whose it is
-            expected["teacher"] = load_teacher(config.teacher, config.teacher_size).description()
-        arguments["cache"] = FeatureCache(config.cache, expected)
-        arguments["views"] = config.views or arguments["cache"].views
-    elif teacher is not None:
-        arguments["teacher_size"] = teacher.size
-    if not config.shards:
-        return ImageViews(source, noise_seed=config.seed, **arguments)
-    state = PartialState()
-    return StreamedViews(
-        source,
-        noise_seed=config.seed,
-        process_index=state.process_index,
-        num_processes=state.num_processes,
-        shuffle_buffer=config.shuffle_buffer,
-        **arguments,
-    )
+    return needed_teacher(config, device)
 
 
 def build_model(config: SamiConfig, target_size: int | None) -> EfficientSamForPreTraining:
@@ -183,7 +147,7 @@ def save_model(student: EfficientSamForPreTraining, state_dict: dict, config: Sa
 def training_function(config: SamiConfig, run: TrainingRun) -> None:
     accelerator = run.accelerator
     teacher = build_teacher(config, accelerator.device)
-    data = build_data(config, teacher)
+    data = open_views(config, teacher)
     loader, epoch_steps = epoch_loader(
         accelerator, data, config.global_batch_size, config.num_workers, config.epoch_images
     )

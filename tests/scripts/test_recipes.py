@@ -11,6 +11,7 @@ from hf_efficientsam.training.engine.config import parse_config
 RECIPES = sorted((TRAINING / "recipes").glob("*/*.yaml"))
 CONFIGS = {
     "sami": "SamiConfig",
+    "distill": "DistillConfig",
     "finetune_masks": "MasksConfig",
     "finetune_classification": "ClassificationConfig",
     "finetune_semantic": "SemanticConfig",
@@ -20,6 +21,7 @@ CONFIGS = {
 }
 # Scripts of recipes whose command is a study, which starts the script itself.
 IN_STUDIES = {"data": "finetune_masks", "data_start": "finetune_masks", "sami": "sami", "sami_masks": "finetune_masks"}
+IN_STUDIES |= {"distillation_encoder": "distill", "distillation_sami": "sami", "distillation_masks": "finetune_masks"}
 NEEDED = {"finetune_detection": ["--train", "some.json"], "train_saliency": ["--train", "some_folder"]}
 NEEDED["train_in_memory"] = ["--shards", "some.tar", "--val", "other.tar"]
 

@@ -491,7 +491,7 @@ def test_the_seed_decides_about_start_and_masks_and_not_about_crops(sami, images
     for seed in (0, 1, 1):
         recipe = sami.SamiConfig(images=[str(images)], target="pixels", num_hidden_layers=1, seed=seed)
         starts.add(sami.build_model(recipe, None).decoder.head.weight.sum().item())
-        item = sami.build_data(recipe, None)[0]
+        item = sami.open_views(recipe, None)[0]
         masks.add(item["noise"].sum().item())
         crops.add(item["pixel_values"].sum().item())
     assert (len(starts), len(masks), len(crops)) == (2, 2, 1)

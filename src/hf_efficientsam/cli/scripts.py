@@ -14,6 +14,7 @@ TRAIN = {
     "masks": "finetune_masks",
     "sami": "sami",
     "features": "cache_features",
+    "distill": "distill",
     "classification": "finetune_classification",
     "semantic": "finetune_semantic",
     "detection": "finetune_detection",
@@ -34,7 +35,8 @@ Arguments = Annotated[list[str] | None, typer.Argument(metavar="[LAUNCH_OPTIONS]
 @commands.command("train", no_args_is_help=True, context_settings=PASS_ON)
 def train_command(arguments: Arguments = None) -> None:
     """
-    Train a model: masks, sami (pretraining), features (of its teacher), classification, semantic, detection, saliency.
+    Train a model: masks, sami (pretraining), features (of a teacher), distill, classification, semantic, detection,
+    saliency.
 
     `efficientsam train masks --help` lists the options of a task. Without options a task trains a miniature. Options
     before the task are those of `accelerate launch`:

@@ -9,7 +9,7 @@ parts that are missing.
 """
 
 import hashlib
-from itertools import islice
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -92,14 +92,41 @@ def cache_views(
     Raises:
         ValueError: if the folder holds a cache of something else, or an image is broken.
     """
-    encoder = model.vision_encoder
+    encoder, num_frozen = model.vision_encoder, len(model.vision_encoder.layers) - last_layers
     was_training = model.training
     model.eval()
-    encoded = {
-        "encoder": _weights_hash(encoder, last_layers),
-        "frozen_layers": len(encoder.layers) - last_layers,
-        "precision": accelerator.mixed_precision,
+    made_by = {
+        "encoder": weights_hash([encoder.embeddings, *encoder.layers[:num_frozen]]),
+        "frozen_layers": num_frozen,
         "width": encoder.config.hidden_size,
+    }
+    cached = cache_encoded_views(
+        lambda pixel_values: encode_frozen(encoder, pixel_values, last_layers),
+        made_by, data, folder, accelerator, num_workers,
+    )  # fmt: skip
+    model.train(was_training)
+    return cached
+
+
+def cache_encoded_views(
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    made_by: dict,
+    data: MaskViews,
+    folder: str | Path,
+    accelerator: Accelerator,
+    num_workers: int = 0,
+) -> CachedViews:
+    """
+    As `cache_views`, with any function of the pixels.
+
+    Args:
+        encode: pixels `[1, 3, S, S]` on the accelerator's device -> features `[1, N, C]`.
+        made_by: what tells `encode` from others, in plain json, and the `width` C.
+        data, folder, accelerator, num_workers: see `cache_views`.
+    """
+    encoded = {
+        **made_by,
+        "precision": accelerator.mixed_precision,
         "size": data.options.image_size,
         "part_size": PART_SIZE,
     }
@@ -112,19 +139,17 @@ def cache_views(
     accelerator.wait_for_everyone()
     for place, manifest, indices in zip(folders, manifests, sources.values(), strict=True):
         parts = [indices[start : start + PART_SIZE] for start in range(0, len(indices), PART_SIZE)]
-        encode_parts(encoder, data, place, parts, manifest["views"], last_layers, accelerator, num_workers)
-    model.train(was_training)
+        encode_parts(encode, data, place, parts, manifest["views"], accelerator, num_workers)
     return CachedViews([FeatureCache(*one) for one in zip(folders, manifests, strict=True)])
 
 
 @torch.no_grad()
 def encode_parts(
-    encoder: EfficientSamVisionEncoder,
+    encode: Callable[[torch.Tensor], torch.Tensor],
     data: MaskViews,
     folder: Path,
     parts: list[range],
     views: int,
-    last_layers: int,
     accelerator: Accelerator,
     num_workers: int,
 ) -> None:
@@ -141,9 +166,9 @@ def encode_parts(
             for key, pixel_values in DataLoader(images, batch_size=None, num_workers=num_workers):
                 # One at a time, so that its batch changes no digit.
                 with accelerator.autocast():
-                    hidden_states = encode_frozen(encoder, pixel_values[None].to(accelerator.device), last_layers)
+                    encoded = encode(pixel_values[None].to(accelerator.device))
                 keys.append(key)
-                features.append(hidden_states.half().cpu())
+                features.append(encoded.half().cpu())
                 progress.update()
             write_part(folder, view, part, keys, torch.cat(features))
     accelerator.wait_for_everyone()
@@ -165,11 +190,10 @@ class _ViewPixels(Dataset):
         return self.data.view_pixels(index, self.view)
 
 
-def _weights_hash(encoder: EfficientSamVisionEncoder, last_layers: int) -> str:
-    """Of the weights that the hidden states depend on."""
+def weights_hash(modules: Iterable[nn.Module]) -> str:
+    """Of the weights that features depend on."""
     digest = hashlib.sha256()
-    frozen: list[nn.Module] = [encoder.embeddings, *islice(encoder.layers, len(encoder.layers) - last_layers)]
-    for module in frozen:
+    for module in modules:
         for name, weight in module.state_dict().items():
             digest.update(name.encode() + weight.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()

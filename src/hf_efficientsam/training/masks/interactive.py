@@ -19,8 +19,10 @@ from .cell_sampling import (
     split_into_cells,
     total_cell_loss,
 )
+from .distillation import MaskTeacher
 from .feature_views import encode_rest
 from .losses import MaskLoss
+from .metrics import most_confident
 from .prompts import jitter_boxes, sample_error_points, sample_points
 
 
@@ -81,8 +83,10 @@ class InteractiveSegmentation(nn.Module):
         loss: applied to each round; the rounds' losses are averaged.
         options: see [`PromptConfig`]. `loss_stride` 1, the input's size, takes longer than encoder and decoder
             together on a CPU; at the decoder's own size (4) objects below a few pixels lose their shape.
-
         last_layers: how many layers of the encoder come after the hidden states that `forward` may be given.
+        teacher: its answers to the same prompts are the targets, in every round, and new clicks lie where model and
+            teacher disagree (EdgeSAM, arXiv 2312.06660); the masks that are given say only where the first prompts
+            are. It gets no mask prompts. Where its answer is empty the prompt teaches nothing.
 
     Raises:
         ValueError: for rounds that only give a mask back, where the model takes none.
@@ -94,10 +98,11 @@ class InteractiveSegmentation(nn.Module):
         loss: MaskLoss,
         options: PromptConfig | None = None,
         last_layers: int = 0,
+        teacher: MaskTeacher | None = None,
     ):
         super().__init__()
         self.model, self.loss, self.options = model, loss, options or PromptConfig()
-        self.last_layers = last_layers
+        self.last_layers, self.teacher = last_layers, teacher
         if self.options.mask_only_rounds and not model.config.prompt_encoder_config.mask_prompts:
             raise ValueError("The model takes no mask prompts; set mask_only_rounds to 0.")
 
@@ -112,6 +117,7 @@ class InteractiveSegmentation(nn.Module):
         synthetic: bool = False,
         hidden_states: torch.Tensor | None = None,
         num_cells: int = 0,
+        teacher_features: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         Args:
@@ -125,6 +131,7 @@ class InteractiveSegmentation(nn.Module):
             synthetic: ask for random ellipses instead of the masks, and leave the encoder without gradients.
             hidden_states: what the frozen layers of the encoder make of the pixels, `[B, N, C]`, if that is known.
             num_cells: one round in which each prompt is decoded on so many cells of the image; 0: on all of them.
+            teacher_features: of the teacher, if there is one: its features of the images, `[B, N, C]`.
 
         Returns:
             `loss` to be differentiated, and its parts averaged over the rounds.
@@ -141,9 +148,7 @@ class InteractiveSegmentation(nn.Module):
         if num_cells:
             prompt = self.first_prompt(masks, kind, box, clicks)
             return self.sampled_round(image_embeddings, prompt, masks, valid, noise, num_prompts, num_cells)
-        # Of an object too small to fill half a cell, the cells that it fills most: none is lost.
-        filled = F.avg_pool2d(masks.float(), self.options.loss_stride)
-        targets = filled >= filled.amax((-2, -1), keepdim=True).clamp(max=0.5)
+        targets, answered = loss_targets(masks, self.options.loss_stride), valid
         prompt = self.first_prompt(masks, kind, box, clicks)
         multimask = single_mask >= self.options.single_mask_probability
         later = self.later_rounds(corrections, generator) if correct < self.options.correction_probability else []
@@ -152,7 +157,10 @@ class InteractiveSegmentation(nn.Module):
             if output is not None:
                 prompt, multimask = self.corrected(prompt, output, masks, click), False
             output = self.model(image_embeddings=image_embeddings, multimask_output=multimask, **prompt)
-            result = self.loss(output.pred_masks, output.iou_scores, targets, valid, num_prompts)
+            if self.teacher is not None:
+                masks = self.teacher.masks(teacher_features, prompt, multimask, masks.shape[-1])
+                targets, answered = loss_targets(masks, self.options.loss_stride), valid & masks.flatten(2).any(-1)
+            result = self.loss(output.pred_masks, output.iou_scores, targets, answered, num_prompts)
             result.pop("best")
             parts.append(result)
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
@@ -225,9 +233,8 @@ class InteractiveSegmentation(nn.Module):
         return corrected
 
 
-def most_confident(output, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each prompt's candidates the one with the highest predicted IoU: logits float32 `[B, Q, h, w]`, and the mask
-    bool `[B, Q, *size]`."""
-    best = output.iou_scores.argmax(-1)[..., None, None, None]
-    logits = output.pred_masks.take_along_dim(best, dim=2)[:, :, 0].float()
-    return logits, F.interpolate(logits, size=size, mode="bilinear", align_corners=False) > 0
+def loss_targets(masks: torch.Tensor, stride: int) -> torch.Tensor:
+    """Masks `[B, Q, S, S]` -> bool `[B, Q, S / stride, S / stride]`. Of an object too small to fill half a cell, the
+    cells that it fills most: none is lost."""
+    filled = F.avg_pool2d(masks.float(), stride)
+    return filled >= filled.amax((-2, -1), keepdim=True).clamp(max=0.5)

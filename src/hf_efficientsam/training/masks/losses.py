@@ -23,18 +23,22 @@ class MaskLossConfig:
     balanced_bce_weight: NotNegativeFloat = field(
         default=2.0, metadata={"help": "weight of the balanced cross-entropy"}
     )
+    bce_weight: NotNegativeFloat = field(
+        default=0.0, metadata={"help": "weight of the plain cross-entropy; EdgeSAM has 5, and 5 for dice"}
+    )
 
     @property
-    def loss_weights(self) -> tuple[float, float, float, float]:
+    def loss_weights(self) -> tuple[float, float, float, float, float]:
         """As `MaskLoss` takes them."""
-        return self.focal_weight, self.dice_weight, self.iou_weight, self.balanced_bce_weight
+        return self.focal_weight, self.dice_weight, self.iou_weight, self.balanced_bce_weight, self.bce_weight
 
 
 class MaskLoss(nn.Module):
     """Focal + dice + cross-entropy on the best of M candidates, squared error of the IoU head on all of them.
 
     Focal and dice follow SAM (20 : 1, IoU 1). With them alone a fresh decoder stays at empty masks for long; a
-    `balanced_bce_weight` for the first part of training leads out of there, see `balance_weights`.
+    `balanced_bce_weight` for the first part of training leads out of there, see `balance_weights`. Dice with a
+    `bce_weight`, 5 each, is EdgeSAM's loss against a teacher's masks (arXiv 2312.06660).
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class MaskLoss(nn.Module):
         dice_weight: float = 1.0,
         iou_weight: float = 1.0,
         balanced_bce_weight: float = 0.0,
+        bce_weight: float = 0.0,
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
     ):
@@ -51,6 +56,7 @@ class MaskLoss(nn.Module):
         self.dice_weight = dice_weight
         self.iou_weight = iou_weight
         self.balanced_bce_weight = balanced_bce_weight
+        self.bce_weight = bce_weight
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
 
@@ -73,8 +79,9 @@ class MaskLoss(nn.Module):
                 over processes, e.g. DistributedDataParallel's, by multiplying the loss with their number).
 
         Returns:
-            `loss`, to be differentiated; its unweighted parts, detached: `focal`, `dice`, `bce` (0 where its weight
-            is) and `iou`; `best` int64 [B,Q], the candidate that the mask losses were taken of (0 for padding).
+            `loss`, to be differentiated; its unweighted parts, detached: `focal`, `dice`, `bce` (the balanced one, or
+            the plain one where only that has a weight; 0 where neither has) and `iou`; `best` int64 [B,Q], the
+            candidate that the mask losses were taken of (0 for padding).
         """
         # In float32 whatever the model computes in: sums over a mask overflow or lose digits in half precision.
         prompts = pred_masks[valid].float(), iou_scores[valid].float(), targets[valid].float()
@@ -111,16 +118,33 @@ class MaskLoss(nn.Module):
         target = target[:, None]
         probability = logits.sigmoid()
         cross_entropy = F.softplus(logits) - logits * target
-
-        alpha = 1 - self.focal_alpha + (2 * self.focal_alpha - 1) * target
-        focal = (alpha * (probability - target).abs() ** self.focal_gamma * cross_entropy).mean((-2, -1))
-
-        overlap = (probability * target).sum((-2, -1))
-        dice = 1 - (2 * overlap + 1) / (probability.sum((-2, -1)) + target.sum((-2, -1)) + 1)
-
+        focal = focal_loss(probability, cross_entropy, target, self.focal_alpha, self.focal_gamma)
+        dice = dice_loss(probability, target)
         bce = torch.zeros_like(dice) if weights is None else (cross_entropy * weights[:, None]).sum((-2, -1))
         loss = self.focal_weight * focal + self.dice_weight * dice + self.balanced_bce_weight * bce
+        if self.bce_weight:
+            plain = cross_entropy.mean((-2, -1))
+            loss = loss + self.bce_weight * plain
+            bce = plain if weights is None else bce
         return {"focal": focal, "dice": dice, "bce": bce, "loss": loss}
+
+
+def focal_loss(
+    probability: torch.Tensor, cross_entropy: torch.Tensor, target: torch.Tensor, alpha: float, gamma: float
+) -> torch.Tensor:
+    """
+    The mean over pixels of alpha_t |p - t|^gamma CE, where alpha_t is `alpha` on the object and 1 - `alpha` beside it
+    (arXiv 1708.02002). All arguments `[..., H, W]` -> `[...]`.
+    """
+    balance = 1 - alpha + (2 * alpha - 1) * target
+    return (balance * (probability - target).abs() ** gamma * cross_entropy).mean((-2, -1))
+
+
+def dice_loss(probability: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """1 - (2 sum(p t) + 1) / (sum(p) + sum(t) + 1), for `[..., H, W]` -> `[...]` (arXiv 1606.04797; the ones as in
+    MaskFormer's, which Segment Anything and EdgeSAM use)."""
+    overlap = (probability * target).sum((-2, -1))
+    return 1 - (2 * overlap + 1) / (probability.sum((-2, -1)) + target.sum((-2, -1)) + 1)
 
 
 def balance_weights(target: torch.Tensor) -> torch.Tensor:

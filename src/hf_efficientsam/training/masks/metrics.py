@@ -41,6 +41,14 @@ def _erode_lines(masks: torch.Tensor, distance: int) -> torch.Tensor:
     return kept
 
 
+def most_confident(output, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each prompt's candidates the one with the highest predicted IoU: logits float32 `[B, Q, h, w]`, and the mask
+    bool `[B, Q, *size]`."""
+    best = output.iou_scores.argmax(-1)[..., None, None, None]
+    logits = output.pred_masks.take_along_dim(best, dim=2)[:, :, 0].float()
+    return logits, F.interpolate(logits, size=size, mode="bilinear", align_corners=False) > 0
+
+
 def filled_box(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Boxes [...,4] (left, top, right, bottom in pixels, right and bottom exclusive) -> bool masks [...,H,W].
 
