@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from commands import POINT, run, run_segment
+from commands import POINT, assert_refused, run, run_segment
 
 from hf_efficientsam import __version__
 from hf_efficientsam.cli import main
@@ -20,7 +20,28 @@ def test_version_and_help_are_printed():
     text = run("segment", "--help").stdout
     for option in ("--point", "--box", "--background", "--all-masks", "--json", "--prompts", "--separate-points"):
         assert option in text
-    assert run("segment", "photo.png", "--pont", "3,4").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["segment", "a.png", "--device", "gpu"], "--device: 'gpu' is not one of 'auto', 'cpu', 'cuda', 'mps'"),
+        (["segment", "a.png", "--max-pixels", "0"], "--max-pixels must be at least 1, not '0'"),
+        (["demo", "--port", "65536"], "--port must be at most 65535, not '65536'"),
+        (["everything", "a", "--output", "o", "--crop-n-layers", "1.5"], "--crop-n-layers must be a whole number"),
+        (["everything", "a", "--output", "o", "--box-nms-thresh", "x"], "--box-nms-thresh must be a number, not 'x'"),
+        (["segment", "a.png", "--pont", "3,4"], "no such option: --pont (Possible options: "),
+        (["segment", "a.png", "b\n.png"], "got unexpected extra argument(s) (b .png)"),
+        (["segment", "a.png", "--point"], "option '--point' requires an argument"),
+        (["text", "a.png", "a dog"], "missing option '--detector'"),
+        (["segmnt", "a.png"], "no such command 'segmnt'"),
+        (["--verson"], "no such option: --verson (Possible options: --version"),
+    ],
+)
+def test_wrong_options_are_named_in_one_sentence_that_says_what_may_be_given(arguments, sentence):
+    result = run(*arguments)
+    assert_refused(result, f"efficientsam: {sentence}", "; see ")
+    assert result.stderr.endswith(" --help.\n")
 
 
 @pytest.mark.slow

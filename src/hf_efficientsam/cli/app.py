@@ -17,6 +17,7 @@ import typer
 from hf_efficientsam import __version__
 
 PACKAGE = Path(__file__).parents[1]
+UsageError = typer.BadParameter.__base__  # in typer or in click, as typer's version has it
 
 COMMANDS = {  # name: its module, and its line in the list that --help prints
     "segment": ("segment", "Cut out the objects that points and boxes show."),
@@ -53,9 +54,13 @@ class Commands(typer.core.TyperGroup):
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
+    def make_context(self, *args, **kwargs):
+        with wrong_usage_as_sentence():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx):
         try:
-            with warnings_as_sentences():
+            with warnings_as_sentences(), wrong_usage_as_sentence():
                 return super().invoke(ctx)
         except BrokenPipeError:  # the reader of our output has gone; typer knows what to do
             raise
@@ -64,6 +69,38 @@ class Commands(typer.core.TyperGroup):
 
             typer.echo(f"efficientsam: {describe_error(error)}", err=True)
             raise typer.Exit(2) from None
+
+
+@contextmanager
+def wrong_usage_as_sentence() -> Iterator[None]:
+    """Says in one sentence what is wrong with the options of a call, in place of typer's lines about its usage."""
+    try:
+        yield
+    except UsageError as error:
+        if error.format_message().startswith("Usage: "):  # no error but the help
+            raise
+        help_command = f"; see {error.ctx.command_path} --help." if error.ctx else "."
+        typer.echo(f"efficientsam: {describe_usage_error(error).removesuffix('.')}{help_command}", err=True)
+        raise typer.Exit(2) from None
+
+
+def describe_usage_error(error: UsageError) -> str:
+    """The option, what was given, and what may be given."""
+    message = " ".join(error.format_message().split())
+    if not hasattr(error.__cause__, "errors"):  # pydantic's, with which typer checks values
+        return message[:1].lower() + message[1:]
+    first = error.__cause__.errors()[0]
+    kind, limits = first["type"], first.get("ctx", {})
+    name = error.param.opts[0]
+    if "error" in limits:  # of our own types, such as the devices
+        return f"{name}: {limits['error']}"
+    words = {
+        "int": "a whole number",
+        "float": "a number",
+        "greater": f"at least {limits.get('ge')}",
+        "less": f"at most {limits.get('le')}",
+    }
+    return f"{name} must be {words.get(kind.split('_')[0], 'something else')}, not {first['input']!r}"
 
 
 @contextmanager

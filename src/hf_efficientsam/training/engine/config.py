@@ -2,11 +2,12 @@
 
 import argparse
 import dataclasses
+import difflib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -143,7 +144,8 @@ def parse_config(
         default: the file that is read if there are no arguments at all.
 
     Raises:
-        SystemExit: with code 2 and one sentence if the file or an argument does not fit.
+        ValueError: one sentence if the file or an argument does not fit.
+        SystemExit: after `--help`.
     """
     arguments = [str(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     if not arguments and default is not None:
@@ -156,11 +158,39 @@ def parse_config(
     config_parser = argparse.ArgumentParser(add_help=False)
     config_parser.add_argument("--config", type=Path)
     parser.add_argument("--config", metavar="FILE.yaml", help="values for the options above")
+    parser.error = config_parser.error = _refuse
     config, given = config_parser.parse_known_args(arguments)
-    names = {one.name for one in dataclasses.fields(config_class)}
-    from_file = [] if config.config is None else _read_yaml(parser, config.config, names)
-    values = vars(parser.parse_args(from_file + given))
+    names = [one.name for one in dataclasses.fields(config_class)]
+    try:
+        from_file = [] if config.config is None else _read_yaml(config.config, names)
+        _parse(parser, from_file, names)
+    except ValueError as error:
+        raise ValueError(f"{config.config}: {error}") from None
+    values = _parse(parser, from_file + given, names)
     return config_class(**{name: values[name] for name in names})
+
+
+def _refuse(message: str) -> NoReturn:
+    """In place of argparse's way, which prints all options first."""
+    raise ValueError(f"{message.removeprefix('argument ')}.")
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: list[str], names: list[str]) -> dict[str, Any]:
+    values, unknown = parser.parse_known_args(arguments)
+    if options := [one.partition("=")[0] for one in unknown if one.startswith("--")]:
+        _refuse_unknown(options, names)
+    if unknown:
+        raise ValueError(f"{' '.join(unknown)} belongs to no option; --help lists the options.")
+    return vars(values)
+
+
+def _refuse_unknown(options: list[str], names: list[str]) -> NoReturn:
+    """Names each option that there is none of, with the nearest that there is."""
+    named = []
+    for option in options:
+        near = difflib.get_close_matches(option.lstrip("-").replace("-", "_"), names, n=1)
+        named.append(f"{option} (did you mean {'--' * option.startswith('--')}{near[0]}?)" if near else option)
+    raise ValueError(f"there is no option {', '.join(named)}; --help lists the options.")
 
 
 def _inherited_help(config_class: type, name: str) -> str | None:
@@ -171,17 +201,18 @@ def _inherited_help(config_class: type, name: str) -> str | None:
     return None
 
 
-def _read_yaml(parser: argparse.ArgumentParser, path: Path, names: set[str]) -> list[str]:
+def _read_yaml(path: Path, names: list[str]) -> list[str]:
     """The file as command-line arguments, so that argparse converts and checks both alike; null is the default."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        parser.error(f"--config: {path} cannot be read ({error.strerror}).")
+        raise ValueError(f"it cannot be read ({error.strerror}).") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        parser.error(f"--config: {path} is not YAML: {' '.join(str(error).split())}")
-    if not isinstance(values, dict) or not values.keys() <= names:
-        unknown = sorted(map(str, values.keys() - names)) if isinstance(values, dict) else "no `name: value` lines"
-        parser.error(f"--config: {path} has {unknown}; the names are {', '.join(sorted(names))}.")
+        raise ValueError(f"it is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError("it has no `name: value` lines.")
+    if unknown := sorted(map(str, values.keys() - set(names))):
+        _refuse_unknown(unknown, names)
     arguments = []
     for name, value in values.items():
         if value is not None:
