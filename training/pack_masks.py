@@ -15,14 +15,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image
-from pycocotools import mask as rle_codec
 from tqdm.auto import tqdm
 
-from hf_efficientsam.training.data.augment import crop_image, resize_masks
-from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
+from hf_efficientsam.training.data.augment import crop_image, large_enough_masks
+from hf_efficientsam.training.data.coco import CocoMasks, encode_mask
+from hf_efficientsam.training.data.rle_resizing import resize_rles
 from hf_efficientsam.training.engine.checkpoints import replaced_folder
 from hf_efficientsam.training.engine.config import PositiveFloat, PositiveInt, check_ranges, parse_config
 from hf_efficientsam.training.engine.run import run_script
@@ -65,8 +63,9 @@ def squash(image: Image.Image, size: int, quality: int) -> bytes:
 
 def squash_masks(rles: list[dict], size: int) -> list[dict | None]:
     """None in place of a mask of which hardly anything is left."""
-    masks = (resize_masks(torch.from_numpy(decode_rles([rle])), size) for rle in rles)
-    return [rle_codec.encode(np.asfortranarray(one[0].numpy())) if len(one) else None for one in masks]
+    height, width = rles[0]["size"]
+    masks = (resize_rles([rle], (0, 0, width, height), size) for rle in rles)
+    return [encode_mask(one[0].numpy()) if large_enough_masks(one) else None for one in masks]
 
 
 def read_records(config: PackConfig, dataset: CocoMasks, name: str) -> Iterator[Record]:

@@ -92,6 +92,6 @@ def test_items_show_the_masks_of_their_view(data):
         for index in range(5):
             item = data[index]
             seen.add(item["view"])
-            assert item["masks"].flatten(1).any(1).all() and item["masks"].shape[1:] == (SIZE, SIZE)
+            assert item["mask_bits"].flatten(1).any(1).all() and item["mask_bits"].shape[1:] == (SIZE, SIZE // 8)
             assert torch.equal(item["pixel_values"], data.view_pixels(index, item["view"])[1])
     assert seen == {0, 1, 2, 3}

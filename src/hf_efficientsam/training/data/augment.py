@@ -9,6 +9,7 @@ from PIL import Image
 from pycocotools import mask as rle_codec
 
 from .coco import decode_rles
+from .rle_resizing import resize_rles
 
 MIN_KEPT_FRACTION = 0.2  # a crop that shows less of an object than this does not ask for it
 MIN_OUTPUT_PIXELS = 8  # smaller masks are hardly there at a quarter of the resolution, where masks are predicted
@@ -127,15 +128,14 @@ def crop_masks(
     if not len(candidates):
         return torch.zeros(0, size, size, dtype=torch.uint8)
     order = torch.randperm(len(candidates), generator=generator)[:max_masks].tolist()
-    masks = torch.from_numpy(decode_rles([rles[candidates[i]] for i in order]))[:, top:bottom, left:right]
-    return resize_masks(masks, size)
+    masks = resize_rles([rles[candidates[i]] for i in order], box, size)
+    kept = large_enough_masks(masks)
+    return masks if kept.all() else masks[kept]
 
 
-def resize_masks(masks: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 [N,H,W] of 0 and 1 -> uint8 [M,S,S], without those of which hardly anything is left."""
-    # In bytes: three times as fast as in floats.
-    masks = F.interpolate(masks[:, None] * 255, (size, size), mode="bilinear", antialias=True)[:, 0] >= 128
-    return masks[masks.sum((1, 2), dtype=torch.int32) >= MIN_OUTPUT_PIXELS].byte()
+def large_enough_masks(masks: torch.Tensor) -> torch.Tensor:
+    """Of which masks [N,S,S] more than hardly anything is left: bool [N]."""
+    return masks.sum((1, 2), dtype=torch.int32) >= MIN_OUTPUT_PIXELS
 
 
 def any_masks(rles: list[dict], size: int, max_masks: int, generator: torch.Generator) -> torch.Tensor:

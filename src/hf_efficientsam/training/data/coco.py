@@ -263,13 +263,13 @@ def to_rle(segmentation: list | dict, height: int, width: int) -> dict | None:
     elif isinstance(counts, str):
         counts = counts.encode()
     # Over run lengths that do not fill the image pycocotools reads stray memory or never ends.
-    lengths = _run_lengths(counts)
+    lengths = run_lengths(counts)
     if (lengths < 0).any() or lengths.sum() != height * width:
         raise ValueError(f"counts add up to {lengths.sum()} pixels of {height * width}")
     return {"size": [height, width], "counts": counts}
 
 
-def _run_lengths(counts: bytes) -> np.ndarray:
+def run_lengths(counts: bytes) -> np.ndarray:
     """The run lengths int64 of a compressed COCO RLE.
 
     Each is written in bytes from 48 on with five bits apiece, the lowest first, and a sixth that is set where another

@@ -14,6 +14,7 @@ from hf_efficientsam.training.data.coco import AnnotationConfig, CocoMasks, Samp
 from hf_efficientsam.training.data.dataset_masks import DatasetMasks
 from hf_efficientsam.training.data.folder_masks import FolderMasks, open_annotations
 from hf_efficientsam.training.data.images import hash_key, normalize
+from hf_efficientsam.training.data.mask_bits import unpack_masks
 from hf_efficientsam.training.data.sa1b import Sa1bShards
 from hf_efficientsam.training.data.shards import Streamed, hash_lines, shared_number
 from hf_efficientsam.training.engine.config import NotNegativeFloat, PositiveInt, PositiveRatio
@@ -25,17 +26,22 @@ from .views import View, view_of
 class Batch:
     """B images with Q masks each; images with fewer are padded with empty masks that are not `valid`.
 
-    pixel_values float32 [B,3,S,S] (ImageNet normalised), masks uint8 [B,Q,S,S] of 0 and 1, valid bool [B,Q],
-    noise float32 [B,Q,K] (uniform, for the prompts), keys: B names of images, views: which of its fixed views each
-    image is shown in, if it has any.
+    pixel_values float32 [B,3,S,S] (ImageNet normalised), mask_bits uint8 [B,Q,S,S/8] (see `unpack_masks`), valid bool
+    [B,Q], noise float32 [B,Q,K] (uniform, for the prompts), keys: B names of images, views: which of its fixed views
+    each image is shown in, if it has any.
     """
 
     pixel_values: torch.Tensor
-    masks: torch.Tensor
+    mask_bits: torch.Tensor
     valid: torch.Tensor
     noise: torch.Tensor
     keys: list[str]
     views: list[int] = field(default_factory=list)
+
+    @property
+    def masks(self) -> torch.Tensor:
+        """uint8 [B,Q,S,S] of 0 and 1, made at each call, on the device of the bits."""
+        return unpack_masks(self.mask_bits)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -96,8 +102,8 @@ class _Items:
         self.epoch.fill_(epoch)
 
     def make(self, name: str, sample: Sample, number: int) -> dict:
-        """`pixel_values` float32 [3,S,S], `masks` uint8 [N,S,S] with 1 <= N <= max_masks * prompts_per_mask, `noise`
-        float32 [N,K] and `key` of a sample; its chance depends on (seed, epoch, number)."""
+        """`pixel_values` float32 [3,S,S], `mask_bits` uint8 [N,S,S/8] with 1 <= N <= max_masks * prompts_per_mask,
+        `noise` float32 [N,K] and `key` of a sample; its chance depends on (seed, epoch, number)."""
         options = self.options
         generator = self.chance(number)
         image, masks = random_crop_flip(
@@ -108,8 +114,10 @@ class _Items:
 
     def prompted(self, masks: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """The masks as often as they are prompted, and the uniform random numbers of their prompts."""
-        masks = masks.repeat_interleave(self.options.prompts_per_mask, dim=0)
-        return {"masks": masks, "noise": torch.rand(len(masks), self.noise_size, generator=generator)}
+        bits = torch.from_numpy(np.packbits(masks.numpy(), axis=-1)).repeat_interleave(
+            self.options.prompts_per_mask, dim=0
+        )
+        return {"mask_bits": bits, "noise": torch.rand(len(bits), self.noise_size, generator=generator)}
 
     def chance(self, number: int) -> torch.Generator:
         state = np.random.SeedSequence([self.seed, self.epoch.item(), number]).generate_state(1)
@@ -262,7 +270,7 @@ def open_masks(options: MaskDataConfig) -> list[CocoMasks | FolderMasks] | list[
 
 def collate(items: list[dict]) -> Batch:
     """Items of `MaskTrainingSet` -> `Batch`, Q being the largest number of masks among them."""
-    counts = torch.tensor([len(item["masks"]) for item in items])
+    counts = torch.tensor([len(item["mask_bits"]) for item in items])
 
     def padded(name: str) -> torch.Tensor:
         first = items[0][name]
@@ -271,11 +279,11 @@ def collate(items: list[dict]) -> Batch:
             row[: len(item[name])] = item[name]
         return stacked
 
-    masks = padded("masks")
+    mask_bits = padded("mask_bits")
     return Batch(
         pixel_values=torch.stack([item["pixel_values"] for item in items]),
-        masks=masks,
-        valid=torch.arange(masks.shape[1]) < counts[:, None],
+        mask_bits=mask_bits,
+        valid=torch.arange(mask_bits.shape[1]) < counts[:, None],
         noise=padded("noise"),
         keys=[item["key"] for item in items],
         views=[item["view"] for item in items if "view" in item],

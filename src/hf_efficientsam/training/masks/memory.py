@@ -5,7 +5,6 @@ N images of S x S pixels, M masks in all, kept as bits; B images a batch, Q mask
 
 from collections import Counter
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -18,9 +17,10 @@ from hf_efficientsam.training.data.augment import (
     MIN_OUTPUT_PIXELS,
     change_color,
     crop_image,
-    resize_masks,
+    large_enough_masks,
 )
-from hf_efficientsam.training.data.coco import decode_rles
+from hf_efficientsam.training.data.mask_bits import pack_masks, unpack_masks
+from hf_efficientsam.training.data.rle_resizing import resize_rles
 from hf_efficientsam.training.data.sa1b import Sa1bShards
 
 from .batch import Batch
@@ -50,7 +50,7 @@ class MasksInMemory:
         weights = [torch.full((len(part["counts"]),), float(n)) for part, n in zip(parts, times.values(), strict=True)]
         self.size, self.device = size, torch.device(device)
         self.images = torch.cat([part["images"] for part in parts]).to(device)  # uint8 [N,3,S,S]
-        self.bits = torch.cat([part["bits"] for part in parts]).to(device)  # uint8 [M,S*S/8], by image
+        self.bits = torch.cat([part["bits"] for part in parts]).to(device)  # uint8 [M,S,S/8], by image
         self.counts = counts.to(device)  # of each image's masks
         self.starts = self.counts.cumsum(0) - self.counts
         self.most = int(counts.max())
@@ -62,9 +62,7 @@ class MasksInMemory:
 
     def masks(self, index: torch.Tensor) -> torch.Tensor:
         """uint8 `[..., S, S]` of 0 and 1, of masks by their numbers."""
-        bits = self.bits[index.to(self.device)].unsqueeze(-1)
-        places = torch.arange(7, -1, -1, dtype=torch.uint8, device=self.device)
-        return ((bits >> places) & 1).flatten(-2).unflatten(-1, (self.size, self.size))
+        return unpack_masks(self.bits[index.to(self.device)])
 
     def batch(
         self,
@@ -105,7 +103,7 @@ class MasksInMemory:
         valid = (shown >= MIN_KEPT_FRACTION) & (after >= MIN_OUTPUT_PIXELS)
         valid &= after <= MAX_IMAGE_FRACTION * self.size**2
         noise = uniform(num_images, num_masks, noise_size)
-        return Batch((pixels - mean) / std, masks.byte(), valid, noise, keys=[])
+        return Batch((pixels - mean) / std, pack_masks(masks.byte()), valid, noise, keys=[])
 
     def choose_masks(
         self, images: torch.Tensor, crops: torch.Tensor, order: torch.Tensor, num_masks: int
@@ -148,7 +146,7 @@ def sampling_grid(crops: torch.Tensor, mirrored: torch.Tensor, size: int) -> tor
 
 
 class _ShardArrays(Dataset):
-    """Of each shard `images` [n,3,S,S], `bits` [m,S*S/8] of their masks, and `counts` [n] of these."""
+    """Of each shard `images` [n,3,S,S], `bits` [m,S,S/8] of their masks, and `counts` [n] of these."""
 
     def __init__(self, source: Sa1bShards, size: int):
         self.source, self.size = source, size
@@ -157,13 +155,15 @@ class _ShardArrays(Dataset):
         return len(self.source.shards)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        images, bits, counts = [], [np.zeros((0, self.size**2 // 8), np.uint8)], []
+        images, bits, counts = [], [torch.zeros(0, self.size, self.size // 8, dtype=torch.uint8)], []
         for _, sample in self.source.read(index):
-            masks = resize_masks(torch.from_numpy(decode_rles(sample.rles)), self.size)
+            whole = (0, 0, *sample.image.size)
+            masks = resize_rles(sample.rles, whole, self.size)
+            masks = masks[large_enough_masks(masks)]
             if len(masks):
-                pixels = 255 * crop_image(sample.image, (0, 0, *sample.image.size), self.size)
+                pixels = 255 * crop_image(sample.image, whole, self.size)
                 images.append(pixels.round().byte())
-                bits.append(np.packbits(masks.flatten(1).numpy(), axis=1))
+                bits.append(pack_masks(masks))
                 counts.append(len(masks))
         stacked = torch.stack(images) if images else torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
-        return {"images": stacked, "bits": torch.from_numpy(np.concatenate(bits)), "counts": torch.tensor(counts)}
+        return {"images": stacked, "bits": torch.cat(bits), "counts": torch.tensor(counts)}
