@@ -1,5 +1,5 @@
 # The common commands by name. Each is one line that you can also type.
-.PHONY: install test lint docs pack checkpoint saliency
+.PHONY: install test lint docs browser pack checkpoint saliency
 
 DATA ?= ../shared/data
 TEACHER ?= ../shared/weights/vit-small-patch14-teacher
@@ -16,6 +16,10 @@ lint:
 # The site in site/, from the documents and docstrings: pip install -c constraints.txt -e ".[docs]"
 docs:
 	mkdocs build --strict
+
+# The page in build/browser that runs the bundled checkpoint in a browser; its tests open it, and `make docs` puts it in site/.
+browser:
+	efficientsam export-browser bundled build/browser
 
 # Trains the bundled checkpoint anew and puts it in place, with its numbers, on images whose terms allow it. Each stage
 # resumes if it was stopped. COCO weighs four times; thresholds are chosen by what they find in examples/.

@@ -2,17 +2,20 @@
 
 import posixpath
 import re
+import shutil
 from pathlib import Path
 
 import griffe
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
+BROWSER_PAGE = ROOT / "build" / "browser"  # made by `make browser`; the site has it in browser/ if it is there
 DOCUMENTS = {
     "README.md": "index.md",
     "training/README.md": "training.md",
     "src/hf_efficientsam/checkpoints/efficientsam-s/README.md": "checkpoint.md",
     "spaces/README.md": "demo.md",
+    "spaces/browser/README.md": "browser.md",
     "examples/integrations/README.md": "integrations.md",
     "examples/README.md": "examples.md",
     "CHANGELOG.md": "changelog.md",
@@ -47,8 +50,15 @@ def on_page_markdown(markdown, page, config, files):
     source = page.file.src_uri
     if source.startswith("api/"):
         return markdown
+    if source == "browser.md" and BROWSER_PAGE.is_dir():
+        markdown += '\n<a href="browser/index.html">Open the page</a>, which this site has.\n'
     document = {name: document for document, name in DOCUMENTS.items()}.get(source, f"docs/{source}")
     return LINK.sub(lambda match: site_path(repository_path(document, match[0])), markdown)
+
+
+def on_post_build(config):
+    if BROWSER_PAGE.is_dir():
+        shutil.copytree(BROWSER_PAGE, Path(config.site_dir, "browser"), dirs_exist_ok=True)
 
 
 class TransformersDocstrings(griffe.Extension):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chromium import chromium
 from huggingface_hub import SpaceCard
 from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
@@ -30,9 +31,7 @@ from hf_efficientsam.cli.app import app
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-BROWSER = Path("/usr/bin/chromium")
-SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-SWITCHES += ["--no-first-run", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+SWITCHES = ["--disable-gpu", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 BUS, BUS_BOX = ROOT / "examples" / "bus.jpg", (192, 127, 477, 293)
 DESK = {"viewport": {"width": 1280, "height": 820}}
 PHONE = {"viewport": {"width": 375, "height": 740}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
@@ -71,14 +70,8 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    if not BROWSER.exists():
-        pytest.skip(f"needs Debian's chromium at {BROWSER}")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(BROWSER), args=SWITCHES)
-        yield browser
-        browser.close()
+    with chromium() as start:
+        yield start(*SWITCHES)
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ COMMANDS = {  # name: its module, and its line in the list that --help prints
     "info": ("checkpoints", "Describe a checkpoint."),
     "convert": ("checkpoints", "Convert an official EfficientSAM checkpoint."),
     "export-onnx": ("checkpoints", "Export a checkpoint to ONNX."),
+    "export-browser": ("checkpoints", "Make a web page that runs a checkpoint in the browser."),
     "publish": ("publish", "Make a checkpoint a repository of the Hugging Face Hub."),
     "demo": ("demo", "Serve a web page where objects are cut out with the mouse."),
     "serve": ("serve", "Serve an HTTP API: encode an image once, ask often."),

@@ -1,4 +1,4 @@
-"""`efficientsam info`, `convert` and `export-onnx`: describe a checkpoint, make one of official weights, export it."""
+"""`efficientsam info`, `convert`, `export-onnx`, `export-browser`: describe, make and export checkpoints."""
 
 from enum import StrEnum
 from functools import partial
@@ -153,3 +153,24 @@ def describe_export(report: dict) -> str:
     else:
         quality = f"within {report['difference']:.1e} of torch"
     return f"{report['bytes'] / 1e6:.1f} MB, {quality}"
+
+
+@commands.command("export-browser", no_args_is_help=True)
+def export_browser_command(
+    model: Annotated[str, typer.Argument(metavar="DIR_OR_HUB_ID", help="Checkpoint to export.")],
+    output: Annotated[Path, typer.Argument(help="Directory to write the page to.")],
+) -> None:
+    """
+    Make a web page that runs a checkpoint in the visitor's browser, for any static host.
+
+    The page needs no server of its own and sends nothing: an image is opened, encoded and cut out in the browser, with
+    WebGPU or WebAssembly. The command fetches onnxruntime-web (33 MB) from npm's registry, unless OUTPUT has it.
+    """
+    check_output_directory(output)
+    name = find_checkpoint(model)
+    try:
+        from hf_efficientsam.export.browser_page import export_browser
+    except ImportError as error:
+        raise ValueError(f"the export needs {error.name}; install hf-efficientsam[onnx].") from None
+    for file, size in export_browser(name, output).items():
+        typer.echo(f"{size:>12,} {output / file}")

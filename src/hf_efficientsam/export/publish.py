@@ -226,7 +226,7 @@ def write_onnx(directory: Path, folder: Path) -> None:
 
 def make_space(model: str, name: str, folder: Path) -> Repository:
     """The Space `name`: the web demo on the model repository `model`."""
-    shutil.copytree(SPACES, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(SPACES, folder, ignore=shutil.ignore_patterns("__pycache__", "browser"))
     app = (folder / "app.py").read_text()
     before, found, after = app.partition(MODEL_OF_THE_SPACE)
     if not found:

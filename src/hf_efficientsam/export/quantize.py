@@ -64,6 +64,25 @@ def restore(axis: int, integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return integers * np.expand_dims(scales, tuple(i for i in range(integers.ndim) if i != axis))
 
 
+def store_float16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """
+    Weights in half precision that runtimes turn into float32 when they load the file: half of the size, the same
+    arithmetic. It changes nothing for a checkpoint in half precision. What half precision cannot hold stays.
+    """
+    smaller = onnx.ModelProto()
+    smaller.CopyFrom(model)
+    graph = smaller.graph
+    for tensor in [x for x in graph.initializer if x.data_type == onnx.TensorProto.FLOAT]:
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.size < 1024 or np.abs(values).max() > np.finfo(np.float16).max:
+            continue
+        stored = tensor.name + "_float16"
+        graph.initializer.append(onnx.numpy_helper.from_array(values.astype(np.float16), stored))
+        graph.node.insert(0, onnx.helper.make_node("Cast", [stored], [tensor.name], stored, to=onnx.TensorProto.FLOAT))
+        graph.initializer.remove(tensor)
+    return smaller
+
+
 VARIANTS = {"float16": to_float16, "int8": to_int8}
 
 
@@ -96,4 +115,14 @@ def measure_variant(
     return float(np.mean(ious))
 
 
-__all__ = ["VARIANTS", "grid_boxes", "mask_iou", "measure_variant", "quantize", "restore", "to_float16", "to_int8"]
+__all__ = [
+    "VARIANTS",
+    "grid_boxes",
+    "mask_iou",
+    "measure_variant",
+    "quantize",
+    "restore",
+    "store_float16",
+    "to_float16",
+    "to_int8",
+]
