@@ -61,6 +61,7 @@ from hf_efficientsam.training.engine.config import (
 from hf_efficientsam.training.engine.encoder_weights import EncoderConfig, load_around_encoder
 from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
 from hf_efficientsam.training.engine.optimization import (
+    adamw,
     clip_gradients,
     encoder_lr_scale,
     parameter_groups,
@@ -180,7 +181,7 @@ def get_optimizer(
     layers = model.config.num_hidden_layers
     scales = {"num_layers": layers, "layer_decay": config.layer_decay, "encoder_scale": config.encoder_lr_scale}
     groups = parameter_groups(model, config.learning_rate, config.weight_decay, partial(encoder_lr_scale, **scales))
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+    optimizer = adamw(groups)
     return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
 
 

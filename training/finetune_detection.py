@@ -83,6 +83,7 @@ from hf_efficientsam.training.engine.config import (
 from hf_efficientsam.training.engine.encoder_weights import EncoderConfig, load_around_encoder
 from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
 from hf_efficientsam.training.engine.optimization import (
+    adamw,
     clip_gradients,
     encoder_lr_scale,
     parameter_groups,
@@ -262,7 +263,7 @@ def get_optimizer(
     scales = {"num_layers": layers, "layer_decay": config.layer_decay, "encoder_scale": config.encoder_lr_scale}
     scale = partial(encoder_lr_scale, **scales)
     groups = parameter_groups(detector, config.learning_rate, config.weight_decay, scale)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+    optimizer = adamw(groups)
     return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
 
 

@@ -54,6 +54,7 @@ from hf_efficientsam.training.engine.config import (
 )
 from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
 from hf_efficientsam.training.engine.optimization import (
+    adamw,
     clip_gradients,
     encoder_lr_scale,
     parameter_groups,
@@ -261,7 +262,7 @@ def get_optimizer(
     layers = model.config.vision_config.num_hidden_layers
     scales = {"num_layers": layers, "layer_decay": config.layer_decay, "encoder_scale": config.encoder_lr_scale}
     groups = parameter_groups(model, config.learning_rate, config.weight_decay, partial(encoder_lr_scale, **scales))
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+    optimizer = adamw(groups)
     kind, warmup_steps = config.schedule, min(config.warmup_steps, steps // 3)
     kind = "constant_with_warmup" if kind == "constant" else kind
     return optimizer, get_scheduler(kind, optimizer, warmup_steps, steps)

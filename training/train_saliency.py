@@ -45,7 +45,7 @@ from hf_efficientsam.training.engine.config import (
     parse_config,
 )
 from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
-from hf_efficientsam.training.engine.optimization import clip_gradients, parameter_groups, weight_average
+from hf_efficientsam.training.engine.optimization import adamw, clip_gradients, parameter_groups, weight_average
 from hf_efficientsam.training.engine.reports import describe_model, write_report
 from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
 from hf_efficientsam.training.saliency.embeddings import EncodedImages, MirroredEmbeddings, whiten
@@ -129,7 +129,7 @@ def get_optimizer(
     config: SaliencyConfig, head: EfficientSamSaliencyHead
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     groups = parameter_groups(head, config.learning_rate, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+    optimizer = adamw(groups)
     return optimizer, get_scheduler("cosine", optimizer, min(config.warmup_steps, config.steps // 3), config.steps)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save
+from safetensors.torch import load_file, save, save_file
 from tars import write_shard
 from torch.utils.data import DataLoader
 
@@ -47,6 +47,31 @@ def folder(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------- reading
+
+
+def test_a_flipped_bit_of_the_features_is_seen(tmp_path):
+    write_part(tmp_path, 0, 0, ["a", "b"], torch.arange(24.0).view(2, 4, 3))
+    open_manifest(tmp_path, MANIFEST)
+    write_index(tmp_path, 1, 1)
+    cache, path = FeatureCache(tmp_path, {}), part_path(tmp_path, 0, 0)
+    content = bytearray(path.read_bytes())
+    place = content.index(torch.tensor([13.0], dtype=torch.float16).numpy().tobytes())  # of the second image
+    content[place + 1] ^= 1
+    path.write_bytes(content)
+    assert torch.equal(cache.read("a", 0), torch.arange(12.0).view(4, 3).half())
+    with pytest.raises(ValueError, match="its checksum differs"):
+        cache.read("b", 0)
+
+
+def test_a_part_without_checksums_of_an_earlier_version_is_read(tmp_path):
+    write_part(tmp_path, 0, 0, ["a"], torch.zeros(1, 4, 3))
+    open_manifest(tmp_path, MANIFEST)
+    write_index(tmp_path, 1, 1)
+    path = part_path(tmp_path, 0, 0)
+    tensors = load_file(path)
+    del tensors["checksums"]
+    save_file(tensors, path)
+    assert torch.equal(FeatureCache(tmp_path, {}).read("a", 0), torch.zeros(4, 3).half())
 
 
 def test_every_view_of_every_key_is_read(folder):

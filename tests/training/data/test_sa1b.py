@@ -105,7 +105,9 @@ def test_masks_are_of_the_upright_image(tmp_path):
 def test_source_of_a_signed_url(tmp_path):
     path = write(tmp_path, described(1, (8, 6), [compressed(SQUARE)]))
     source = Sa1bShards([path])
-    record = next(iter(source.records)) | {"shard": "https://cdn.example.org/m1/sa_000020.tar?ccb=10-5&oh=00/_x"}
+    record = next(iter(source.records))
+    record["members"] = [(name, extent.read()) for name, extent in record["members"]]
+    record["shard"] = "https://cdn.example.org/m1/sa_000020.tar?ccb=10-5&oh=00/_x"
     assert source.decode(record).source == "sa_000020"
 
 

@@ -1,3 +1,4 @@
+import os
 import pickle
 import tarfile
 import warnings
@@ -46,6 +47,12 @@ class Keys(Numbers):
 
     def decode(self, record):
         return 100 * int(record["key"])
+
+
+class Bytes(Numbers):
+    def decode(self, record):
+        ((_, content),) = record["members"]
+        return content
 
 
 class Pairs(Numbers):
@@ -134,6 +141,40 @@ def test_the_members_that_are_needed_are_read_in_any_order(tmp_path, monkeypatch
     }
     files = [file.name for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".lock"]
     assert files == ["a.tar"], "nothing is unpacked"
+
+
+def bytes_read() -> int:
+    """By this process, as the system counts them."""
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux counts what a process reads")
+@pytest.mark.parametrize("shuffle_buffer", [1, 10])
+def test_passed_records_of_a_disk_are_not_read(tmp_path, shuffle_buffer):
+    size = 2**20
+    shards = [
+        write_shard(tmp_path / f"{shard}.tar", {f"{k}.txt": b"%d" % k + bytes(size) for k in range(shard, 60, 2)})
+        for shard in range(2)
+    ]
+
+    def texts(skip, number):
+        source, before = Bytes(shards), bytes_read()
+        found = list(islice(source.stream([0], 0, 1, shuffle_buffer, skip), number))
+        return found, bytes_read() - before
+
+    few, some = texts(10, 1)[1], texts(50, 1)[1]
+    assert some - few < size and size <= some < 4 * size, "however much is passed over, what is read is the same"
+    assert texts(50, 2)[0] == texts(0, 52)[0][50:]
+
+
+def test_a_shard_that_becomes_shorter_while_it_is_read_loses_its_records(tmp_path):
+    path = Path(write_shard(tmp_path / "a.tar", {f"{k}.txt": b"x" * 2000 for k in range(3)}))
+    source = Bytes([str(path)])
+    records = source.read(0)
+    assert next(records)[0] == "0"
+    os.truncate(path, 4000)  # within the second
+    with pytest.warns(UserWarning, match="has become shorter. Skipped"):
+        assert list(records) == []
 
 
 def test_a_record_without_a_member_is_broken(tmp_path):

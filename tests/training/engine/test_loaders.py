@@ -2,7 +2,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
+from script_runs import run_on_two_processes
+from tars import write_shard
 
+from hf_efficientsam.training.data.shards import Shards, Streamed
 from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
 
 
@@ -39,6 +42,52 @@ def test_an_epoch_has_whole_steps_and_can_be_entered_anywhere():
     for done in (1, 2, 3):
         assert numbers(done) == {step: batches for step, batches in whole.items() if step > done}
     assert numbers(6) == {} and numbers(0, 3) == {step: whole[step] for step in (1, 2, 3)}
+
+
+def test_a_resumed_epoch_does_not_read_what_it_passes_over():
+    class Counted(Numbers):
+        read = 0
+
+        def __getitem__(self, index):
+            self.read += 1
+            return index
+
+    accelerator, data = (
+        Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True)),
+        Counted(),
+    )
+    loader, epoch_steps = epoch_loader(accelerator, data, global_batch_size=1)
+    (_, batches), *_ = step_batches(accelerator, loader, epoch_steps - 1, epoch_steps, epoch_steps)
+    assert len(list(batches)) == 1 and data.read == 1
+
+
+class Texts(Shards):
+    needs = ((".txt",),)
+
+    def decode(self, record):
+        return int(record["members"][0][1])
+
+
+class Items(Streamed):
+    def item(self, key, decoded):
+        return decoded
+
+
+def two_epochs_of_uneven_shards(folder):
+    accelerator = Accelerator(cpu=True)
+    index, others = accelerator.process_index, accelerator.num_processes
+    data = Items(Texts([f"{folder}/{{0..1}}.tar"]), process_index=index, num_processes=others, shuffle_buffer=2)
+    loader, epoch_steps = epoch_loader(accelerator, data, global_batch_size=2, epoch_images=10, num_workers=1)
+    for step, batches in step_batches(accelerator, loader, 0, 2 * epoch_steps, epoch_steps):
+        numbers = accelerator.gather(torch.cat(list(batches)))  # waits for the other process
+        assert len(numbers) == 2 and numbers[0] == 0 and numbers[1] > 0, step
+    assert step == 10
+
+
+def test_two_processes_end_their_epochs_together_though_one_has_a_single_image(tmp_path):
+    write_shard(tmp_path / "0.tar", {"0.txt": b"0"})
+    write_shard(tmp_path / "1.tar", {f"{number}.txt": b"%d" % number for number in range(1, 10)})
+    run_on_two_processes(__file__, "two_epochs_of_uneven_shards", tmp_path)
 
 
 def test_an_epoch_of_less_than_a_step_is_refused():

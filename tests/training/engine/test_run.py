@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import signal
+from datetime import timedelta
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from accelerate import Accelerator
 
 from hf_efficientsam.training.engine.checkpoints import SaveError
 from hf_efficientsam.training.engine.config import LoaderConfig, RunConfig
-from hf_efficientsam.training.engine.optimization import clip_gradients
+from hf_efficientsam.training.engine.optimization import adamw, clip_gradients
 from hf_efficientsam.training.engine.run import (
     TrainingRun,
     TrainingStopped,
@@ -30,6 +31,25 @@ def test_gradients_are_accumulated_to_the_global_batch(monkeypatch, tmp_path):
     for batch_size, processes in ((3, 2), (1, 16)):
         with pytest.raises(ValueError, match=f"8 must be a multiple of --batch_size {batch_size} times {processes}"):
             steps(batch_size, processes)
+
+
+def test_processes_wait_for_one_another_as_long_as_the_config_says(tmp_path):
+    accelerator = start_accelerator(RunConfig(output_dir=str(tmp_path), timeout_minutes=7), cpu=True)
+    assert accelerator.init_handler.timeout == timedelta(minutes=7)
+
+
+def test_a_cpu_computes_in_float32(tmp_path):
+    start_accelerator(RunConfig(output_dir=str(tmp_path)), cpu=True)
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not adamw([{"params": [torch.nn.Parameter(torch.zeros(1))]}]).defaults["fused"]
+
+
+@pytest.mark.gpu
+def test_a_gpu_computes_in_tf32_and_steps_in_one_kernel(tmp_path):
+    start_accelerator(RunConfig(output_dir=str(tmp_path)))
+    assert torch.get_float32_matmul_precision() == "high"
+    assert adamw([{"params": [torch.nn.Parameter(torch.zeros(1, device="cuda"))]}]).defaults["fused"]
+    torch.set_float32_matmul_precision("highest")
 
 
 @dataclasses.dataclass(frozen=True)

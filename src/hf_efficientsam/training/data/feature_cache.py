@@ -1,7 +1,8 @@
 """Features of images on disk: of each image and each of its views, in half precision, such as a teacher's.
 
 FOLDER/manifest.json                        what the features depend on; written first
-FOLDER/view_0000/part_000000.safetensors    `features` float16 [n, N, C] and `key_hashes` int64 [n] of n images
+FOLDER/view_0000/part_000000.safetensors    of n images: `features` float16 [n, N, C], `key_hashes` and
+                                            `checksums` int64 [n]
 FOLDER/index.safetensors                    where to find each key; written last, so a cache that has it is complete
 
 A part holds the same images in every view, so one index serves them all: a sorted 64-bit hash, a part and a row for
@@ -11,6 +12,7 @@ cut out of the features of the whole image, because only so does the cache hold 
 
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -88,9 +90,14 @@ class FeatureCache:
                 "images; run training/cache_features.py on this data."
             )
         path = part_path(self.folder, view, int(self.index["parts"][position]))
+        row = int(self.index["rows"][position])
         with _open_part(path) as part:
             # A copy, because the slice would keep the whole file in memory.
-            return part.get_slice("features")[int(self.index["rows"][position])].clone()
+            features = part.get_slice("features")[row].clone()
+            expected = part.get_slice("checksums")[row] if "checksums" in part.keys() else None  # noqa: SIM118
+        if expected is not None and checksum(features) != int(expected):  # parts of 0.1.0 have none
+            raise ValueError(f"{path} is damaged (its checksum differs); delete it and {AGAIN}.")
+        return features
 
     def _position(self, key: str) -> int | None:
         """The place of a key in the index, which is sorted."""
@@ -174,7 +181,14 @@ def write_part(folder: str | Path, view: int, part: int, keys: list[str], featur
     if not finite.all():
         raise ValueError(f"The teacher's features of {keys[int(finite.int().argmin())]} do not fit into float16.")
     key_hashes = torch.tensor([_hash_key(key) for key in keys], dtype=torch.int64)
-    _write(part_path(folder, view, part), save({"features": features, "key_hashes": key_hashes}))
+    checksums = torch.tensor([checksum(row) for row in features], dtype=torch.int64)
+    tensors = {"features": features, "key_hashes": key_hashes, "checksums": checksums}
+    _write(part_path(folder, view, part), save(tensors))
+
+
+def checksum(features: torch.Tensor) -> int:
+    """CRC-32 of a contiguous tensor's bytes: a flipped bit passes for a number, and nothing else would tell."""
+    return zlib.crc32(features.numpy())
 
 
 def write_index(folder: str | Path, num_parts: int, views: int) -> None:

@@ -3,11 +3,12 @@
 import hashlib
 import os
 import re
+import tarfile
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count, groupby, repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,29 @@ from torch.utils import data
 
 KEY = re.compile(r"(?s:.*/)?[^.]*")  # a member's path up to the first dot of its name
 REACH = 16  # a broken record is replaced by one of so many before it
+
+
+class Extent(NamedTuple):
+    """Where bytes are: in which file, from which on, and how many."""
+
+    path: str
+    start: int
+    size: int
+
+    def read(self) -> bytes:
+        """
+        Raises:
+            ValueError: if they are not there any more.
+        """
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.start)
+                content = file.read(self.size)
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be read any more ({error.strerror}).") from error
+        if len(content) < self.size:
+            raise ValueError(f"{self.path} has become shorter.")
+        return content
 
 
 class Shards:
@@ -77,8 +101,8 @@ class Shards:
         Args:
             seeds: of the order, with the number of the pass; the same on all processes.
             process_index, num_processes: which of how many processes reads.
-            shuffle_buffer: how many records each worker mixes, kept encoded in memory.
-            skip: records that are passed over without being decoded.
+            shuffle_buffer: how many records each worker mixes; of URLs they are kept in memory, encoded.
+            skip: records that are passed over without being decoded, and those of tars on a disk without being read.
 
         Raises:
             ValueError: if no record of any shard can be read, or the package for a URL is not installed.
@@ -133,7 +157,8 @@ class Shards:
                 for member, suffixes in zip(record["members"], self.needs, strict=True):
                     if member is None:
                         raise ValueError(f"{record['key']} in {record['shard']} has no {' or '.join(suffixes)}.")
-                decoded = self.decode(record)
+                members = [(name, one.read() if isinstance(one, Extent) else one) for name, one in record["members"]]
+                decoded = self.decode(record | {"members": members})
             except ValueError as error:
                 when_broken(error)
             else:
@@ -216,13 +241,12 @@ def _read_shards(shards: list[str], needs: tuple[tuple[str, ...], ...]) -> Itera
     # refuses shards that mix jpg and png.
     for shard in shards:
         try:
-            archive = StreamingDownloadManager().iter_archive(shard)
-            for key, files in groupby(archive, lambda file: KEY.match(file[0])[0]):
+            for key, files in groupby(_files(shard), lambda file: KEY.match(file[0])[0]):
                 members = [None] * len(needs)
                 for name, file in files:
                     for i, suffixes in enumerate(needs):
                         if members[i] is None and name.lower().endswith(suffixes):
-                            members[i] = name, file.read()
+                            members[i] = name, (file if isinstance(file, Extent) else file.read())
                             break
                     if all(members):
                         break  # before a tear in what follows
@@ -234,6 +258,29 @@ def _read_shards(shards: list[str], needs: tuple[tuple[str, ...], ...]) -> Itera
             raise ValueError(f"{shard} cannot be opened without another package ({error}); install it.") from error
         except Exception as error:  # every protocol has its own; a run goes on without the shard
             warnings.warn(f"{shard} is broken ({error!r}); what follows in it is skipped.", stacklevel=2)
+
+
+def _files(shard: str) -> Iterator[tuple[str, Any]]:
+    """
+    Name and content of each file of a shard; of a tar on a disk, of which only the headers are read, its extent. So to
+    pass over records takes no reading, and a buffer of them little memory.
+    """
+    try:
+        tar = None if "://" in shard else tarfile.open(shard, "r:")  # noqa: SIM115
+    except tarfile.ReadError:  # compressed
+        tar = None
+    if tar is None:
+        yield from StreamingDownloadManager().iter_archive(shard)
+        return
+    with tar:
+        end = os.path.getsize(shard)
+        while (member := tar.next()) is not None:
+            tar.members = []  # which would fill the memory
+            if member.offset_data + member.size > end:
+                raise tarfile.ReadError("unexpected end of data")
+            if member.isreg() and not os.path.basename(member.name).startswith((".", "__")):
+                extent = Extent(shard, member.offset_data, member.size)
+                yield member.name, tar.extractfile(member) if member.issparse() else extent
 
 
 def _expand(pattern: str) -> list[str]:

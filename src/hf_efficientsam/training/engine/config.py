@@ -55,6 +55,9 @@ class RunConfig:
     ema_decay: RatioBelowOne = field(
         default=0.0, metadata={"help": "save an exponential moving average of the weights (0: off)"}
     )
+    timeout_minutes: PositiveFloat = field(
+        default=60, metadata={"help": "how long processes wait for one another before the run ends"}
+    )
     # Output.
     trackers: list[str] = field(default_factory=list, metadata={"help": "tensorboard, trackio, or both"})
     save_steps: PositiveInt = field(default=1000, metadata={"help": "a checkpoint every so many steps"})

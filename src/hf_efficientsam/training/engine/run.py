@@ -10,12 +10,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 
 from .checkpoints import Checkpoints, SaveError
 from .config import RunConfig
@@ -38,7 +43,8 @@ class TrainingStopped(RuntimeError):
 
 def start_accelerator(config: RunConfig, fsdp: bool = False, **options) -> Accelerator:
     """
-    With the configuration's trackers, and accumulating gradients to its `global_batch_size`.
+    With the configuration's trackers, and accumulating gradients to its `global_batch_size`. On CUDA, products of
+    float32 matrices are computed in TF32 from here on, unless NVIDIA_TF32_OVERRIDE=0 is set.
 
     Args:
         config: the run's.
@@ -49,12 +55,16 @@ def start_accelerator(config: RunConfig, fsdp: bool = False, **options) -> Accel
         ValueError: for an unknown tracker, for FSDP where it is of no use, and if batches of `batch_size` (None: all
             images of a process) do not make the global batch.
     """
+    timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes))
+    options["kwargs_handlers"] = [timeout, *options.get("kwargs_handlers", [])]
     accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(1, sync_with_dataloader=False),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
         **tracker_arguments(config.trackers, Path(config.output_dir)),
         **options,
     )
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     if accelerator.distributed_type == DistributedType.FSDP:
         if not fsdp:
             raise ValueError("A model this small gains nothing from FSDP; launch with training/accelerate/ddp.yaml.")
@@ -225,6 +235,7 @@ def check_same_run(config: RunConfig, num_processes: int, streamed: bool) -> Non
     """
     folder, now = Path(config.output_dir), dataclasses.asdict(config)
     free = {"save_steps", "save_minutes", "log_steps", "image_steps", "trackers", "output_dir", "cache_dir"}
+    free |= {"timeout_minutes"}
     if streamed:
         now["num_processes"] = num_processes
     else:
