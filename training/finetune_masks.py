@@ -1,4 +1,5 @@
-"""Trains EfficientSAM for promptable masks: SA-1B shards, COCO or LVIS json, a `datasets` dataset.
+"""Trains EfficientSAM, or another promptable model of transformers, for masks: SA-1B shards, COCO or LVIS json, a
+`datasets` dataset.
 
     accelerate launch --num_processes 1 training/finetune_masks.py   # a miniature: example images, no network
     accelerate launch training/finetune_masks.py --train my/instances.json --model bundled --output_dir runs/mine
@@ -6,13 +7,15 @@
         --train my/instances.json
     accelerate launch training/finetune_masks.py --config training/recipes/paper/masks_ti_sa1b.yaml \
         --shards "sa1b/sa_{000000..000999}.tar" --encoder runs/sami/model --output_dir runs/sa1b
+    accelerate launch training/finetune_masks.py --config training/recipes/own_data/masks_sam.yaml \
+        --model facebook/sam-vit-base --train my/train.json --validation my/val.json
 
 A run that is started again in the same `--output_dir` goes on where it stopped. The result is `OUTPUT_DIR/model`,
-which `from_pretrained`, `efficientsam segment --model` and `training/evaluate_masks.py` take; the training curve and
-drawings are beside it. Several GPUs and machines: training/accelerate/ddp.yaml and multi_node.yaml.
+which `from_pretrained`, `efficientsam segment --model` (of ours) and `training/evaluate_masks.py` take; the training
+curve and drawings are beside it, and with --validation the best model in `OUTPUT_DIR/best`. Several GPUs and machines:
+training/accelerate/ddp.yaml and multi_node.yaml.
 """
 
-import copy
 import dataclasses
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,22 +25,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
-from hf_efficientsam import (
-    EfficientSamImageProcessor,
-    EfficientSamModel,
-    EfficientSamProcessor,
-    EfficientSamSaliencyHead,
-)
+from hf_efficientsam import EfficientSamProcessor, EfficientSamSaliencyHead
 from hf_efficientsam.inference.drawing import draw_masks, image_table
 from hf_efficientsam.inference.loading import find_checkpoint, load_own_head
 from hf_efficientsam.model.mask_operations_efficientsam import boxes_from_masks
-from hf_efficientsam.training.data.images import to_image
 from hf_efficientsam.training.engine.checkpoints import replaced_folder
 from hf_efficientsam.training.engine.config import (
     LearningRateConfig,
@@ -56,12 +51,14 @@ from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
 from hf_efficientsam.training.engine.optimization import (
     adamw,
     clip_gradients,
+    count_layers,
     encoder_lr_scale,
     parameter_groups,
     weight_average,
 )
-from hf_efficientsam.training.engine.reports import describe_model
+from hf_efficientsam.training.engine.reports import describe_model, write_report
 from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
+from hf_efficientsam.training.masks.adapters import adapt, is_peer
 from hf_efficientsam.training.masks.batch import (
     Batch,
     MaskDataConfig,
@@ -73,18 +70,22 @@ from hf_efficientsam.training.masks.batch import (
 )
 from hf_efficientsam.training.masks.distillation import MaskTeacher
 from hf_efficientsam.training.masks.feature_views import cache_views
+from hf_efficientsam.training.masks.input_formats import InputFormat, PlainImageProcessor
 from hf_efficientsam.training.masks.interactive import InteractiveSegmentation, PromptConfig
+from hf_efficientsam.training.masks.lora import merged, save_lora
 from hf_efficientsam.training.masks.losses import MaskLoss, MaskLossConfig
 from hf_efficientsam.training.masks.metrics import most_confident
-from hf_efficientsam.training.masks.model_building import MaskModelConfig, build_model
+from hf_efficientsam.training.masks.model_building import MaskModelConfig, build_model, build_processor
+from hf_efficientsam.training.masks.trained_parts import TrainedPartsConfig, choose_trained
+from hf_efficientsam.training.masks.validation import Validation, ValidationConfig, evaluation_mode
 
 MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "masks.yaml"
-PARTS = ("vision_encoder", "prompt_encoder", "mask_decoder")
 
 
 @dataclass(frozen=True)
 class MasksConfig(
     MaskModelConfig,
+    TrainedPartsConfig,
     RunConfig,
     StepsConfig,
     LearningRateConfig,
@@ -92,24 +93,14 @@ class MasksConfig(
     PromptConfig,
     MaskDataConfig,
     MaskLossConfig,
+    ValidationConfig,
 ):
-    # What is learnt from.
     teacher: str | None = field(
         default=None,
         metadata={
             "help": "learn this model's answers to the prompts (path or Hub name of an EfficientSAM or SAM, or: "
             "bundled), not the data's masks"
         },
-    )
-    # What is trained.
-    freeze: list[str] = field(
-        default_factory=list, metadata={"help": "parts that are not trained: vision_encoder, prompt_encoder, ..."}
-    )
-    unfreeze: list[str] = field(
-        default_factory=list, metadata={"help": "modules of frozen parts that are trained, as mask_decoder.iou_head"}
-    )
-    train_last_layers: NotNegativeInt | None = field(
-        default=None, metadata={"help": "of the encoder train only so many last layers and the neck; by default all"}
     )
     cache_embeddings: bool = field(
         default=False,
@@ -131,9 +122,6 @@ class MasksConfig(
     all_cells_ratio: Ratio = field(
         default=0.1, metadata={"help": "with --cells, this last part of the steps is on all cells all the same"}
     )
-    lora: NotNegativeInt = field(
-        default=0, metadata={"help": "rank of LoRA updates of the encoder's queries and values, its weights frozen"}
-    )
     # Steps on random ellipses instead of the images' masks, encoder frozen: where a new decoder learns what a box is.
     synthetic_steps: NotNegativeInt = field(default=0, metadata={"help": "so many steps on ellipses first"})
     synthetic_ratio: Ratio = field(default=0.0, metadata={"help": "and this ratio of the later ones"})
@@ -148,6 +136,7 @@ class MasksConfig(
     shuffle_buffer: PositiveInt = 500
     save_steps: PositiveInt = 200
     image_steps: PositiveInt = 200
+    eval_steps: PositiveInt = 200
 
 
 def check(config: MasksConfig) -> None:
@@ -158,14 +147,15 @@ def check(config: MasksConfig) -> None:
     config.check_model()
     if config.schedule not in ("cosine", "linear", "constant"):
         raise ValueError(f"--schedule {config.schedule} is not known; choose cosine, linear or constant.")
-    if unknown := set(config.freeze) - set(PARTS):
-        raise ValueError(f"--freeze {min(unknown)}: there is no such part; choose of {', '.join(PARTS)}.")
-    if config.lora and "vision_encoder" in config.freeze:
-        raise ValueError("--lora updates the encoder and --freeze vision_encoder forbids it; leave one of them out.")
-    if config.train_last_layers is not None and (config.lora or "vision_encoder" in config.freeze):
-        raise ValueError("--train_last_layers, --lora and --freeze vision_encoder exclude each other; choose one.")
-    if encoders := [name for name in config.unfreeze if name.split(".")[0] == "vision_encoder"]:
-        raise ValueError(f"--unfreeze {encoders[0]}: of the encoder choose what is trained by --train_last_layers.")
+    config.check_trained_parts()
+    config.check_validation()
+    if config.save_lora and (
+        config.model is None or config.encoder or config.background_points or config.mask_prompts
+    ):
+        raise ValueError(
+            "--save_lora saves what is added to --model; give that, and leave out --encoder, --background_points and "
+            "--mask_prompts, which change it."
+        )
     check_cache(config)
 
 
@@ -189,66 +179,52 @@ def check_cache(config: MasksConfig) -> None:
         raise ValueError("--teacher answers on whole masks of the images; leave --cells and --synthetic_... out.")
 
 
-def choose_trained(
-    model: EfficientSamModel,
-    freeze: list[str],
-    lora_rank: int,
-    last_layers: int | None = None,
-    unfreeze: list[str] | None = None,
-) -> None:
-    """Freezes what is not to be trained, such as all but the encoder's last layers and neck if their number is given,
-    and inserts low-rank updates of the encoder if their rank is not 0."""
-    if lora_rank:
-        layers = r"vision_encoder\.layers\.\d+\.attention\.(q|v)_proj"
-        inject_adapter_in_model(LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=layers), model)
-        for name, parameter in model.named_parameters():
-            in_encoder = name.startswith("vision_encoder.") and ".neck." not in name
-            parameter.requires_grad = "lora_" in name or not in_encoder
-    if last_layers is not None:
-        encoder = model.vision_encoder
-        if last_layers > len(encoder.layers):
-            raise ValueError(f"--train_last_layers {last_layers}: the encoder has {len(encoder.layers)} layers.")
-        encoder.embeddings.requires_grad_(False)
-        encoder.layers[: len(encoder.layers) - last_layers].requires_grad_(False)
-    for part in freeze:
-        getattr(model, part).requires_grad_(False)
-    for name in unfreeze or []:
-        try:
-            model.get_submodule(name).requires_grad_(True)
-        except AttributeError:
-            raise ValueError(
-                f"--unfreeze {name}: the model has no such module; mask_decoder.iou_head is one."
-            ) from None
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("--freeze leaves nothing to train; name fewer parts.")
+def fit_to_model(config: MasksConfig, model: PreTrainedModel) -> MasksConfig:
+    """With the model's image size, if none is given; says what another model than ours does not take."""
+    size = adapt(model).image_size
+    if is_peer(config.model):
+        off = {"encoder": None, "select_weights": None, "background_points": None, "mask_prompts": None}
+        off |= {"cache_embeddings": False, "cells": 0, "teacher": None}
+        for name, value in off.items():
+            if getattr(config, name) != value:
+                raise ValueError(f"--{name} is for EfficientSAM alone; leave it out with {config.model}.")
+        if config.image_size not in (None, size):
+            raise ValueError(f"--image_size {config.image_size}: {config.model} takes {size} pixels alone.")
+    if config.image_size is None:
+        config = dataclasses.replace(config, image_size=size)
+        check(config)
+    if not is_peer(config.model):
+        model.config.vision_config.image_size = config.image_size
+    return config
 
 
-def merged(model: EfficientSamModel) -> EfficientSamModel:
-    """A copy whose low-rank updates, if there are any, have become part of the weights."""
-    model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer):
-            module.merge()
-            model.set_submodule(name, module.get_base_layer())
-    return model
-
-
-def build_data(config: MasksConfig) -> MaskTrainingSet | MaskViews | StreamedMasks:
+def build_data(config: MasksConfig, input_format: InputFormat) -> MaskTrainingSet | MaskViews | StreamedMasks:
     sources = open_masks(config)
     if config.cache_embeddings or config.teacher is not None:
         return MaskViews(sources, config, config.noise_size, config.seed, config.views)
     if not config.shards:
-        return MaskTrainingSet(sources, config, config.noise_size, config.seed)
+        return MaskTrainingSet(sources, config, config.noise_size, config.seed, input_format)
     state = PartialState()
     processes = {"process_index": state.process_index, "num_processes": state.num_processes}
     return StreamedMasks(
-        sources, config, config.noise_size, config.seed, shuffle_buffer=config.shuffle_buffer, **processes
+        sources,
+        config,
+        config.noise_size,
+        config.seed,
+        input_format,
+        shuffle_buffer=config.shuffle_buffer,
+        **processes,
     )
 
 
-def get_loader(config: MasksConfig, accelerator: Accelerator) -> tuple[DataLoader, int, int]:
+def get_loader(
+    config: MasksConfig, input_format: InputFormat, accelerator: Accelerator
+) -> tuple[DataLoader, int, int]:
     """Batches, optimiser steps an epoch, and in all."""
-    data, loading = build_data(config), (config.global_batch_size, config.num_workers, config.epoch_images)
+    data, loading = (
+        build_data(config, input_format),
+        (config.global_batch_size, config.num_workers, config.epoch_images),
+    )
     loader, epoch_steps = epoch_loader(accelerator, data, *loading, collate_fn=collate)
     steps = config.steps if config.epochs is None else round(config.epochs * epoch_steps)
     if steps == 0:
@@ -257,9 +233,11 @@ def get_loader(config: MasksConfig, accelerator: Accelerator) -> tuple[DataLoade
 
 
 def get_optimizer(
-    config: MasksConfig, model: EfficientSamModel, steps: int
+    config: MasksConfig, model: PreTrainedModel, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    layers = model.config.vision_config.num_hidden_layers
+    layers = count_layers(model)
+    if config.layer_decay != 1 and not layers:
+        raise ValueError("--layer_decay: the encoder has no numbered layers; leave it out.")
     scales = {"num_layers": layers, "layer_decay": config.layer_decay, "encoder_scale": config.encoder_lr_scale}
     groups = parameter_groups(model, config.learning_rate, config.weight_decay, partial(encoder_lr_scale, **scales))
     optimizer = adamw(groups)
@@ -275,9 +253,10 @@ def step_chance(seed: int, step: int) -> tuple[float, torch.Generator]:
     return torch.rand((), generator=generator).item(), generator
 
 
-def kept_saliency_head(config: MasksConfig, model: EfficientSamModel) -> EfficientSamSaliencyHead | None:
+def kept_saliency_head(config: MasksConfig, model: PreTrainedModel) -> EfficientSamSaliencyHead | None:
     """The saliency head of --model, which belongs to its encoder, if that stays as it is; else says what to do."""
-    head = None if config.model is None else load_own_head(find_checkpoint(config.model))
+    has_none = config.model is None or is_peer(config.model)
+    head = None if has_none else load_own_head(find_checkpoint(config.model))
     changed = config.encoder is not None or any(one.requires_grad for one in model.vision_encoder.parameters())
     if head is not None and changed:
         PartialState().print(
@@ -288,45 +267,60 @@ def kept_saliency_head(config: MasksConfig, model: EfficientSamModel) -> Efficie
 
 
 def save_model(
-    model: EfficientSamModel, config: MasksConfig, folder: Path, saliency_head: EfficientSamSaliencyHead | None
+    model: PreTrainedModel,
+    processor: EfficientSamProcessor | PlainImageProcessor,
+    config: MasksConfig,
+    folder: Path,
+    saliency_head: EfficientSamSaliencyHead | None,
 ) -> None:
-    model = merged(model)
-    model.config.vision_config.image_size = config.image_size
-    size = {"height": config.image_size, "width": config.image_size}
+    whole = merged(model)
     with replaced_folder(folder) as writing:
-        model.save_pretrained(writing)
-        EfficientSamProcessor(EfficientSamImageProcessor(size=size)).save_pretrained(writing)
+        whole.save_pretrained(writing)
+        processor.save_pretrained(writing)
         if saliency_head is not None:
             saliency_head.save_pretrained(writing / "saliency")
-        describe_model(writing, "finetune_masks", model, config)
+        if config.save_lora:
+            save_lora(model, config.model, writing / "lora")
+        describe_model(writing, "finetune_masks", whole, config)
 
 
 @torch.no_grad()
-def draw(model: EfficientSamModel, batch: Batch) -> Image.Image:
+def draw(model: PreTrainedModel, input_format: InputFormat, batch: Batch) -> Image.Image:
     """The first images' masks, and what the model makes of their boxes, side by side."""
-    model.eval()
-    boxes = boxes_from_masks(batch.masks[:4])
-    output = model(batch.pixel_values[:4], input_boxes=boxes)
-    model.train()
+    boxes, adapter = boxes_from_masks(batch.masks[:4]), adapt(model)
+    with evaluation_mode(model):
+        output = adapter.decode(adapter.embed(batch.pixel_values[:4]), {"input_boxes": boxes}, multimask_output=True)
     _, predicted = most_confident(output, batch.masks.shape[-2:])
     columns = {"images": [], "their masks": [], "by their boxes": []}
     for pixels, *rows in zip(batch.pixel_values[:4], batch.valid, batch.masks, predicted, boxes, strict=False):
         valid, true, guess, box = (row.cpu() for row in rows)
-        image = to_image(pixels)
+        image = input_format.to_image(pixels)
         columns["images"].append(image)
         columns["their masks"].append(draw_masks(image, true[valid]))
         columns["by their boxes"].append(draw_masks(image, guess[valid], boxes=box[valid].tolist()))
     return image_table(columns)
 
 
+def validate(validation: Validation, model: PreTrainedModel, config: MasksConfig, run: TrainingRun, step: int) -> bool:
+    """Logs a model's scores, writes them into metrics.json, and says if they are the best so far: on the main process
+    alone, which keeps that model."""
+    scores, report = validation.measure(model)
+    is_best = run.accelerator.is_main_process and all(scores["miou"] > row["miou"] for row in run.log.evaluations)
+    run.log.add_evaluation(step, **scores)
+    if run.accelerator.is_main_process:
+        report |= {"step": step, "config": dataclasses.asdict(config)}
+        write_report(run.output_dir / "metrics.json", report, ("accelerate", "numpy", "pillow", "scipy"))
+    return is_best
+
+
 def training_function(config: MasksConfig, run: TrainingRun) -> None:
     accelerator = run.accelerator
     segmenter = build_model(config, config.image_size, config.seed)
-    if config.image_size is None:
-        config = dataclasses.replace(config, image_size=segmenter.config.vision_config.image_size)
-        check(config)
-    loader, epoch_steps, steps = get_loader(config, accelerator)
-    choose_trained(segmenter, config.freeze, config.lora, config.train_last_layers, config.unfreeze)
+    config = fit_to_model(config, segmenter)
+    processor, input_format = build_processor(config.model, config.image_size)
+    loader, epoch_steps, steps = get_loader(config, input_format, accelerator)
+    validation = Validation(config, processor, accelerator, config.num_workers) if config.validation else None
+    choose_trained(segmenter, config)
     saliency_head = kept_saliency_head(config, segmenter)
     last_layers = config.train_last_layers or 0
     teacher = None if config.teacher is None else MaskTeacher(config.teacher, accelerator.device)
@@ -334,7 +328,12 @@ def training_function(config: MasksConfig, run: TrainingRun) -> None:
     optimizer, scheduler = get_optimizer(config, task.model, steps)
     task, optimizer = accelerator.prepare(task, optimizer)
     average = weight_average(segmenter, config.ema_decay)
+    averaged = segmenter if average is None else average.module
     done = run.resume(steps, [scheduler, average])
+
+    def save(name: str) -> None:
+        if accelerator.is_main_process:
+            save_model(averaged, processor, config, run.output_dir / name, saliency_head)
 
     embeddings = teacher_features = None
     folder = Path(config.cache_dir or run.output_dir / "embeddings")
@@ -376,11 +375,12 @@ def training_function(config: MasksConfig, run: TrainingRun) -> None:
             average.update_parameters(segmenter)
         run.log.add(step, images=config.global_batch_size, **means, lr=lr)
         if run.is_due(step, config.image_steps):
-            run.log.add_image(step, draw(segmenter, batch), "masks")
+            run.log.add_image(step, draw(segmenter, input_format, batch), "masks")
+        is_measured = validation is not None and run.is_due(step, config.eval_steps)
+        if is_measured and validate(validation, averaged, config, run, step):
+            save("best")
         if run.is_save_due(step):
-            if accelerator.is_main_process:
-                averaged = segmenter if average is None else average.module
-                save_model(averaged, config, run.output_dir / "model", saliency_head)
+            save("model")
             run.save(step)
 
 

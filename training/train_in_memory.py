@@ -44,21 +44,13 @@ from hf_efficientsam.training.engine.optimization import encoder_lr_scale, param
 from hf_efficientsam.training.engine.reports import write_report
 from hf_efficientsam.training.engine.run import TrainingStopped, check_device, run_script
 from hf_efficientsam.training.masks.batch import Batch
-from hf_efficientsam.training.masks.evaluation import (
-    ImageBatches,
-    Item,
-    calibration_errors,
-    evaluate_images,
-    mean_ious,
-    split_broken,
-)
+from hf_efficientsam.training.masks.evaluation import ImageBatches, Item, split_broken
 from hf_efficientsam.training.masks.interactive import InteractiveSegmentation, PromptConfig
 from hf_efficientsam.training.masks.losses import MaskLoss, MaskLossConfig
 from hf_efficientsam.training.masks.memory import MasksInMemory
 from hf_efficientsam.training.masks.model_building import MaskModelConfig, build_model
-from hf_efficientsam.training.masks.predictors import Predictor
+from hf_efficientsam.training.masks.validation import measure_model, scores_of
 
-PROMPTS = ("box", "click1", "click3")
 ROW_SECONDS = 10
 
 
@@ -190,16 +182,8 @@ def read_val(config: InMemoryConfig, processor: EfficientSamProcessor) -> list[l
 def evaluate(
     model: EfficientSamModel, processor: EfficientSamProcessor, batches: list[list[Item]]
 ) -> dict[str, float]:
-    """mIoU of the most confident masks, of boxes by the objects' sizes too, and how wrong the predicted IoU is."""
-    was_training = model.training
-    predictors = {"model": Predictor("model", model.eval(), processor)}
-    records, _ = split_broken(evaluate_images(predictors, batches, PROMPTS))  # shards leave broken images out
-    model.train(was_training)
-    results = mean_ious(records, "model", PROMPTS)
-    scores = {prompt: results[prompt]["confident"]["all"]["miou"] for prompt in PROMPTS}
-    scores |= {f"box_{size}": one["miou"] for size, one in results["box"]["confident"].items() if size != "all"}
-    errors = calibration_errors(records, "model", PROMPTS)
-    return {**scores, "calibration_error": sum(errors.values()) / len(errors)}
+    records, _ = split_broken(measure_model(model, processor, batches))  # shards leave broken images out
+    return scores_of(records)
 
 
 # ---------------------------------------------------------------------------------------------------- training

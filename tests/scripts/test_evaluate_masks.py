@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from safetensors.torch import save_file
 from script_runs import fork, refuse, run
-from transformers import Sam2Config, SamConfig, SamImageProcessor, SamModel, SamProcessor
+from transformers import EdgeTamConfig, SamConfig, SamImageProcessor, SamModel, SamProcessor
 
 from hf_efficientsam import EfficientSamVisionConfig, EfficientSamVisionModel
 from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
@@ -226,7 +227,7 @@ def test_ap_of_a_detectors_boxes(coco, boxes, tiny_model, tiny_sam, tmp_path):
         (["--annotations", "COCO", "--images", "a", "b"], "one for each of the 1 files of --annotations"),
         (["--annotations", "COCO", "--model", "absent/runs/model"], "absent/runs/model: no such directory"),
         (["--annotations", "COCO", "--model", "VISION"], "holds a model of type 'efficientsam_vision_model'"),
-        (["--annotations", "COCO", "--model", "SAM2"], "its processor needs torchvision, which is not installed"),
+        (["--annotations", "COCO", "--model", "EDGETAM"], "it needs timm, which is not installed"),
         (["--annotations", "COCO", "--model", "TINY", "TINY"], "none twice"),
         (["--annotations", "COCO", "--model", "TINY", "--device", "gpu"], "Expected one of cpu"),
         (["--annotations", "COCO", "COCO", "--detections", "BOXES"], "--detections belong to one json file"),
@@ -240,10 +241,10 @@ def test_evaluate_refuses_bad_input_in_one_sentence(coco, boxes, tiny_model, tmp
     if "VISION" in arguments:  # an encoder alone
         config = EfficientSamVisionConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
         EfficientSamVisionModel(config).save_pretrained(tmp_path)
-    if "SAM2" in arguments:
-        Sam2Config().save_pretrained(tmp_path)
-        (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "Sam2ImageProcessor"}')
-    places = {"COCO": coco / "masks.json", "BOXES": boxes, "VISION": tmp_path, "SAM2": tmp_path, "TINY": tiny_model}
+    if "EDGETAM" in arguments:
+        EdgeTamConfig().save_pretrained(tmp_path)
+        save_file({}, tmp_path / "model.safetensors", {"format": "pt"})
+    places = {"COCO": coco / "masks.json", "BOXES": boxes, "VISION": tmp_path, "EDGETAM": tmp_path, "TINY": tiny_model}
     assert sentence in refuse("evaluate_masks", *(places.get(argument, argument) for argument in arguments))
 
 

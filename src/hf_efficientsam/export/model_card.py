@@ -69,6 +69,13 @@ processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
 
 # Of what other training scripts make: the Hub's pipeline, what it is, how it is loaded.
 TRAINED = {
+    "finetune_masks": (  # of another promptable model than ours
+        "mask-generation",
+        "A promptable segmenter, fine-tuned",
+        "from transformers import AutoProcessor, {architecture}\n\n"
+        'model = {architecture}.from_pretrained(".")\n'
+        'processor = AutoProcessor.from_pretrained(".")',
+    ),
     "finetune_classification": (
         "image-classification",
         "EfficientSAM's image encoder as a classifier",
@@ -145,14 +152,20 @@ def needed_transformers() -> str:
     return f'"{next(one for one in metadata.requires("hf-efficientsam") if one.startswith("transformers"))}"'
 
 
-def describe(data: ModelCardData, model_name: str, metrics: str | None, provenance: Provenance) -> None:
+def describe(
+    data: ModelCardData,
+    model_name: str,
+    metrics: str | None,
+    provenance: Provenance,
+    tags: Sequence[str] = ("efficientsam", "segment-anything", "image-segmentation"),
+) -> None:
     """Fills in the fields of a card's front matter. What `provenance` states takes the place of what is there."""
     data.library_name = data.library_name or "transformers"
     data.pipeline_tag = data.pipeline_tag or PIPELINE_TAG
     data.license = provenance.license or data.license or "unknown"
     data.base_model = provenance.base_model or data.base_model
     data.datasets = list(provenance.datasets) or data.datasets
-    data.tags = list(dict.fromkeys([*(data.tags or []), "efficientsam", "segment-anything", "image-segmentation"]))
+    data.tags = list(dict.fromkeys([*(data.tags or []), *tags]))
     if results := metrics_as_model_index(metrics or "", provenance.evaluated_on):
         others = (one for one in data.eval_results or [] if not any(map(one.is_equal_except_value, results)))
         data.model_name = data.model_name or model_name
@@ -233,7 +246,8 @@ def training_card(script: str, model: PreTrainedModel, provenance: Provenance) -
         return model_card(model, "OWNER/NAME", provenance=provenance)
     pipeline_tag, title, code = TRAINED[script]
     data = ModelCardData(pipeline_tag=pipeline_tag)
-    describe(data, title, None, provenance)
+    tags = {"tags": ("segment-anything", "image-segmentation")} if script == "finetune_masks" else {}
+    describe(data, title, None, provenance, **tags)
     code = code.format(architecture=type(model).__name__)
     text = TRAINED_TEXT.format(title=title, script=script, code=code, transformers=needed_transformers())
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")

@@ -1,17 +1,9 @@
 import pytest
 import tiny
+import tiny_peers
 import torch
 from PIL import Image
-from transformers import (
-    Sam2Config,
-    Sam2HieraDetConfig,
-    Sam2Model,
-    Sam2VisionConfig,
-    SamConfig,
-    SamImageProcessor,
-    SamModel,
-    SamProcessor,
-)
+from transformers import SamImageProcessorPil, SamModel, SamProcessor
 
 from hf_efficientsam import EfficientSamImageProcessor, EfficientSamProcessor
 from hf_efficientsam.training.masks.predictors import Predictor, load_mask_predictor, prepare_image
@@ -34,17 +26,9 @@ def ours():
 
 @pytest.fixture
 def sam():
-    torch.manual_seed(0)
-    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 32, "image_size": 64}
-    vision |= {"output_channels": 32, "num_pos_feats": 16, "global_attn_indexes": [0], "window_size": 2}
-    config = SamConfig(
-        vision_config=vision,
-        prompt_encoder_config={"hidden_size": 32, "image_size": 64, "mask_input_channels": 4},
-        mask_decoder_config={"hidden_size": 32, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16},
-    )
     size = {"height": 64, "width": 64}
-    processor = SamProcessor(SamImageProcessor(size={"longest_edge": 64}, pad_size=size))
-    return Predictor("sam", SamModel(config).eval(), processor)
+    processor = SamProcessor(SamImageProcessorPil(size={"longest_edge": 64}, pad_size=size))
+    return Predictor("sam", tiny_peers.sam(), processor)
 
 
 def encode(predictor, image):
@@ -82,7 +66,7 @@ def test_each_prompt_has_its_own_mask(request, name):
     assert not torch.allclose(scores, before)
     for i in range(2):
         alone = predictor.model(
-            image_embeddings=predict.embeddings,
+            **predict.embeddings,
             input_points=(POINTS[[i]] * predict.scale).float()[None],
             input_labels=LABELS[[i]][None],
             input_masks=previous[[i]][None],
@@ -96,50 +80,21 @@ def test_images_of_any_shape_are_encoded_in_their_order(ours):
     together = ours.encode([prepare_image(ours.processor, image) for image in images])
     for image, predict in zip(images, together, strict=True):
         alone = encode(ours, image)
-        assert torch.allclose(predict.embeddings, alone.embeddings, atol=1e-5)
+        ours_alone = alone.embeddings["image_embeddings"]
+        assert torch.allclose(predict.embeddings["image_embeddings"], ours_alone, atol=1e-5)
         masks, _, _ = predict(input_boxes=torch.tensor([[2.0, 3, 12, 9]]))
         assert masks.shape == (1, 3, image.height, image.width)
 
 
-def test_what_a_model_takes(ours, sam):
-    assert (ours.background_points, ours.mask_prompts) == (True, True) == (sam.background_points, sam.mask_prompts)
-    official = Predictor("official", tiny.one_layer_model(), ours.processor)
-    assert (official.background_points, official.mask_prompts) == (False, False)
+def test_the_input_of_a_model(ours, sam):
     assert ours.input_size() == sam.input_size() == {"height": 64, "width": 64}
 
 
-class SquashTo64:
-    """As SAM 2's processor, which needs torchvision: no aspect ratio, no reshaped_input_sizes, bilinear masks."""
-
-    def __call__(self, images, return_tensors):
-        pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(images.width))
-        return {"pixel_values": pixels, "original_sizes": torch.tensor([[images.height, images.width]])}
-
-    def post_process_masks(self, masks, original_sizes):
-        size = tuple(original_sizes[0])
-        return [torch.nn.functional.interpolate(masks[0], size, mode="bilinear") > 0]
-
-
-def test_sam2_has_embeddings_of_several_scales():
-    torch.manual_seed(0)
-    backbone = Sam2HieraDetConfig(
-        hidden_size=8, image_size=[64, 64], blocks_per_stage=[1, 1, 2, 1], embed_dim_per_stage=[8, 16, 32, 64],
-        num_attention_heads_per_stage=[1, 1, 2, 2], window_size_per_stage=[4, 4, 4, 4], global_attention_blocks=[3],
-        window_positional_embedding_background_size=[2, 2],
-    )  # fmt: skip
-    vision = Sam2VisionConfig(
-        backbone_config=backbone, backbone_channel_list=[64, 32, 16, 8], fpn_hidden_size=32,
-        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
-    )  # fmt: skip
-    config = Sam2Config(
-        vision_config=vision,
-        prompt_encoder_config={"hidden_size": 32, "image_size": 64, "mask_input_channels": 4},
-        mask_decoder_config={"hidden_size": 32, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16},
-    )
-    predictor = Predictor("sam2", Sam2Model(config).eval(), SquashTo64())
+@pytest.mark.parametrize("name", tiny_peers.PEERS)
+def test_every_peer_is_loaded_and_asked(tmp_path, name):
+    predictor = load_mask_predictor(str(tiny_peers.save(tmp_path, name)), "cpu")
     images = [prepare_image(predictor.processor, noise(width)) for width in (30, 40)]
-    first, second = predictor.encode(images)
-    assert isinstance(first.embeddings, list) and {len(level) for level in first.embeddings} == {1}
+    _, second = predictor.encode(images)
     masks, scores, logits = second(input_boxes=BOXES)
     assert masks.shape == (3, 3, HEIGHT, 40) and scores.shape == (3, 3)
     (alone,) = predictor.encode(images[1:])
@@ -165,10 +120,6 @@ def test_loading(ours, sam, tmp_path):
 
 
 def test_what_cannot_be_loaded(sam, tmp_path):
-    Sam2Config().save_pretrained(tmp_path / "sam2")
-    (tmp_path / "sam2" / "preprocessor_config.json").write_text('{"image_processor_type": "Sam2ImageProcessor"}')
-    with pytest.raises(ValueError, match="sam2 cannot be loaded: its processor needs torchvision, which is not inst"):
-        load_mask_predictor(str(tmp_path / "sam2"), "cpu")
     sam.processor.save_pretrained(tmp_path / "sam")
     sam.model.config.save_pretrained(tmp_path / "sam")
     with pytest.raises(ValueError, match=r"sam cannot be loaded: .*no file named"):

@@ -25,6 +25,8 @@ def random_crop_flip(
     max_masks: int = 16,
     color_jitter: float = 0.0,
     flip: bool = True,
+    keeps_aspect_ratio: bool = False,
+    antialias: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A random crop, flipped half of the time and squashed to a square, with a random choice of its masks.
 
@@ -38,9 +40,11 @@ def random_crop_flip(
         max_masks: at most so many masks are chosen, at random, before any is decoded.
         color_jitter: brightness, contrast and saturation are each multiplied by 1 - color_jitter to 1 + color_jitter.
         flip: false for never.
+        keeps_aspect_ratio: the longer side of the crop becomes S, and the other one less.
+        antialias: whether reducing the image averages all pixels.
 
     Returns:
-        image float32 [3,S,S] in [0, 1], resized as at inference (bilinear, no antialiasing, no rounding), and masks
+        image float32 [3,S,S] in [0, 1], resized as at our models' inference (bilinear, no rounding), and masks
         uint8 [N,S,S] of 0 and 1, 1 <= N <= max_masks, none empty. Masks of which the crop shows too little and
         those that fill it are left out; where none is left the whole image is taken, if need be with any of its masks.
     """
@@ -52,12 +56,13 @@ def random_crop_flip(
         raise ValueError(f"max_masks must be at least 1: got {max_masks}.")
     whole = (0, 0, image.width, image.height)
     for box in (_random_crop(image.width, image.height, scale, generator), whole):
-        masks = crop_masks(rles, box, size, max_masks, generator)
+        output_size = fitted_size(box[3] - box[1], box[2] - box[0], size) if keeps_aspect_ratio else (size, size)
+        masks = crop_masks(rles, box, output_size, max_masks, generator)
         if len(masks):
             break
     else:
-        masks = any_masks(rles, size, max_masks, generator)
-    pixels = crop_image(image, box, size)
+        masks = any_masks(rles, output_size, max_masks, generator)
+    pixels = crop_image(image, box, output_size, antialias)
     if flip and torch.rand((), generator=generator) < 0.5:
         pixels, masks = pixels.flip(-1), masks.flip(-1)
     if color_jitter:
@@ -65,11 +70,19 @@ def random_crop_flip(
     return pixels, masks
 
 
-def crop_image(image: Image.Image, box: tuple[int, int, int, int], size: int) -> torch.Tensor:
-    """A crop (left, top, right, bottom) float32 [3,S,S] in [0, 1], resized as at inference: bilinear, no antialiasing,
-    no rounding."""
+def fitted_size(height: int, width: int, size: int) -> tuple[int, int]:
+    """(height, width) of an image whose longer side becomes `size`, rounded as Segment Anything does; at least 1."""
+    scale = size / max(height, width)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def crop_image(
+    image: Image.Image, box: tuple[int, int, int, int], size: int | tuple[int, int], antialias: bool = False
+) -> torch.Tensor:
+    """A crop (left, top, right, bottom) float32 [3,h,w] in [0, 1], resized to (h, w) or a square of that side:
+    bilinear, no rounding."""
     pixels = torch.from_numpy(np.array(image.crop(box))).permute(2, 0, 1)[None].float() / 255
-    return F.interpolate(pixels, (size, size), mode="bilinear", align_corners=False)[0]
+    return F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=antialias)[0]
 
 
 def random_resized_crop(
@@ -115,18 +128,19 @@ def _random_crop(width: int, height: int, scale: tuple[float, float], generator:
 
 
 def crop_masks(
-    rles: list[dict], box: tuple[int, int, int, int], size: int, max_masks: int, generator: torch.Generator
+    rles: list[dict], box: tuple[int, int, int, int], size: tuple[int, int], max_masks: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """uint8 [N,S,S], N from 0 to max_masks, of those masks that the crop still shows."""
+    """uint8 [N,h,w], N from 0 to max_masks, of those masks that the crop still shows."""
+    area = math.prod(size)
     left, top, right, bottom = box
     crop = rle_codec.frPyObjects(np.array([[left, top, right - left, bottom - top]], float), *rles[0]["size"])
     # "Crowd" IoU is the intersection over the mask's own area: the ratio inside the crop, without decoding.
     shown = rle_codec.iou(rles, crop, [True])[:, 0]
-    output_pixels = shown * rle_codec.area(rles) * size**2 / ((right - left) * (bottom - top))
+    output_pixels = shown * rle_codec.area(rles) * area / ((right - left) * (bottom - top))
     large_enough = (shown >= MIN_KEPT_FRACTION) & (output_pixels >= MIN_OUTPUT_PIXELS)
-    candidates = np.flatnonzero(large_enough & (output_pixels <= MAX_IMAGE_FRACTION * size**2))
+    candidates = np.flatnonzero(large_enough & (output_pixels <= MAX_IMAGE_FRACTION * area))
     if not len(candidates):
-        return torch.zeros(0, size, size, dtype=torch.uint8)
+        return torch.zeros(0, *size, dtype=torch.uint8)
     order = torch.randperm(len(candidates), generator=generator)[:max_masks].tolist()
     masks = resize_rles([rles[candidates[i]] for i in order], box, size)
     kept = large_enough_masks(masks)
@@ -134,16 +148,16 @@ def crop_masks(
 
 
 def large_enough_masks(masks: torch.Tensor) -> torch.Tensor:
-    """Of which masks [N,S,S] more than hardly anything is left: bool [N]."""
+    """Of which masks [N,H,W] more than hardly anything is left: bool [N]."""
     return masks.sum((1, 2), dtype=torch.int32) >= MIN_OUTPUT_PIXELS
 
 
-def any_masks(rles: list[dict], size: int, max_masks: int, generator: torch.Generator) -> torch.Tensor:
-    """uint8 [N,S,S], N from 1 to max_masks, of the whole image: the last resort, whatever the size of the masks."""
+def any_masks(rles: list[dict], size: tuple[int, int], max_masks: int, generator: torch.Generator) -> torch.Tensor:
+    """uint8 [N,h,w], N from 1 to max_masks, of the whole image: the last resort, whatever the size of the masks."""
     order = torch.randperm(len(rles), generator=generator)[:max_masks].tolist()
     masks = torch.from_numpy(decode_rles([rles[i] for i in order]))
     # Any coverage counts, so that even a single pixel of a large image is still there.
-    return (F.interpolate(masks[:, None].float(), (size, size), mode="area")[:, 0] > 0).byte()
+    return (F.interpolate(masks[:, None].float(), size, mode="area")[:, 0] > 0).byte()
 
 
 def jitter_color(pixels: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:

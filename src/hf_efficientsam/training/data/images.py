@@ -315,16 +315,25 @@ def hash_key(key: str) -> int:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
 
 
-def normalize(pixels: torch.Tensor) -> torch.Tensor:
-    """RGB `[..., 3, H, W]`, uint8 or in [0, 1] -> float32 as our models take it: ImageNet's mean 0 and variance 1."""
-    mean, std = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD]).to(pixels.device, non_blocking=True)
+def normalize(
+    pixels: torch.Tensor,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> torch.Tensor:
+    """RGB `[..., 3, H, W]`, uint8 or in [0, 1] -> float32 as a model takes it, by default ours: mean 0 and variance 1
+    of ImageNet's pixels."""
+    mean, std = torch.tensor([mean, std]).to(pixels.device, non_blocking=True)
     pixels = pixels / 255 if pixels.dtype == torch.uint8 else pixels
     return (pixels - mean[:, None, None]) / std[:, None, None]
 
 
-def to_image(pixels: torch.Tensor) -> Image.Image:
+def to_image(
+    pixels: torch.Tensor,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> Image.Image:
     """The inverse of `normalize`: `[3, H, W]` -> the image."""
-    mean, std = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])
+    mean, std = torch.tensor([mean, std])
     pixels = pixels.float().cpu() * std[:, None, None] + mean[:, None, None]
     return Image.fromarray((255 * pixels).clamp(0, 255).byte().permute(1, 2, 0).numpy())
 

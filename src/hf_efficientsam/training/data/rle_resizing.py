@@ -66,21 +66,22 @@ def axis_of(length: int, size: int) -> tuple[Axis, np.ndarray]:
     return axis, axis.steps
 
 
-def resize_rles(rles: list[dict], box: tuple[int, int, int, int], size: int) -> torch.Tensor:
+def resize_rles(rles: list[dict], box: tuple[int, int, int, int], size: int | tuple[int, int]) -> torch.Tensor:
     """
     Part of masks, resized with antialiasing and then cut at one half.
 
     Args:
         rles: compressed COCO RLEs of masks [H,W].
         box: the part (left, top, right, bottom) in pixels, right and bottom exclusive.
-        size: S, height and width of the result.
+        size: (h, w) of the result, or the side of a square.
 
     Returns:
-        uint8 [N,S,S] of 0 and 1; exactly the part itself if it has S x S pixels.
+        uint8 [N,h,w] of 0 and 1; exactly the part itself if it has h x w pixels.
     """
     left, top, right, bottom = box
-    (across, _), (down, steps) = axis_of(right - left, size), axis_of(bottom - top, size)
-    masks = np.zeros((len(rles), size, size), np.uint8)
+    height, width = (size, size) if isinstance(size, int) else size
+    (across, _), (down, steps) = axis_of(right - left, width), axis_of(bottom - top, height)
+    masks = np.zeros((len(rles), height, width), np.uint8)
     for mask, rle in zip(masks, rles, strict=True):
         columns, starts, stops = _runs_of_columns(rle, box)
         if not len(columns):

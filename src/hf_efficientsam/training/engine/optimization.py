@@ -34,22 +34,37 @@ def adamw(groups: list[dict], betas: tuple[float, float] = (0.9, 0.999)) -> torc
     return torch.optim.AdamW(groups, betas=betas, fused=PartialState().device.type == "cuda" or None)
 
 
+LAYER = r"\bvision_encoder\.(?:backbone\.)?(?:layers|blocks)\.(\d+)\."
+BEFORE_LAYERS = r"\bvision_encoder\.(?:backbone\.)?(?:embeddings\.|cls_token|patch_embed\.|pos_embed)"
+
+
+def count_layers(model: nn.Module) -> int:
+    """Layers of an encoder as `layer_depth` counts them; 0 for one without, such as a convolutional one."""
+    return 1 + max(
+        (int(found[1]) for name, _ in model.named_parameters() if (found := re.search(LAYER, name))), default=-1
+    )
+
+
+def layer_depth(name: str, num_layers: int) -> int:
+    """
+    How many layers from the end of the encoder, ours or SAM's, a parameter is: 1 for the last of its `num_layers`
+    layers, `num_layers + 1` for patch and position embeddings and class token, 0 for everything else.
+    """
+    if found := re.search(LAYER, name):
+        return num_layers - int(found[1])
+    return num_layers + 1 if re.search(BEFORE_LAYERS, name) else 0
+
+
 def encoder_lr_scale(name: str, num_layers: int, layer_decay: float, encoder_scale: float = 1.0) -> float:
     """
-    What the learning rate is multiplied by for a parameter of a model with our encoder, which may lie anywhere in it.
+    What the learning rate is multiplied by for a parameter of a model with an encoder, which may lie anywhere in it.
 
-    Layer-wise decay is BEiT's (arXiv 2106.08254): `layer_decay` for the last of the encoder's `num_layers` layers, its
-    square for the one before, and so on to the embeddings and the class token. All of these are also multiplied by
-    `encoder_scale`. The neck and what comes after the encoder are new, or learn as if they were: 1.
+    Layer-wise decay is BEiT's (arXiv 2106.08254): `layer_decay` to the power of `layer_depth`. All of the encoder is
+    also multiplied by `encoder_scale`. The neck and what comes after the encoder are new, or learn as if they were: 1.
     """
     if not re.search(r"\bvision_encoder\.", name) or ".neck." in name:
         return 1.0
-    depth = 0
-    if found := re.search(r"\bvision_encoder\.layers\.(\d+)\.", name):
-        depth = num_layers - int(found[1])
-    elif re.search(r"\bvision_encoder\.(embeddings\.|cls_token)", name):
-        depth = num_layers + 1
-    return layer_decay**depth * encoder_scale
+    return layer_decay ** layer_depth(name, num_layers) * encoder_scale
 
 
 def weight_average(model: nn.Module, decay: float) -> AveragedModel | None:

@@ -19,6 +19,7 @@ from hf_efficientsam.training.data.sa1b import Sa1bShards
 from hf_efficientsam.training.data.shards import Streamed, hash_lines, shared_number
 from hf_efficientsam.training.engine.config import NotNegativeFloat, PositiveInt, PositiveRatio
 
+from .input_formats import OUR_FORMAT, InputFormat, pad_to_square
 from .views import View, view_of
 
 
@@ -26,9 +27,9 @@ from .views import View, view_of
 class Batch:
     """B images with Q masks each; images with fewer are padded with empty masks that are not `valid`.
 
-    pixel_values float32 [B,3,S,S] (ImageNet normalised), mask_bits uint8 [B,Q,S,S/8] (see `unpack_masks`), valid bool
-    [B,Q], noise float32 [B,Q,K] (uniform, for the prompts), keys: B names of images, views: which of its fixed views
-    each image is shown in, if it has any.
+    pixel_values float32 [B,3,S,S] (normalised), mask_bits uint8 [B,Q,S,S/8] (see `unpack_masks`), valid bool [B,Q],
+    noise float32 [B,Q,K] (uniform, for the prompts), keys: B names of images, views: which of its fixed views each
+    image is shown in, if it has any.
     """
 
     pixel_values: torch.Tensor
@@ -94,8 +95,10 @@ class MaskDataConfig(AnnotationConfig):
 class _Items:
     """What both datasets share: their arguments, the epoch, and how a sample becomes an item."""
 
-    def __init__(self, options: MaskDataConfig, noise_size: int = 0, seed: int = 0):
-        self.options, self.noise_size, self.seed = options, noise_size, seed
+    def __init__(
+        self, options: MaskDataConfig, noise_size: int = 0, seed: int = 0, input_format: InputFormat = OUR_FORMAT
+    ):
+        self.options, self.noise_size, self.seed, self.format = options, noise_size, seed, input_format
         self.epoch = shared_number()
 
     def set_epoch(self, epoch: int) -> None:
@@ -104,13 +107,14 @@ class _Items:
     def make(self, name: str, sample: Sample, number: int) -> dict:
         """`pixel_values` float32 [3,S,S], `mask_bits` uint8 [N,S,S/8] with 1 <= N <= max_masks * prompts_per_mask,
         `noise` float32 [N,K] and `key` of a sample; its chance depends on (seed, epoch, number)."""
-        options = self.options
+        options, size = self.options, self.options.image_size
         generator = self.chance(number)
         image, masks = random_crop_flip(
-            sample.image, sample.rles, options.image_size, generator, (options.crop_scale, 1.0), options.max_masks,
-            options.color_jitter, options.flip,
+            sample.image, sample.rles, size, generator, (options.crop_scale, 1.0), options.max_masks,
+            options.color_jitter, options.flip, self.format.keeps_aspect_ratio, self.format.antialias,
         )  # fmt: skip
-        return {"pixel_values": normalize(image), **self.prompted(masks, generator), "key": name}
+        pixel_values = self.format.normalize(image, size)
+        return {"pixel_values": pixel_values, **self.prompted(pad_to_square(masks, size), generator), "key": name}
 
     def prompted(self, masks: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """The masks as often as they are prompted, and the uniform random numbers of their prompts."""
@@ -135,10 +139,18 @@ class MaskTrainingSet(_Items, Dataset):
         options: `every`, `image_size` and what `random_crop_flip` takes.
         noise_size: K, see `PromptConfig`.
         seed: of all chance.
+        input_format: what the model takes; by default ours.
     """
 
-    def __init__(self, sources: Sequence, options: MaskDataConfig, noise_size: int = 0, seed: int = 0):
-        super().__init__(options, noise_size, seed)
+    def __init__(
+        self,
+        sources: Sequence,
+        options: MaskDataConfig,
+        noise_size: int = 0,
+        seed: int = 0,
+        input_format: InputFormat = OUR_FORMAT,
+    ):
+        super().__init__(options, noise_size, seed, input_format)
         self.sources = list(sources)
         self.ends = list(accumulate(len(range(0, len(source), options.every)) for source in self.sources))
         if not any(self.ends):
@@ -203,7 +215,7 @@ class MaskViews(MaskTrainingSet):
         number = int(torch.randint(self.views[self._place(number)[0]], (), generator=generator))
         size, max_masks = self.options.image_size, self.options.max_masks
         view = view_of(name, number, sample.image.size, sample.rles)
-        masks = crop_masks(sample.rles, view.box, size, max_masks, generator)
+        masks = crop_masks(sample.rles, view.box, (size, size), max_masks, generator)
         if not len(masks):  # of an image whose masks are all too small or too large
             number = min(number, 1)
             view = view_of(name, number, sample.image.size, sample.rles)
@@ -239,9 +251,15 @@ class StreamedMasks(Streamed, _Items):
     """
 
     def __init__(
-        self, source: Sa1bShards, options: MaskDataConfig, noise_size: int = 0, seed: int = 0, **streaming: int
+        self,
+        source: Sa1bShards,
+        options: MaskDataConfig,
+        noise_size: int = 0,
+        seed: int = 0,
+        input_format: InputFormat = OUR_FORMAT,
+        **streaming: int,
     ):
-        _Items.__init__(self, options, noise_size, seed)
+        _Items.__init__(self, options, noise_size, seed, input_format)
         Streamed.__init__(self, source, seed, **streaming)
 
     def item(self, key: str, sample: Sample) -> dict:

@@ -90,7 +90,7 @@ class MaskTeacher:
     A frozen promptable model whose masks are targets. No part of the model that is trained, nor of its checkpoints.
 
     Args:
-        name: directory or Hub name of an EfficientSAM, or of a SAM-like model of transformers; or: bundled.
+        name: directory or Hub name of an EfficientSAM or a SAM, or: bundled.
         device: to run it on.
 
     Attributes: `model`, and `size`, the side of its square input in pixels.
@@ -101,8 +101,10 @@ class MaskTeacher:
 
     def __init__(self, name: str, device: torch.device | str):
         predictor = load_mask_predictor(name, device)
-        self.model, self.size = predictor.model.requires_grad_(False), max(predictor.input_size().values())
-        self.background_points = predictor.background_points
+        self.model, self.adapter = predictor.model.requires_grad_(False), predictor.adapter
+        self.size = max(predictor.input_size().values())
+        if self.model.config.model_type not in ("efficientsam", "sam"):
+            raise ValueError(f"{name} cannot be the teacher of masks; choose an EfficientSAM or a SAM.")
 
     def cache_views(
         self, data: MaskViews, folder: Path, accelerator: Accelerator, num_workers: int = 0
@@ -118,7 +120,7 @@ class MaskTeacher:
     @torch.no_grad()
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels `[B, 3, size, size]` -> image embeddings as cells `[B, h * w, C]`, row by row."""
-        return self.model.get_image_embeddings(pixel_values).flatten(2).transpose(1, 2)
+        return self.adapter.embed(pixel_values)["image_embeddings"].flatten(2).transpose(1, 2)
 
     @torch.no_grad()
     def masks(
@@ -140,16 +142,12 @@ class MaskTeacher:
         """
         side = round(features.shape[1] ** 0.5)
         embeddings = features.transpose(1, 2).unflatten(2, (side, side)).to(self.model.dtype)
-        scale, boxes = self.size / size, prompt["input_boxes"]
+        scale, boxes, labels = self.size / size, prompt["input_boxes"], prompt["input_labels"]
         has_box = (boxes != MISSING_BOX).any(-1, keepdim=True)
-        labels = prompt["input_labels"]
-        labels = labels if self.background_points else torch.where(labels == 0, PADDING, labels)
-        ask = {"image_embeddings": embeddings, "multimask_output": multimask_output}
-        ask |= {"input_points": prompt["input_points"] * scale, "input_labels": labels}
-        boxes = torch.where(has_box, boxes * scale, MISSING_BOX)
-        if isinstance(self.model, EfficientSamModel):
-            return most_confident(self.model(input_boxes=boxes, **ask), (size, size))[1]
-        # SAM's prompts of a batch all have a box or none of them has.
-        _, with_box = most_confident(self.model(input_boxes=boxes, **ask), (size, size))
-        _, without = most_confident(self.model(**ask), (size, size))
-        return torch.where(has_box[..., None], with_box, without)
+        ask = {
+            "input_points": prompt["input_points"] * scale,
+            "input_labels": labels if self.adapter.background_points else torch.where(labels == 0, PADDING, labels),
+            "input_boxes": torch.where(has_box, boxes * scale, MISSING_BOX),
+        }
+        answer = self.adapter.decode({"image_embeddings": embeddings}, ask, multimask_output)
+        return most_confident(answer, (size, size))[1]

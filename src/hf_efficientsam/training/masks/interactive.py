@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_efficientsam.model.mask_operations_efficientsam import boxes_from_masks
-from hf_efficientsam.model.modeling_efficientsam import MISSING_BOX, PADDING, EfficientSamModel
+from hf_efficientsam.model.modeling_efficientsam import MISSING_BOX, PADDING
 from hf_efficientsam.training.data.synthetic import random_ellipses
 from hf_efficientsam.training.engine.config import NotNegativeFloat, NotNegativeInt, PositiveInt, PositiveRatio, Ratio
 
+from .adapters import Answer, SamAdapter, adapt, freeze_batch_norm
 from .cell_sampling import (
     cell_losses,
     choose_cells,
@@ -79,11 +81,11 @@ class InteractiveSegmentation(nn.Module):
     2 rounds without a click, always.
 
     Args:
-        model: trained in place.
+        model: trained in place; ours, or another that `adapt` knows.
         loss: applied to each round; the rounds' losses are averaged.
         options: see [`PromptConfig`]. `loss_stride` 1, the input's size, takes longer than encoder and decoder
             together on a CPU; at the decoder's own size (4) objects below a few pixels lose their shape.
-        last_layers: how many layers of the encoder come after the hidden states that `forward` may be given.
+        last_layers: how many layers of our encoder come after the hidden states that `forward` may be given.
         teacher: its answers to the same prompts are the targets, in every round, and new clicks lie where model and
             teacher disagree (EdgeSAM, arXiv 2312.06660); the masks that are given say only where the first prompts
             are. It gets no mask prompts. Where its answer is empty the prompt teaches nothing.
@@ -94,7 +96,7 @@ class InteractiveSegmentation(nn.Module):
 
     def __init__(
         self,
-        model: EfficientSamModel,
+        model: PreTrainedModel,
         loss: MaskLoss,
         options: PromptConfig | None = None,
         last_layers: int = 0,
@@ -102,9 +104,15 @@ class InteractiveSegmentation(nn.Module):
     ):
         super().__init__()
         self.model, self.loss, self.options = model, loss, options or PromptConfig()
-        self.last_layers, self.teacher = last_layers, teacher
-        if self.options.mask_only_rounds and not model.config.prompt_encoder_config.mask_prompts:
+        self.adapter, self.last_layers, self.teacher = adapt(model), last_layers, teacher
+        if self.options.mask_only_rounds and not self.adapter.mask_prompts:
             raise ValueError("The model takes no mask prompts; set mask_only_rounds to 0.")
+
+    def train(self, mode: bool = True) -> "InteractiveSegmentation":
+        super().train(mode)
+        if isinstance(self.adapter, SamAdapter):
+            freeze_batch_norm(self.model)
+        return self
 
     def forward(
         self,
@@ -131,6 +139,7 @@ class InteractiveSegmentation(nn.Module):
             synthetic: ask for random ellipses instead of the masks, and leave the encoder without gradients.
             hidden_states: what the frozen layers of the encoder make of the pixels, `[B, N, C]`, if that is known.
             num_cells: one round in which each prompt is decoded on so many cells of the image; 0: on all of them.
+                This and `hidden_states` are for our model alone.
             teacher_features: of the teacher, if there is one: its features of the images, `[B, N, C]`.
 
         Returns:
@@ -142,12 +151,21 @@ class InteractiveSegmentation(nn.Module):
             masks = random_ellipses(ellipse, pixel_values.shape[-1], self.options.smallest_ellipse)
         with torch.set_grad_enabled(not synthetic and torch.is_grad_enabled()):
             if hidden_states is None:
-                image_embeddings = self.model.get_image_embeddings(pixel_values)
+                embeddings = self.adapter.embed(pixel_values)
             else:
-                image_embeddings = encode_rest(self.model.vision_encoder, hidden_states, self.last_layers)
+                known = encode_rest(self.model.vision_encoder, hidden_states, self.last_layers)
+                embeddings = {"image_embeddings": known}
         if num_cells:
             prompt = self.first_prompt(masks, kind, box, clicks)
-            return self.sampled_round(image_embeddings, prompt, masks, valid, noise, num_prompts, num_cells)
+            return self.sampled_round(
+                **embeddings,
+                prompt=prompt,
+                masks=masks,
+                valid=valid,
+                noise=noise,
+                num_prompts=num_prompts,
+                num_cells=num_cells,
+            )
         targets, answered = loss_targets(masks, self.options.loss_stride), valid
         prompt = self.first_prompt(masks, kind, box, clicks)
         multimask = single_mask >= self.options.single_mask_probability
@@ -156,7 +174,7 @@ class InteractiveSegmentation(nn.Module):
         for click in [None, *later]:
             if output is not None:
                 prompt, multimask = self.corrected(prompt, output, masks, click), False
-            output = self.model(image_embeddings=image_embeddings, multimask_output=multimask, **prompt)
+            output = self.adapter.decode(embeddings, prompt, multimask)
             if self.teacher is not None:
                 masks = self.teacher.masks(teacher_features, prompt, multimask, masks.shape[-1])
                 targets, answered = loss_targets(masks, self.options.loss_stride), valid & masks.flatten(2).any(-1)
@@ -217,18 +235,18 @@ class InteractiveSegmentation(nn.Module):
         return {"input_points": torch.stack(points, dim=2), "input_labels": labels, "input_boxes": boxes}
 
     @torch.no_grad()
-    def corrected(self, prompt: dict, output, masks: torch.Tensor, click: torch.Tensor | None) -> dict:
+    def corrected(self, prompt: dict, output: Answer, masks: torch.Tensor, click: torch.Tensor | None) -> dict:
         """The prompt with the most confident mask, and one more click where that is wrong, chosen by the uniform
         random numbers `click` `[B, Q]`; None: without a click."""
         logits, predicted = most_confident(output, masks.shape[-2:])
         corrected = dict(prompt)
         if click is not None:
             point, label = sample_error_points(predicted, masks, click)
-            if not self.model.config.prompt_encoder_config.background_points:
+            if not self.adapter.background_points:
                 label = torch.where(label == 0, PADDING, label)
             corrected["input_points"] = torch.cat([prompt["input_points"], point[:, :, None]], dim=2)
             corrected["input_labels"] = torch.cat([prompt["input_labels"], label[..., None]], dim=2)
-        if self.model.config.prompt_encoder_config.mask_prompts:
+        if self.adapter.mask_prompts:
             corrected["input_masks"] = logits.clamp(-20, 20)  # keeps an overconfident mask from drowning the click
         return corrected
 

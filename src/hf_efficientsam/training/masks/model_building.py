@@ -4,14 +4,19 @@ import copy
 from dataclasses import dataclass, field
 
 from accelerate.utils import set_seed
+from transformers import PreTrainedModel
 
 from hf_efficientsam.inference.loading import load_model, resolve_name
 from hf_efficientsam.model.configuration_efficientsam import EfficientSamConfig, EfficientSamVisionConfig
+from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
+from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
 from hf_efficientsam.training.engine.config import PositiveInt
 from hf_efficientsam.training.engine.encoder_weights import load_encoder, load_vit, select_weights
 
+from .adapters import is_peer, load_peer
 from .initial_weights import set_geometric_weights
+from .input_formats import OUR_FORMAT, InputFormat, PlainImageProcessor
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,11 @@ class MaskModelConfig:
     """Which model is trained."""
 
     model: str | None = field(
-        default=None, metadata={"help": "start from this model (path or Hub name, or: bundled); else from a new Ti"}
+        default=None,
+        metadata={
+            "help": "start from this model: path or Hub name of an EfficientSAM or of another promptable model of "
+            "transformers, or: bundled; else from a new Ti"
+        },
     )
     encoder: str | None = field(
         default=None, metadata={"help": "with the encoder that sami.py has pretrained: its model directory"}
@@ -52,9 +61,9 @@ class MaskModelConfig:
             raise ValueError(f"--initial_weights {self.initial_weights} is not known; choose geometric or random.")
 
 
-def build_model(config: MaskModelConfig, image_size: int | None = None, seed: int = 0) -> EfficientSamModel:
+def build_model(config: MaskModelConfig, image_size: int | None = None, seed: int = 0) -> PreTrainedModel:
     """
-    The model that a training starts from, on the CPU.
+    The model that a training starts from, on the CPU: an `EfficientSamModel`, or a peer of transformers'.
 
     Args:
         config: what it is.
@@ -65,6 +74,8 @@ def build_model(config: MaskModelConfig, image_size: int | None = None, seed: in
         ValueError: if something cannot be loaded, or does not fit together.
     """
     set_seed(seed)  # the same start on every process, whatever was loaded before
+    if is_peer(config.model):
+        return load_peer(config.model).train()
     kinds = {name: getattr(config, name) for name in ("background_points", "mask_prompts")}
     if config.model is not None:
         model, _ = load_model(config.model)
@@ -84,6 +95,31 @@ def build_model(config: MaskModelConfig, image_size: int | None = None, seed: in
         model.config.vision_config.image_size = image_size or model.config.vision_config.image_size
         set_geometric_weights(model)
     return model
+
+
+def build_processor(
+    name: str | None, image_size: int
+) -> tuple[EfficientSamProcessor | PlainImageProcessor, InputFormat]:
+    """
+    What is saved with the model, and what training makes of crops.
+
+    Args:
+        name: of the model that training starts from, if it is not a new one.
+        image_size: side of the model's input in pixels.
+
+    Raises:
+        ValueError: if the processor of a model of transformers is missing, or is for another size.
+    """
+    if not is_peer(name):
+        size = {"height": image_size, "width": image_size}
+        return EfficientSamProcessor(EfficientSamImageProcessor(size=size)), OUR_FORMAT
+    processor = PlainImageProcessor.from_pretrained(name)
+    if processor.size != image_size:
+        raise ValueError(
+            f"The processor of {name} makes {processor.size} pixels and the model takes {image_size}; correct its "
+            "preprocessor_config.json."
+        )
+    return processor, processor.format
 
 
 def new_model(config: MaskModelConfig, image_size: int | None, kinds: dict[str, bool | None]) -> EfficientSamModel:

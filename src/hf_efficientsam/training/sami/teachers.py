@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.image_processing_base import ImageProcessingMixin
 
 from hf_efficientsam.inference.loading import resolve_name
+from hf_efficientsam.training.data.processor_files import read_processor_values
 
 
 class Teacher(nn.Module):
@@ -127,8 +127,8 @@ def load_teacher(
     """
     device, path = torch.device(device or "cpu"), resolve_name(name)
     model, encoder = _load_encoder(name, path)
-    processor_size, mean, std = _read_processor(name, path)
-    size = processor_size if size is None else size
+    values = read_processor_values(name, path)
+    size = values.side if size is None else size
     patch_size = _patch_size(encoder)
     if size < 1 or (patch_size and size % patch_size):
         raise ValueError(f"{name} needs a size that is a multiple of its patch of {patch_size} pixels: got {size}.")
@@ -137,7 +137,7 @@ def load_teacher(
     offset = None if offset is None else offset.detach().flatten().to(device)
     weights_hash = _hash_weights(encoder)
     encoder = encoder.to(device, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16))
-    return Teacher(encoder, name, size, mean, std, weights_hash, offset)
+    return Teacher(encoder, name, size, values.mean, values.std, weights_hash, offset)
 
 
 def _load_encoder(name: str, path: str) -> tuple[nn.Module, nn.Module]:
@@ -162,31 +162,6 @@ def _load_encoder(name: str, path: str) -> tuple[nn.Module, nn.Module]:
     if missing := [key for key in loading["missing_keys"] if key.startswith(part) and "pooler" not in key]:
         raise ValueError(f"The teacher {name} lacks {len(missing)} of its weights, such as {min(missing)}.")
     return model, encoder
-
-
-def _read_processor(name: str, path: str) -> tuple[int, list[float], list[float]]:
-    """Side of the input, and mean and standard deviation of pixels in [0, 255].
-
-    From the file itself, because some image processors (SAM 2's) cannot be imported without torchvision.
-    """
-    try:
-        values, _ = ImageProcessingMixin.get_image_processor_dict(path)
-    except (OSError, ValueError):
-        values = {}
-    try:
-        size = values["crop_size" if values.get("do_center_crop", "crop_size" in values) else "size"]
-        sides = set(size.values()) if isinstance(size, dict) else {size}  # in old files a number
-        (side,) = sides
-        scale = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0
-        normalize = values.get("do_normalize", True)
-        mean = [value / scale for value in (values["image_mean"] if normalize else [0.0] * 3)]
-        std = [value / scale for value in (values["image_std"] if normalize else [1.0] * 3)]
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(
-            f"{name} has no preprocessor_config.json that gives one `size`, `image_mean` and `image_std`; a teacher "
-            "is a vision model saved together with its image processor."
-        ) from None
-    return int(side), mean, std
 
 
 def _patch_size(encoder: PreTrainedModel) -> int | None:
