@@ -102,14 +102,19 @@ def test_the_loss_falls_on_one_image(recipe, one_image, peers, tmp_path, name):
     assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
 
 
-def test_two_processes_and_accumulated_batches_agree_with_one(arguments, peers, tmp_path):
+def test_accumulated_batches_agree_with_one_though_there_is_batch_normalisation(arguments, peers, tmp_path):
     given = [*arguments, "--model", peers["edgetam"]]
     run("finetune_masks", *given, "--output_dir", tmp_path / "one")
     run("finetune_masks", *given, "--output_dir", tmp_path / "accumulated", "--batch_size", 2)
+    assert_close(tmp_path / "accumulated", tmp_path / "one", curves=1e-4, values=1e-4)
+
+
+def test_two_processes_agree_with_one(arguments, peers, tmp_path):
+    given = [*arguments, "--model", peers["sam2"]]
+    run("finetune_masks", *given, "--output_dir", tmp_path / "one")
     done = fork("finetune_masks", *given, "--output_dir", tmp_path / "two", processes=2)
     assert done.returncode == 0, done.stderr
-    for other in ("accumulated", "two"):
-        assert_close(tmp_path / other, tmp_path / "one", curves=1e-4, values=1e-4)
+    assert_close(tmp_path / "two", tmp_path / "one", curves=1e-4, values=1e-4)
 
 
 def test_low_rank_updates_are_saved_by_themselves_too(arguments, peers, tmp_path):
