@@ -42,6 +42,15 @@ def test_image_and_masks_stay_together():
         assert ((image[0] >= 0.5) != masks[0].bool()).float().mean() < 0.03
 
 
+def test_a_crop_that_keeps_its_aspect_ratio_has_a_longer_side_of_the_size():
+    for seed in range(20):
+        image, masks = augment([rle(OBJECT)], seed, keeps_aspect_ratio=True, antialias=True)
+        assert max(image.shape[1:]) == 64 > min(image.shape[1:]) and masks.shape == (1, *image.shape[1:])
+        assert ((image[0] >= 0.5) != masks[0].bool()).float().mean() < 0.03
+    whole, _ = augment([rle(OBJECT)], scale=(1, 1), keeps_aspect_ratio=True)
+    assert whole.shape == (3, 38, 64)
+
+
 def test_flipped_half_of_the_time():
     lefts = [augment([rle(OBJECT)], seed, scale=(1, 1))[1][..., :32].sum().item() for seed in range(100)]
     assert len(set(lefts)) == 2 and 30 < lefts.count(max(lefts)) < 70

@@ -18,10 +18,10 @@ def random_mask(height, width, seed):
 
 
 def plainly(masks, box, size):
-    """float64 [N,S,S]: the planes decoded and resized whole."""
+    """float64 [N,h,w]: the planes decoded and resized whole."""
     left, top, right, bottom = box
     part = torch.from_numpy(masks)[:, None, top:bottom, left:right].double()
-    return F.interpolate(part, (size, size), mode="bilinear", antialias=True)[:, 0]
+    return F.interpolate(part, size, mode="bilinear", antialias=True)[:, 0]
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,7 @@ def plainly(masks, box, size):
         ((0, 0, 150, 90), 90),  # one axis stays
         ((140, 80, 150, 90), 8),
         ((70, 0, 71, 90), 16),  # a single column
+        ((13, 5, 121, 78), (48, 30)),  # no square
     ],
 )
 def test_equals_resized_planes(box, size):
@@ -41,7 +42,7 @@ def test_equals_resized_planes(box, size):
     resized = resize_rles([encode_mask(mask) for mask in masks], box, size)
     expected = plainly(masks, box, size)
     undecided = (expected - 0.5).abs() < 5e-6  # what is half covered belongs to the mask
-    assert resized.dtype == torch.uint8 and resized.shape == (12, size, size)
+    assert resized.dtype == torch.uint8 and resized.shape == (12, *expected.shape[1:])
     assert torch.equal(resized[~undecided], (expected > 0.5).byte()[~undecided])
     assert resized[undecided].all()
 

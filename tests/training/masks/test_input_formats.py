@@ -6,6 +6,10 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import SamImageProcessorPil
 
+from hf_efficientsam.model.mask_operations_efficientsam import boxes_from_masks
+from hf_efficientsam.training.data.coco import Sample, encode_mask
+from hf_efficientsam.training.data.mask_bits import unpack_masks
+from hf_efficientsam.training.masks.batch import MaskDataConfig, MaskTrainingSet
 from hf_efficientsam.training.masks.input_formats import InputFormat, PlainImageProcessor, pad_to_square
 
 LEVEL = 1 / 255 / 0.224  # of a channel, normalised
@@ -48,6 +52,23 @@ def test_sam2s_is_torchs_antialiased_resizing_to_a_square(processor):
     logits = torch.randn(2, 3, 16, 16)
     expected = F.interpolate(logits, (61, 90), mode="bilinear", align_corners=False) > 0
     assert torch.equal(plain.post_process_masks([logits], [(61, 90)])[0], expected)
+
+
+@pytest.mark.parametrize("name", ["sam", "sam2", "sam3_tracker"])
+def test_a_whole_image_is_trained_on_as_it_is_evaluated(processor, name):
+    plain, image = processor(name), noise(90, 61)
+    mask = np.zeros((61, 90), np.uint8)
+    mask[10:50, 20:70] = 1
+    sample = Sample(image, [encode_mask(mask)], 0, [1], "noise")
+    options = MaskDataConfig(image_size=64, crop_scale=1, flip=False, color_jitter=0)
+    item = MaskTrainingSet([[sample]], options, input_format=plain.format)[0]
+    level = 1.01 / 255 / min(plain.format.std)
+    torch.testing.assert_close(item["pixel_values"], plain(image)["pixel_values"][0], rtol=0, atol=level)
+    squashed = image.resize((64, 43) if plain.format.keeps_aspect_ratio else (64, 64))
+    left, top, right, bottom = boxes_from_masks(unpack_masks(item["mask_bits"]))[0].tolist()
+    width, height = squashed.size
+    expected = [20 / 90 * width, 10 / 61 * height, 70 / 90 * width, 50 / 61 * height]
+    assert [left, top, right, bottom] == pytest.approx(expected, abs=1)
 
 
 def test_mean_and_variance_are_the_files(processor):
