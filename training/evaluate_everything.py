@@ -3,8 +3,9 @@
     python training/evaluate_everything.py --annotations ../shared/data/coco-val-dev/instances_val.json \
         --points_per_side 8 16 32 --output everything.json --masks runs/everything
 
-The masks are class-agnostic, and ranked by their predicted IoU. Nothing is rejected by default, for recall loses by
-any threshold. A large grid takes a while: with `--masks` what was found on an image is kept, and not searched again.
+The masks are class-agnostic, and ranked as `EfficientSamMaskGenerator` ranks them: by predicted IoU, with
+`--adaptive true` by its product with their stability. Nothing is rejected by default, for recall loses by any
+threshold. A large grid takes a while: with `--masks` what was found on an image is kept, and not searched again.
 """
 
 import json
@@ -34,9 +35,13 @@ class EvaluateEverythingConfig(AnnotationConfig):
     points_per_side: list[int] = field(default_factory=lambda: [32], metadata={"help": "one or several"})
     pred_iou_thresh: float = field(default=0.0, metadata={"help": "least predicted IoU, exclusive; 0 keeps all"})
     stability_score_thresh: float = field(default=0.0, metadata={"help": "least stability, likewise"})
-    box_nms_thresh: float = field(
-        default=0.7, metadata={"help": "of two masks whose boxes overlap by more, the less confident is left out"}
+    box_nms_thresh: float | None = field(
+        default=None,
+        metadata={
+            "help": "of two masks whose boxes overlap by more, the worse is left out; by default the generator's"
+        },
     )
+    adaptive: bool = field(default=False, metadata={"help": "ask about a third of the points, as the generator does"})
     output: str | None = field(default=None, metadata={"help": "json file for the numbers"})
     masks: str | None = field(default=None, metadata={"help": "folder that keeps what was found, to go on from"})
     device: str | None = field(default=None, metadata={"help": "by default a GPU if there is one"})
@@ -55,7 +60,15 @@ def check(config: EvaluateEverythingConfig) -> None:
 def check_same_masks(config: EvaluateEverythingConfig, dataset: CocoMasks, model, processor) -> None:
     """Notes in the folder of masks how they were found, and compares if it is noted already."""
     path = Path(config.masks) / "config.json"
-    names = ("model", "annotations", "images", "pred_iou_thresh", "stability_score_thresh", "box_nms_thresh")
+    names = (
+        "model",
+        "annotations",
+        "images",
+        "pred_iou_thresh",
+        "stability_score_thresh",
+        "box_nms_thresh",
+        "adaptive",
+    )
     now = {name: getattr(config, name) for name in names}
     # What lies under these names may change.
     weights = checkpoint_fingerprint(model, processor.image_processor)
@@ -82,7 +95,13 @@ def find_masks(
         records = generator.generate(dataset[index].image)
     except (ValueError, OSError) as error:
         return describe_error(error)
-    masks = [{"segmentation": one["segmentation"], "score": one["predicted_iou"]} for one in records]
+    masks = [
+        {
+            "segmentation": one["segmentation"],
+            "score": one["predicted_iou"] * (one["stability_score"] if generator.adaptive else 1),
+        }
+        for one in records
+    ]
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(masks))
@@ -103,6 +122,7 @@ def measure(
         pred_iou_thresh=config.pred_iou_thresh,
         stability_score_thresh=config.stability_score_thresh,
         box_nms_thresh=config.box_nms_thresh,
+        adaptive=config.adaptive,
         output_mode="coco_rle",
     )
     found = []

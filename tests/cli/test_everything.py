@@ -151,7 +151,12 @@ def test_one_image_is_a_dataset_too(photos, out, model):
     (record,) = document["images"]
     assert (record["image"], record["width"], record["height"]) == (str(photos / "sub/c.png"), 90, 61)
     assert document["failed"] == []
-    expected = OPTIONS | {"crop_n_layers": 0, "min_mask_region_area": 0, "stability_score_offset": 1.0}
+    expected = OPTIONS | {
+        "crop_n_layers": 0,
+        "min_mask_region_area": 0,
+        "stability_score_offset": 1.0,
+        "adaptive": False,
+    }
     assert record["options"] == expected
     left_out = {"id", "image_id"}
     assert record["annotations"] == [
@@ -179,16 +184,26 @@ def test_options_reach_the_generator(photos, out, model, monkeypatch):
     monkeypatch.setattr(everything, "EfficientSamMaskGenerator", generator)
     options = {"crop_n_layers": 1, "min_mask_region_area": 30, "points_per_side": 2, "box_nms_thresh": 0.5}
     options |= {"points_per_batch": 3, "pred_iou_thresh": 0.1, "stability_score_thresh": 0.2}
-    result = annotate_well(photos / "a.png", out, model=model, **options)
-    assert given == [options | {"output_mode": "coco_rle"}]
+    result = annotate_well(photos / "a.png", out, "--adaptive", model=model, **options)
+    assert given == [options | {"output_mode": "coco_rle", "adaptive": True}]
     assert "5/5" in result.stderr and "crop" in result.stderr and "image" not in result.stderr
 
 
 def test_defaults_are_those_of_the_generator():
-    names = {*OPTIONS, "points_per_batch", "crop_n_layers", "min_mask_region_area"}
+    names = {*OPTIONS, "points_per_batch", "crop_n_layers", "min_mask_region_area", "adaptive"}
     parameters = inspect.signature(everything_command).parameters
     assert {name: parameters[name].default for name in names} == {name: GENERATOR_DEFAULTS[name] for name in names}
     assert GENERATOR_DEFAULTS["points_per_side"] == 32
+
+
+def test_a_finished_search_is_not_that_of_the_other_mode(photos, out, model):
+    for mode, lines in (("--adaptive", 2), ("--adaptive", 1), ("--exact", 2)):
+        said = run(
+            "everything", photos / "a.png", "--output", out, "--model", model, "--points-per-side", 3, mode
+        ).stdout
+        assert len(said.splitlines()) == lines
+        record = json.loads((out / "records/a.json").read_bytes())
+        assert record["options"]["box_nms_thresh"] == (0.9 if mode == "--adaptive" else 0.7)
 
 
 def test_a_turned_image_gives_what_the_upright_one_gives(tmp_path, out, model):

@@ -1,6 +1,7 @@
 """Segment everything: the same masks as by resizing each and asking, with less done for them."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,13 +16,15 @@ from PIL import Image
 from transformers import pipeline
 
 from hf_efficientsam import EfficientSamImageProcessor, EfficientSamModel, bundled_checkpoint
-from hf_efficientsam.inference import mask_bounds
+from hf_efficientsam.inference import mask_bounds, mask_generation
 from hf_efficientsam.inference.amg import remove_small_regions
 from hf_efficientsam.inference.mask_bounds import bound_masks, mask_axes, measure_masks
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
+from hf_efficientsam.inference.point_grids import coarse_to_fine
 from hf_efficientsam.model import mask_decoder_fast_efficientsam
 from hf_efficientsam.model.mask_operations_efficientsam import (
     batched_mask_to_box,
+    build_point_grid,
     calculate_stability_score,
     resize_masks,
     rle_to_mask,
@@ -364,6 +367,70 @@ def test_half_precision_and_a_compiled_encoder_work():
     half = tiny.model_for_mask_generation().to(torch.bfloat16)
     records = EfficientSamMaskGenerator(half, processor, **options).generate(small_image())
     assert len(records) > 0 and all(record["segmentation"].any() for record in records)
+
+
+# ------------------------------------------------------------------------------------------------ adaptive search
+
+
+@pytest.mark.parametrize("side", [1, 7, 32])
+def test_points_go_from_coarse_to_fine(side):
+    grid = build_point_grid(side)
+    order = coarse_to_fine(grid)
+    assert sorted(order) == list(range(side * side))
+    row, column = order // side, order % side
+    for step in (16, 8, 4, 2, 1):
+        coarse = len(range(0, side, step)) ** 2
+        assert (row[:coarse] % step == 0).all() and (column[:coarse] % step == 0).all()
+    assert len(coarse_to_fine(np.array([[0.1, 0.7], [0.1, 0.7], [0.5, 0.2]]))) == 3
+
+
+def adaptive_search(model, image, monkeypatch, confidence: float, **options) -> tuple[list[dict], torch.Tensor]:
+    """The records, and all points that were asked about, in pixels of the model's input."""
+    monkeypatch.setattr(mask_generation, "ADAPTIVE_CONFIDENCE", confidence)
+    monkeypatch.setattr(mask_generation, "ADAPTIVE_BATCH", 4)
+    asked, predict = [], model.predict_confident
+
+    def note(embedding, points, *args, **kwargs):
+        asked.append(points[0, :, 0])
+        return predict(embedding, points, *args, **kwargs)
+
+    with monkeypatch.context() as context:
+        context.setattr(model, "predict_confident", note)
+        options = {"pred_iou_thresh": 0, "stability_score_thresh": 0, "points_per_side": 12} | options
+        records = EfficientSamMaskGenerator(model, tiny.image_processor(), adaptive=True, **options).generate(image)
+    return records, torch.cat(asked)
+
+
+def test_adaptive_search_asks_about_a_third_of_the_points_and_none_in_a_good_mask(model, monkeypatch):
+    image = small_image(64, 64)
+    records, asked = adaptive_search(model, image, monkeypatch, confidence=math.inf, box_nms_thresh=1)
+    assert len(asked) == 48 and len(records) > 100
+    ranks = [record["predicted_iou"] * record["stability_score"] for record in records]
+    confidence = float(np.quantile(ranks, 0.97))
+    good, asked = adaptive_search(model, image, monkeypatch, confidence, box_nms_thresh=1)
+    batches = {(int(x), int(y)): number // 4 for number, (x, y) in enumerate(asked.tolist())}
+    later = 0
+    for record in good:
+        if record["predicted_iou"] * record["stability_score"] > confidence + 0.02:
+            found = batches[tuple(int(side) for side in record["point_coords"][0])]
+            for (x, y), batch in batches.items():
+                if batch > found:
+                    later += 1
+                    assert not record["segmentation"][max(0, y - 4) : y + 5, max(0, x - 4) : x + 5].all()
+    assert later > 0
+
+
+def test_adaptive_search_orders_masks_by_confidence_times_stability_in_every_crop(model, monkeypatch):
+    whole, _ = adaptive_search(model, small_image(), monkeypatch, math.inf, box_nms_thresh=1)
+    products = np.array([record["predicted_iou"] * record["stability_score"] for record in whole])
+    scores = np.array([record["predicted_iou"] for record in whole])
+    # Their order is by the stability of the low-resolution masks, which is not quite that of the masks.
+    assert (
+        (np.diff(products) < 0.05 * np.ptp(products)).mean() > 0.9 > (np.diff(scores) < 0.05 * np.ptp(scores)).mean()
+    )
+
+    _, asked = adaptive_search(model, small_image(), monkeypatch, math.inf, points_per_side=6, crop_n_layers=1)
+    assert 5 * 12 <= len(asked) <= 5 * 12 + 20  # some masks are decoded again
 
 
 # ------------------------------------------------------------------------------------------------ memory

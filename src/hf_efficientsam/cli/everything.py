@@ -63,8 +63,18 @@ def everything_command(
         typer.Option(help=f"Keep masks whose edge is clear, from 0 (all) to 1. {BY_DEFAULT} (0.95)."),
     ] = None,
     box_nms_thresh: Annotated[
-        float, typer.Option(help="Of masks whose boxes overlap by a larger IoU keep the best only.")
-    ] = GENERATOR_DEFAULTS["box_nms_thresh"],
+        float | None,
+        typer.Option(
+            help="Of masks whose boxes overlap by a larger IoU keep the best only. By default 0.7; --adaptive: 0.9."
+        ),
+    ] = None,
+    adaptive: Annotated[
+        bool,
+        typer.Option(
+            "--adaptive/--exact",
+            help="Ask about a third of the points at most, none where a good mask is found already; or about all.",
+        ),
+    ] = GENERATOR_DEFAULTS["adaptive"],
     crop_n_layers: Annotated[
         int, typer.Option(help="For small objects: layer i also looks at 4**i crops of the image.")
     ] = GENERATOR_DEFAULTS["crop_n_layers"],
@@ -104,6 +114,7 @@ def everything_command(
         "pred_iou_thresh": pred_iou_thresh,
         "stability_score_thresh": stability_score_thresh,
         "box_nms_thresh": box_nms_thresh,
+        "adaptive": adaptive,
         "crop_n_layers": crop_n_layers,
         "min_mask_region_area": min_mask_region_area,
     }

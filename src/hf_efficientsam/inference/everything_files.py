@@ -51,7 +51,7 @@ class EverythingSegmenter(JobSegmenter):
     @property
     def options(self) -> dict:
         """`given`, with the thresholds that the generator took."""
-        return self.given | {threshold: getattr(self.generator, threshold) for threshold in THRESHOLDS}
+        return self.given | {name: getattr(self.generator, name) for name in (*THRESHOLDS, "box_nms_thresh")}
 
     @property
     def model(self) -> EfficientSamModel:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers.image_utils import ImageInput
 
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
+from hf_efficientsam.model.mask_decoder_shared_efficientsam import SharedImageDecoder
 from hf_efficientsam.model.mask_operations_efficientsam import (
     non_maximum_suppression,
     resize_masks,
@@ -47,12 +48,16 @@ from .amg import (
 )
 from .loading import find_checkpoint, load_model, load_processor
 from .mask_bounds import measure_masks
+from .point_grids import check_point_grids, coarse_to_fine, covered_points
 from .results import mask_rles
 
 THRESHOLDS = ("pred_iou_thresh", "stability_score_thresh", "stability_score_offset")  # that checkpoints choose
 OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
 # A million points, 5461 crops: more is a typing error, and would fill the memory before the first mask.
 MOST_POINTS_PER_SIDE, MOST_CROP_LAYERS = 1024, 6
+# Of adaptive search: the share of the points that it asks about at most; after how many it looks which others are
+# covered; and what predicted IoU times stability a mask must have to cover points.
+ADAPTIVE_SHARE, ADAPTIVE_BATCH, ADAPTIVE_CONFIDENCE = 1 / 3, 32, 0.5
 
 
 @dataclass
@@ -62,8 +67,10 @@ class Candidate:
     prompt: int
     candidate: int
     logits: torch.Tensor | None  # [h, w]; None while a better mask overlaps this one
-    # Known once its crop is done. `box` (x1, y1, x2, y2), `crop_box` and `point` are in pixels of the whole image.
-    score: float = 0.0
+    score: float  # predicted IoU
+    # Known once its crop is done. `rank` orders the masks; `box` (x1, y1, x2, y2), `crop_box` and `point` are in
+    # pixels of the whole image.
+    rank: float = 0.0
     box: torch.Tensor | None = None
     point: list[float] = field(default_factory=list)
     crop_box: list[int] = field(default_factory=list)
@@ -91,7 +98,8 @@ class EfficientSamMaskGenerator:
             `mask_threshold` plus and minus `stability_score_offset` give.
         stability_score_offset: see there.
         mask_threshold: logits above it belong to the object.
-        box_nms_thresh: of two masks of a crop whose boxes overlap by a larger IoU only the more confident is kept.
+        box_nms_thresh: of two masks of a crop whose boxes overlap by a larger IoU only the better is kept: the more
+            confident. By default 0.7, with `adaptive` 0.9.
         crop_n_layers: layer i (from 1) also looks at 4**i overlapping crops of the image, for small objects.
         crop_nms_thresh: the same between crops, where the mask of the smaller crop is kept.
         crop_overlap_ratio: overlap of the crops of layer 1 as a fraction of the image's short side; it halves with
@@ -101,6 +109,10 @@ class EfficientSamMaskGenerator:
             of cell centres that `points_per_side` makes.
         min_mask_region_area: holes and islands of fewer pixels are filled and removed; 0 leaves all.
         multimask_output: three candidates for each point, or one.
+        adaptive: ask about at most a third of the points of each grid. They are taken coarse to fine over the picture;
+            passed over are those in a mask that was kept and whose predicted IoU times stability is above 0.5, so
+            that the points go to other, smaller regions. This product also decides which of two masks is the better
+            one. Without it all points are asked about, and the masks are exactly those of transformers' pipeline.
         output_mode: what `segmentation` is: "binary_mask", a bool array `[height, width]`; "uncompressed_rle", a dict
             with COCO's `size` and `counts` as numbers; "coco_rle", with `counts` as pycocotools' string.
 
@@ -117,7 +129,7 @@ class EfficientSamMaskGenerator:
         pred_iou_thresh: float | None = None,
         stability_score_thresh: float | None = None,
         stability_score_offset: float | None = None,
-        box_nms_thresh: float = 0.7,
+        box_nms_thresh: float | None = None,
         crop_n_layers: int = 0,
         crop_nms_thresh: float = 0.7,
         crop_overlap_ratio: float = 512 / 1500,
@@ -127,7 +139,10 @@ class EfficientSamMaskGenerator:
         output_mode: str = "binary_mask",
         mask_threshold: float = 0.0,
         multimask_output: bool = True,
+        adaptive: bool = False,
     ):
+        if box_nms_thresh is None:
+            box_nms_thresh = 0.9 if adaptive else 0.7
         given = (pred_iou_thresh, stability_score_thresh, stability_score_offset)
         defaults = (model.config.mask_generation[name] for name in THRESHOLDS)
         pred_iou_thresh, stability_score_thresh, stability_score_offset = (
@@ -175,6 +190,7 @@ class EfficientSamMaskGenerator:
         self.min_mask_region_area = min_mask_region_area
         self.multimask_output = multimask_output
         self.output_mode = output_mode
+        self.adaptive = adaptive
 
     @classmethod
     def from_pretrained(
@@ -202,7 +218,7 @@ class EfficientSamMaskGenerator:
             progress: show a bar over the crops.
 
         Returns:
-            A dict for each mask, the most confident first, but those of smaller crops before all others:
+            A dict for each mask, the best first (see `adaptive`), but those of smaller crops before all others:
             `segmentation`, see `output_mode`, of the upright image; `area` in pixels;
             `bbox` [x, y, width, height], whose last column and row are x + width and y + height as in
             segment-anything; `predicted_iou`; `stability_score`; `point_coords` [[x, y]], the prompt in pixels of the
@@ -262,12 +278,17 @@ class EfficientSamMaskGenerator:
         image_size: tuple[int, int],
         grid: np.ndarray,
     ) -> list[Candidate]:
-        """The masks of one crop without duplicates, the most confident first."""
+        """The masks of one crop without duplicates, the best first."""
         left, top, right, bottom = crop_box
         points = torch.from_numpy((grid * input_size[::-1]).astype(np.float32)).to(self.model.device)
+        shared = self.model.share_image(embedding)
+        waiting = torch.from_numpy(coarse_to_fine(grid)) if self.adaptive else torch.arange(len(grid))
+        budget = math.ceil(ADAPTIVE_SHARE * len(grid)) if self.adaptive else len(grid)
         boxes = torch.empty(0, 4, dtype=torch.int64, device=self.model.device)
-        found, keep, scores = [], [], embedding.new_empty(0)
-        for start, kept, new_scores, logits in self.predict(embedding, points):
+        found, keep, ranks = [], [], embedding.new_empty(0)
+        while budget and len(waiting):
+            kept, scores, logits = self.predict(embedding, points[waiting[:budget]], shared)
+            asked, waiting, budget = waiting[: len(kept)], waiting[len(kept) :], budget - len(kept)
             stable, new_boxes = measure_masks(
                 logits.float(),
                 (bottom - top, right - left),
@@ -277,52 +298,61 @@ class EfficientSamMaskGenerator:
                 self.stability_score_thresh,
             )
             stable &= ~is_box_near_crop_edge(new_boxes, crop_box, [0, 0, *image_size[::-1]])
-            new_boxes = uncrop_boxes_xyxy(new_boxes, crop_box)
+            scores, logits, first_new = scores[stable], logits[stable], len(found)
             prompts, candidates = (index[stable].tolist() for index in kept.nonzero(as_tuple=True))
             found += [
-                Candidate(start + prompt, candidate, one.clone())
-                for prompt, candidate, one in zip(prompts, candidates, logits[stable], strict=True)
+                Candidate(int(asked[prompt]), candidate, one.clone(), score)
+                for prompt, candidate, one, score in zip(prompts, candidates, logits, scores.tolist(), strict=True)
             ]
-            boxes, scores = torch.cat([boxes, new_boxes[stable]]), torch.cat([scores, new_scores[stable]])
-            keep = non_maximum_suppression(boxes, scores, self.box_nms_thresh).tolist()
+            boxes = torch.cat([boxes, uncrop_boxes_xyxy(new_boxes[stable], crop_box)])
+            ranks = torch.cat([ranks, self.rank(scores, logits)])
+            keep = non_maximum_suppression(boxes, ranks, self.box_nms_thresh).tolist()
             # A mask that a better one overlaps comes back when that one falls to a third. It is then decoded again;
             # until then its logits are freed, so that memory does not grow with the number of points.
             for i in set(range(len(found))).difference(keep):
                 found[i].logits = None
+            if self.adaptive:
+                sure = [found[i].logits for i in keep if i >= first_new and ranks[i] > ADAPTIVE_CONFIDENCE]
+                waiting = waiting[~covered_points(sure, points[waiting], self.mask_threshold).cpu()]
         for i in keep:
             mask = found[i]
             if mask.logits is None:
-                mask.logits = self.decode_again(mask, embedding, points)
-            mask.score, mask.box = float(scores[i]), boxes[i]
+                mask.logits = self.decode_again(mask, embedding, points, shared)
+            mask.rank, mask.box = float(ranks[i]), boxes[i]
             mask.crop_box, mask.input_size = crop_box, input_size
             x, y = (grid[mask.prompt] * (right - left, bottom - top)).tolist()
             mask.point = [left + x, top + y]
         return [found[i] for i in keep]
 
-    def decode_again(self, mask: Candidate, embedding: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    def rank(self, scores: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """By what masks are ordered, `[n]`; in adaptive search from the stability of the low-resolution masks."""
+        if not self.adaptive:
+            return scores
+        return scores * calculate_stability_score(logits, self.mask_threshold, self.stability_score_offset)
+
+    def decode_again(
+        self, mask: Candidate, embedding: torch.Tensor, points: torch.Tensor, shared: SharedImageDecoder | None
+    ) -> torch.Tensor:
         """The logits `[h, w]` of one candidate."""
         point = points[None, mask.prompt, None, None]
-        options = {"multimask_output": self.multimask_output}
-        logits = self.model.predict_confident(embedding, point, -math.inf, **options)[2]
+        logits = self.model.predict_confident(embedding, point, -math.inf, None, self.multimask_output, shared)[2]
         return logits[mask.candidate].clone()
 
     def predict(
-        self, embedding: torch.Tensor, points: torch.Tensor
-    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """`predict_confident` for some points at a time, after the number of the first of them."""
-        start, threshold = 0, self.pred_iou_thresh if self.pred_iou_thresh > 0 else -math.inf
-        while start < len(points):
-            batch = points[None, start : start + self.points_per_batch, None]
+        self, embedding: torch.Tensor, points: torch.Tensor, shared: SharedImageDecoder | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`predict_confident` for the first of some points, as many as go through the model at a time."""
+        threshold = self.pred_iou_thresh if self.pred_iou_thresh > 0 else -math.inf
+        while True:
+            step = min(self.points_per_batch, ADAPTIVE_BATCH) if self.adaptive else self.points_per_batch
+            batch = points[None, :step, None]
             try:
-                result = self.model.predict_confident(embedding, batch, threshold, None, self.multimask_output)
+                return self.model.predict_confident(embedding, batch, threshold, None, self.multimask_output, shared)
             except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU
                 if self.points_per_batch == 1 or not re.search("out of memory|not enough memory", str(error).lower()):
                     raise
-                self.points_per_batch = max(1, self.points_per_batch // 2)
+                self.points_per_batch = max(1, step // 2)
                 warnings.warn(f"Out of memory: going on with points_per_batch={self.points_per_batch}.", stacklevel=2)
-                continue
-            yield start, *result
-            start += batch.shape[1]
 
     def finish(self, masks: list[Candidate], image_size: tuple[int, int]) -> list[dict]:
         """The records of an image's masks from all crops."""
@@ -330,8 +360,8 @@ class EfficientSamMaskGenerator:
             return []
         boxes = torch.stack([mask.box for mask in masks])
         crop_boxes = torch.tensor([mask.crop_box for mask in masks], device=boxes.device)
-        scores = torch.tensor([mask.score for mask in masks], dtype=torch.float32, device=boxes.device)
-        keep = suppress_duplicates(boxes, scores, crop_boxes, self.box_nms_thresh, self.crop_nms_thresh).tolist()
+        ranks = torch.tensor([mask.rank for mask in masks], dtype=torch.float32, device=boxes.device)
+        keep = suppress_duplicates(boxes, ranks, crop_boxes, self.box_nms_thresh, self.crop_nms_thresh).tolist()
         records, boxes, changed = [], [], []
         for mask in (masks[i] for i in keep):
             segmentation, stability = self.enlarge(mask, image_size)
@@ -391,16 +421,6 @@ def check_options(at_least: dict[str, tuple], at_most: dict[str, tuple], ious: d
     for name, value in ious.items():
         if not value <= 1:
             raise ValueError(f"{name} is compared with an IoU, so it must be at most 1, got {value}.")
-
-
-def check_point_grids(point_grids: list[np.ndarray], crop_n_layers: int) -> list[np.ndarray]:
-    """Grids of points `[n, 2]` as float64. ValueError: not one for each layer, or points out of [0, 1]."""
-    if len(point_grids) != crop_n_layers + 1:
-        raise ValueError(f"point_grids must hold {crop_n_layers + 1} grids, for the image and each layer of crops.")
-    for grid in point_grids:
-        if np.ndim(grid) != 2 or np.shape(grid)[1] != 2 or not len(grid) or np.min(grid) < 0 or np.max(grid) > 1:
-            raise ValueError("Each of point_grids must be points [n, 2] with x and y from 0 to 1.")
-    return [np.asarray(grid, dtype=np.float64) for grid in point_grids]
 
 
 __all__ = ["EfficientSamMaskGenerator"]
