@@ -74,7 +74,7 @@ function say(text, { share = null, isError = false, isDone = false } = {}) {
   else progress.value = share;
 }
 
-const seconds = (value) => `${value.toFixed(value < 10 ? 2 : 0)} s`;
+const seconds = (value) => `${value.toFixed(value < 10 ? 2 : 0)}\u00a0s`;
 const megabytes = (bytes) => Math.round(bytes / 1e6);
 
 const HANDLERS = {
@@ -151,7 +151,9 @@ const pixel = ([x, y]) => ({
   y: Math.min(Math.floor(y * picture.naturalHeight), picture.naturalHeight - 1),
 });
 
-watchStage(stage, () => document.querySelector("[name=tool]:checked").value, {
+const tool = () => document.querySelector("[name=tool]:checked").value;
+
+watchStage(stage, tool, {
   hover(place) {
     if (!encoded || steps.at(-1).length) return;
     hovered = place && [{ ...pixel(place), label: 1 }];
@@ -171,7 +173,10 @@ watchStage(stage, () => document.querySelector("[name=tool]:checked").value, {
   },
 });
 
-document.querySelector("fieldset").addEventListener("change", (event) => (stage.dataset.tool = event.target.value));
+document.querySelector("fieldset").addEventListener("change", () => {
+  stage.dataset.tool = tool();
+  part("hint").textContent = hint(steps.at(-1));
+});
 part("undo").addEventListener("click", () => {
   steps.pop();
   hovered = null;
@@ -215,7 +220,8 @@ function show() {
 function hint(prompts) {
   if (!encoded) return "The picture can be marked as soon as it is encoded.";
   if (prompts.length && !prompts.some(showsObject)) return "Now mark the object, too.";
-  if (document.querySelector("[value=box]").checked) return "Drag from one corner to the other.";
+  if (tool() === "box") return "Drag from one corner to the other.";
+  if (tool() === "background") return "What is marked now is left out of the mask.";
   if (matchMedia("(hover: none)").matches) return "Tap on the object.";
   return "Click on the object, drag a box around it, or mark the background with the right mouse button.";
 }

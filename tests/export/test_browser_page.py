@@ -204,12 +204,12 @@ def screenshot(page, name: str) -> None:
 
 @pytest.mark.slow
 def test_masks_are_those_of_torch(browser, address, predictors, capsys):
-    """Nine boxes laid over each photograph, and nine clicks in their middles."""
+    """Five boxes laid over each photograph, and five clicks in their middles."""
     ious = {}
     with visit(browser, address, viewport={"width": 1280, "height": 1000}) as page:
         for name, predictor in predictors.items():
             status = pick_example(page, name)
-            for box in list(grid_boxes(*predictor.image.size))[:9]:
+            for box in list(grid_boxes(*predictor.image.size))[:9:2]:
                 box = (
                     box.clip(20, np.subtract(predictor.image.size, 20).tolist() * 2).round().astype(int)
                 )  # corners are round
@@ -224,7 +224,7 @@ def test_masks_are_those_of_torch(browser, address, predictors, capsys):
     values = np.array(list(ious.values()))
     with capsys.disabled():
         print(f"\n{len(values)} masks: mean IoU with torch {values.mean():.5f}, least {values.min():.5f}; {status}")
-    assert values.min() > 0.98, min(ious, key=ious.get)
+    assert values.min() > 0.99, min(ious, key=ious.get)
 
 
 @pytest.mark.slow
@@ -260,6 +260,7 @@ def test_a_visit(browser, address, predictors):
         boxed = mask_of(page)
         assert mask_iou(boxed, best(predictor, box=np.array(BUS_BOX))) > 0.98
         page.mouse.move(0, 0)
+        page.locator("[value=object] + span").click()
         screenshot(page, "wide")
         masks, scores, _ = predictor.predict(box=np.array(BUS_BOX))
         worst = int(scores.argmin())
