@@ -65,7 +65,9 @@ from hf_efficientsam.training.masks.predictors import Predictor, load_mask_predi
 class EvaluateMasksConfig(AnnotationConfig):
     model: list[str] = field(
         default_factory=lambda: ["bundled"],
-        metadata={"help": "one or several: path or Hub name of an EfficientSAM or SAM, or: bundled"},
+        metadata={
+            "help": "one or several: path or Hub name of an EfficientSAM or another promptable model, or: bundled"
+        },
     )
     # What it is asked.
     annotations: list[str] = field(

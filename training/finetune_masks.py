@@ -7,7 +7,7 @@
         --train my/instances.json
     accelerate launch training/finetune_masks.py --config training/recipes/paper/masks_ti_sa1b.yaml \
         --shards "sa1b/sa_{000000..000999}.tar" --encoder runs/sami/model --output_dir runs/sa1b
-    accelerate launch training/finetune_masks.py --config training/recipes/own_data/masks_sam.yaml \
+    accelerate launch training/finetune_masks.py --config training/recipes/own_data/masks_peer.yaml \
         --model facebook/sam-vit-base --train my/train.json --validation my/val.json
 
 A run that is started again in the same `--output_dir` goes on where it stopped. The result is `OUTPUT_DIR/model`,
