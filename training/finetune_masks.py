@@ -98,7 +98,7 @@ class MasksConfig(
     teacher: str | None = field(
         default=None,
         metadata={
-            "help": "learn this model's answers to the prompts (path or Hub name of an EfficientSAM or SAM, or: "
+            "help": "learn this model's answers to the prompts (path or Hub name of any promptable model, or: "
             "bundled), not the data's masks"
         },
     )

@@ -2,9 +2,10 @@ import math
 
 import pytest
 import tiny
+import tiny_peers
 import torch
-from transformers import SamConfig, SamImageProcessor, SamModel, SamProcessor
 
+from hf_efficientsam.training.data.images import normalize
 from hf_efficientsam.training.masks.distillation import (
     FeatureReconstruction,
     MaskTeacher,
@@ -103,7 +104,7 @@ def prompts(boxes) -> dict:
 def test_the_teacher_answers_in_its_own_pixels_with_its_most_confident_mask(teacher):
     pixel_values = tiny.random(1, 3, 2 * SIZE, 2 * SIZE, scale=4)
     features = teacher.features(pixel_values)
-    assert features.shape == (1, 64, tiny.CHANNELS) and not features.requires_grad
+    assert features.shape == (1, 1, 64 * tiny.CHANNELS) and not features.requires_grad
     masks = teacher.masks(features, prompts([(4, 6, 30, 40), None]), True, SIZE)
     given = {
         "input_boxes": torch.tensor([[[8.0, 12, 60, 80], [-10.0] * 4]]),
@@ -126,24 +127,30 @@ def test_a_teacher_without_background_points_is_not_given_any(tmp_path):
     assert torch.equal(*(teacher.masks(features, one, True, SIZE) for one in (with_background, without)))
 
 
-def test_sam_is_a_teacher(tmp_path):
-    torch.manual_seed(0)
-    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
-    vision |= {"output_channels": 32, "num_pos_feats": 16, "global_attn_indexes": [0], "window_size": 2}
-    prompt = {"hidden_size": 32, "image_size": 64, "patch_size": 16, "mask_input_channels": 4}
-    decoder = {"hidden_size": 32, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
-    SamModel(
-        SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
-    ).save_pretrained(tmp_path)
-    size = {"size": {"longest_edge": 64}, "pad_size": {"height": 64, "width": 64}}
-    SamProcessor(SamImageProcessor(**size)).save_pretrained(tmp_path)
-    teacher = MaskTeacher(str(tmp_path), "cpu")
-    assert teacher.size == 64
-    features = teacher.features(tiny.random(1, 3, 64, 64))
-    assert features.shape == (1, 16, 32)
-    answers = teacher.masks(features, prompts([(2, 2, 20, 20), None]), True, 32)
-    alone = [teacher.masks(features, prompts([one]), True, 32) for one in ((2, 2, 20, 20), None)]
-    assert torch.equal(answers, torch.cat(alone, dim=1))
+@pytest.mark.parametrize("name", list(tiny_peers.PEERS))
+def test_peers_are_teachers(name, tmp_path):
+    """Prompts of both kinds in one batch are answered as each alone, from pixels in the peer's own normalisation."""
+    folder = tiny_peers.save(tmp_path, name)
+    teacher = MaskTeacher(str(folder), "cpu")
+    pixels = tiny.random(2, 3, teacher.size, teacher.size)
+    features = teacher.features(normalize(pixels))
+    boxes = [(2, 2, 20, 20), None]
+    given = {key: torch.cat([values, values]) for key, values in prompts(boxes).items()}
+    answers = teacher.masks(features, given, True, 32)
+    with torch.no_grad():
+        own = teacher.adapter.embed(normalize(pixels[1:], teacher.format.mean, teacher.format.std))
+        for place, box in enumerate(boxes):
+            scale = teacher.size / 32
+            alone = (
+                {"input_boxes": torch.tensor([[box]]) * scale}
+                if box
+                else {
+                    "input_points": torch.tensor([[[[20.0, 30]]]]) * scale,
+                    "input_labels": torch.ones(1, 1, 1).long(),
+                }
+            )
+            _, expected = most_confident(teacher.adapter.decode(own, alone, True), (32, 32))
+            assert (answers[1, place] != expected[0, 0]).float().mean() < 0.01
 
 
 # ---------------------------------------------------------------------------------------- prompts in the loop

@@ -7,16 +7,20 @@ clicks lie where they disagree; that loop is `InteractiveSegmentation`'s.
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import recursively_apply
 from torch import nn
 
 from hf_efficientsam.model.modeling_efficientsam import MISSING_BOX, PADDING, EfficientSamModel
+from hf_efficientsam.training.data.images import normalize
 
 from .batch import MaskViews
 from .feature_views import CachedViews, cache_encoded_views, weights_hash
+from .input_formats import OUR_FORMAT
 from .metrics import most_confident
 from .predictors import load_mask_predictor
 
@@ -90,7 +94,7 @@ class MaskTeacher:
     A frozen promptable model whose masks are targets. No part of the model that is trained, nor of its checkpoints.
 
     Args:
-        name: directory or Hub name of an EfficientSAM or a SAM, or: bundled.
+        name: directory or Hub name of an EfficientSAM, or of a promptable model of transformers; or: bundled.
         device: to run it on.
 
     Attributes: `model`, and `size`, the side of its square input in pixels.
@@ -103,8 +107,9 @@ class MaskTeacher:
         predictor = load_mask_predictor(name, device)
         self.model, self.adapter = predictor.model.requires_grad_(False), predictor.adapter
         self.size = max(predictor.input_size().values())
-        if self.model.config.model_type not in ("efficientsam", "sam"):
-            raise ValueError(f"{name} cannot be the teacher of masks; choose an EfficientSAM or a SAM.")
+        self.format = getattr(predictor.processor, "format", OUR_FORMAT)
+        with torch.no_grad():  # of one image, for the shapes
+            self.embeddings = self.adapter.embed(torch.zeros(1, 3, self.size, self.size, device=device))
 
     def cache_views(
         self, data: MaskViews, folder: Path, accelerator: Accelerator, num_workers: int = 0
@@ -113,14 +118,19 @@ class MaskTeacher:
         `feature_views.cache_views`. An image of another shape is squashed to the square, as the student's."""
         options = dataclasses.replace(data.options, image_size=self.size)
         own = MaskViews(data.sources, options, data.noise_size, data.seed, data.views)
-        width = self.features(torch.zeros(1, 3, self.size, self.size, device=self.model.device)).shape[-1]
-        made_by = {"encoder": weights_hash([self.model.vision_encoder]), "width": width}
+        width = sum(level.numel() for level in levels_of(self.embeddings))
+        made_by = {"encoder": weights_hash([self.model]), "width": width}
         return cache_encoded_views(self.features, made_by, own, folder, accelerator, num_workers)
 
     @torch.no_grad()
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Pixels `[B, 3, size, size]` -> image embeddings as cells `[B, h * w, C]`, row by row."""
-        return self.adapter.embed(pixel_values)["image_embeddings"].flatten(2).transpose(1, 2)
+        """Pixels `[B, 3, size, size]`, normalised as our models take them -> image embeddings, those of all levels in
+        one row, `[B, 1, N]`."""
+        if (self.format.mean, self.format.std) != (OUR_FORMAT.mean, OUR_FORMAT.std):
+            mean, std = (pixel_values.new_tensor(one)[:, None, None] for one in (OUR_FORMAT.mean, OUR_FORMAT.std))
+            pixel_values = normalize(pixel_values * std + mean, self.format.mean, self.format.std)
+        levels = levels_of(self.adapter.embed(pixel_values))
+        return torch.cat([level.flatten(1) for level in levels], dim=1)[:, None]
 
     @torch.no_grad()
     def masks(
@@ -130,7 +140,7 @@ class MaskTeacher:
         Its most confident answers to prompts.
 
         Args:
-            features: of the images, see `features`, `[B, h * w, C]`.
+            features: of the images, see `features`, `[B, 1, N]`.
             prompt: `input_points` `[B, Q, P, 2]`, `input_labels` `[B, Q, P]` and `input_boxes` `[B, Q, 4]` in pixels
                 of a square of side `size`, with padding as our model takes it; mask prompts are not passed on, nor
                 are background points to a model that takes none.
@@ -140,14 +150,19 @@ class MaskTeacher:
         Returns:
             bool `[B, Q, S, S]`.
         """
-        side = round(features.shape[1] ** 0.5)
-        embeddings = features.transpose(1, 2).unflatten(2, (side, side)).to(self.model.dtype)
         scale, boxes, labels = self.size / size, prompt["input_boxes"], prompt["input_labels"]
-        has_box = (boxes != MISSING_BOX).any(-1, keepdim=True)
-        ask = {
+        given = {
             "input_points": prompt["input_points"] * scale,
             "input_labels": labels if self.adapter.background_points else torch.where(labels == 0, PADDING, labels),
-            "input_boxes": torch.where(has_box, boxes * scale, MISSING_BOX),
+            "input_boxes": torch.where((boxes != MISSING_BOX).any(-1, keepdim=True), boxes * scale, MISSING_BOX),
         }
-        answer = self.adapter.decode({"image_embeddings": embeddings}, ask, multimask_output)
-        return most_confident(answer, (size, size))[1]
+        levels = iter(features[:, 0].split([level.numel() for level in levels_of(self.embeddings)], dim=1))
+        embeddings = recursively_apply(lambda level: next(levels).unflatten(1, level.shape[1:]), self.embeddings)
+        return most_confident(self.adapter.decode(embeddings, given, multimask_output), (size, size))[1]
+
+
+def levels_of(embeddings: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors in what an adapter's `embed` returns."""
+    found = []
+    recursively_apply(found.append, embeddings)
+    return found

@@ -140,7 +140,7 @@ class InteractiveSegmentation(nn.Module):
             hidden_states: what the frozen layers of the encoder make of the pixels, `[B, N, C]`, if that is known.
             num_cells: one round in which each prompt is decoded on so many cells of the image; 0: on all of them.
                 This and `hidden_states` are for our model alone.
-            teacher_features: of the teacher, if there is one: its features of the images, `[B, N, C]`.
+            teacher_features: of the teacher, if there is one: its features of the images, `[B, 1, N]`.
 
         Returns:
             `loss` to be differentiated, and its parts averaged over the rounds.
