@@ -78,10 +78,11 @@ def two_epochs_of_uneven_shards(folder):
     index, others = accelerator.process_index, accelerator.num_processes
     data = Items(Texts([f"{folder}/{{0..1}}.tar"]), process_index=index, num_processes=others, shuffle_buffer=2)
     loader, epoch_steps = epoch_loader(accelerator, data, global_batch_size=2, epoch_images=10, num_workers=1)
-    for step, batches in step_batches(accelerator, loader, 0, 2 * epoch_steps, epoch_steps):
-        numbers = accelerator.gather(torch.cat(list(batches)))  # waits for the other process
-        assert len(numbers) == 2
-    assert step == 10
+    steps = step_batches(accelerator, loader, 0, 2 * epoch_steps, epoch_steps)
+    numbers = [
+        accelerator.gather(torch.cat(list(batches))) for _, batches in steps
+    ]  # each waits for the other process
+    assert [len(one) for one in numbers] == [2] * 10
 
 
 def test_two_processes_end_their_epochs_together_though_one_has_a_single_image(tmp_path):

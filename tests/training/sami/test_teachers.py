@@ -29,6 +29,8 @@ from transformers import (
     SwinModel,
     ViTConfig,
     ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEModel,
     ViTModel,
     YolosConfig,
     YolosModel,
@@ -115,6 +117,7 @@ FAMILIES = {
         4,
         16,
     ),
+    "mae": (lambda: ViTMAEModel(ViTMAEConfig(**PLAIN, image_size=64, patch_size=16)), {"size": 64}, 4, 16),
 }
 
 
@@ -182,6 +185,9 @@ def test_features_are_the_models_own(saved):
     torch.testing.assert_close(features("siglip_vision"), tokens)
     tokens = Dinov2WithRegistersModel.from_pretrained(saved["registers"])(by_hand(56)).last_hidden_state
     torch.testing.assert_close(features("registers"), tokens[:, 5:])
+    masked = ViTMAEModel.from_pretrained(saved["mae"], mask_ratio=0.0)(by_hand(64))
+    places = masked.ids_restore[..., None].expand(-1, -1, 16)  # it has shuffled the patches
+    torch.testing.assert_close(features("mae"), masked.last_hidden_state[:, 1:].gather(1, places))
 
 
 @torch.no_grad()
@@ -204,8 +210,8 @@ def test_another_size_where_the_model_takes_any(saved, family, size):
     "family, size, sentence",
     [
         ("sam", 128, r"cannot be the teacher at 128 x 128 pixels: .*doesn't match"),
-        ("dinov2", 60, "multiple of its patch of 14 pixels: got 60"),
-        ("vit", 0, "multiple of its patch of 16 pixels: got 0"),
+        ("dinov2", 60, "multiple of its patch of 14 pixels: got 60; give --teacher_size 56."),
+        ("vit", 0, "multiple of its patch of 16 pixels: got 0; give --teacher_size 16."),
     ],
 )
 def test_a_size_that_the_model_cannot_take_is_refused(saved, family, size, sentence):

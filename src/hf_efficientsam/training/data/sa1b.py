@@ -43,7 +43,8 @@ class Sa1bShards(Shards):
             image_id = int(content["image"]["image_id"])
             annotations = [(int(entry["id"]), entry["segmentation"]) for entry in content["annotations"]]
         except (KeyError, RecursionError, TypeError, ValueError) as error:
-            raise ValueError(f"{name} cannot be read as SA-1B's json ({error!r}).") from error
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else repr(error)
+            raise ValueError(f"{name} cannot be read as SA-1B's json ({reason}).") from error
         image = decode_image(io.BytesIO(encoded), image_name)
         try:
             orientation = read_header(io.BytesIO(encoded)).mask_orientation(size, self.mask_frame)

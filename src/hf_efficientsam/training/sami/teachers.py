@@ -18,7 +18,8 @@ class Teacher(nn.Module):
     A frozen vision encoder with its own input size and normalisation; `load_teacher` makes one.
 
     Its feature map is the neck's output for SAM and EfficientSAM, the coarsest image embedding that the mask decoder
-    reads for SAM 2, and the last hidden state without class and register tokens for plain vision transformers.
+    reads for SAM 2, and the last hidden state without class and register tokens for plain vision transformers (of an
+    MAE: of the whole image, nothing masked).
 
     Args:
         encoder: takes `pixel_values` `[B, 3, size, size]`.
@@ -77,7 +78,7 @@ class Teacher(nn.Module):
 
     def _feature_map(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[B, width, h, w] on the teacher's own grid."""
-        output = self.encoder(pixel_values, **self.options)
+        output = self.encoder(pixel_values, **self.options, **self._unmasked(len(pixel_values)))
         if "fpn_hidden_states" in output:
             return output.fpn_hidden_states[-1]  # SAM 2: from fine to coarse
         features = output.last_hidden_state
@@ -93,6 +94,13 @@ class Teacher(nn.Module):
                 "transformer such as SAM, SAM 2, CLIP, SigLIP, DINOv2 or ViT."
             )
         return features[:, num_prefix:].transpose(1, 2).unflatten(2, (side, side))
+
+    def _unmasked(self, batch: int) -> dict:
+        """What makes an MAE, which shuffles its patches by random numbers, leave them in order; none is masked."""
+        if "noise" not in inspect.signature(self.encoder.forward).parameters:
+            return {}
+        number = (self.size // _patch_size(self.encoder)) ** 2
+        return {"noise": torch.arange(number, device=self.encoder.device).expand(batch, -1)}
 
     def description(self) -> dict:
         """What decides about its features, in plain json: for the manifest of a cache."""
@@ -131,7 +139,11 @@ def load_teacher(
     size = values.side if size is None else size
     patch_size = _patch_size(encoder)
     if size < 1 or (patch_size and size % patch_size):
-        raise ValueError(f"{name} needs a size that is a multiple of its patch of {patch_size} pixels: got {size}.")
+        fitting = max(patch_size or 1, size - size % (patch_size or 1))
+        raise ValueError(
+            f"{name} needs a size that is a multiple of its patch of {patch_size} pixels: got {size}; give "
+            f"--teacher_size {fitting}."
+        )
     # SAM 2's mask decoder reads its image embedding with this vector added, where there is no memory of a video.
     offset = getattr(model, "no_memory_embedding", None)
     offset = None if offset is None else offset.detach().flatten().to(device)
@@ -156,6 +168,8 @@ def _load_encoder(name: str, path: str) -> tuple[nn.Module, nn.Module]:
         raise ValueError(f"The teacher {name} cannot be loaded: {' '.join(str(error).split())}") from None
     part = next((part for part in ("vision_encoder", "vision_model") if hasattr(model, part)), "")
     encoder = model.get_submodule(part)
+    if hasattr(encoder.config, "mask_ratio"):  # of an MAE: a teacher sees all of the image
+        encoder.config.mask_ratio = 0.0
     if getattr(encoder, "main_input_name", None) != "pixel_values":
         raise ValueError(f"The teacher {name} is a {type(model).__name__}, which does not read images.")
     # Poolers are not used here, and often were never trained.
