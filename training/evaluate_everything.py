@@ -148,6 +148,7 @@ def save_results(
     size = processor.image_processor.size
     report = {
         "model": config.model,
+        "model_sha256": checkpoint_fingerprint(model, processor.image_processor),
         "annotations": config.annotations,
         "images": count - len(broken),
         "input_size": {"height": size.height, "width": size.width},
@@ -169,7 +170,7 @@ def load(config: EvaluateEverythingConfig) -> tuple[EfficientSamModel, Efficient
 
 def evaluate(config: EvaluateEverythingConfig) -> None:
     check(config)
-    dataset = CocoMasks(config.annotations, config.images, reading=config, split="val")
+    dataset = CocoMasks(config.annotations, config.images, reading=config, split="val", check_images=False)
     if not len(dataset):
         raise ValueError(f"There is no mask to evaluate in {config.annotations}; check the file.")
     count = min(len(dataset), config.limit or len(dataset))

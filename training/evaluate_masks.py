@@ -34,6 +34,7 @@ from matplotlib.patches import Rectangle
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from hf_efficientsam.inference.loading import checkpoint_fingerprint
 from hf_efficientsam.training.data.coco import AnnotationConfig, decode_rles, with_folders
 from hf_efficientsam.training.data.folder_masks import open_annotations
 from hf_efficientsam.training.data.sa1b import Sa1bShards
@@ -142,7 +143,7 @@ def open_sources(config: EvaluateMasksConfig) -> list[Any]:
     if config.detections is not None:
         sources = [Detections(pairs[0][0], config.detections, pairs[0][1], config.limit, config.crowds)]
     else:
-        sources = [open_annotations(*pair, config, "val") for pair in pairs]
+        sources = [open_annotations(*pair, config, "val", check_images=False) for pair in pairs]
     for source, (annotations, _) in zip(sources, pairs, strict=True):
         if not len(source):
             raise ValueError(f"There is no mask to evaluate in {annotations}; check the file and --limit.")
@@ -253,8 +254,9 @@ def save_results(
     config: EvaluateMasksConfig, predictors: list[Predictor], numbers: dict[str, Any], by_model: dict
 ) -> None:
     """`numbers` as they are; of `by_model` the model's own if there is one only."""
-    named = zip(config.model, predictors, strict=True)
-    by_model = {"input_size": {name: predictor.input_size() for name, predictor in named}, **by_model}
+    named = dict(zip(config.model, predictors, strict=True))
+    weights = {name: checkpoint_fingerprint(one.model, one.processor.image_processor) for name, one in named.items()}
+    by_model |= {"input_size": {name: one.input_size() for name, one in named.items()}, "model_sha256": weights}
     asked = {"annotations": config.annotations, "shards": config.shards}
     report = {
         "model": config.model,

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from hf_efficientsam import EfficientSamPredictor
 from hf_efficientsam.inference.drawing import draw_masks, image_table
 from hf_efficientsam.inference.image_files import describe_error
-from hf_efficientsam.inference.loading import load_model
+from hf_efficientsam.inference.loading import checkpoint_fingerprint, load_model
 from hf_efficientsam.inference.prompters import SalientPrompter
 from hf_efficientsam.training.data.coco import AnnotationConfig, decode_rles
 from hf_efficientsam.training.data.folder_masks import UnitedMasks, open_annotations
@@ -137,7 +137,7 @@ def print_table(results: dict[str, dict]) -> None:
 
 def evaluate(config: EvaluateSaliencyConfig) -> None:
     check(config)
-    source = UnitedMasks(open_annotations(config.data, reading=config, split="val"))
+    source = UnitedMasks(open_annotations(config.data, reading=config, split="val", check_images=False))
     count = min(len(source), config.limit or len(source))
     model, processor = load_model(config.model)
     predictor = EfficientSamPredictor(model.to(config.device or model.device), processor)
@@ -162,6 +162,7 @@ def evaluate(config: EvaluateSaliencyConfig) -> None:
     print_table(results)
     if config.output is not None:
         report = {"images": len(measured), "results": results, "config": asdict(config)}
+        report["model_sha256"] = checkpoint_fingerprint(predictor.model, processor.image_processor)
         report |= {"device": str(predictor.device)} | ({"broken": broken} if broken else {})
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_report(config.output, report, ("numpy", "pillow", "scipy"))

@@ -14,6 +14,7 @@ from transformers import ViTConfig, ViTModel
 
 from hf_efficientsam import EfficientSamModel
 from hf_efficientsam.inference import loading
+from hf_efficientsam.inference.loading import checkpoint_fingerprint
 
 
 def bad_checkpoints(folder: Path, model: Path) -> dict[str, tuple[str, ...]]:
@@ -106,6 +107,18 @@ def test_info_tells_the_measured_numbers(tmp_path):
     ]
     (tmp_path / "metrics.json").write_text('{"f1": 3}')
     assert "not known" in run("info", tmp_path).stdout
+
+
+def test_info_does_not_tell_numbers_of_another_checkpoint(tmp_path):
+    tiny.save(tmp_path, tiny.model(), tiny.processor())
+    report = {"masks": 9, "images": 1, "results": {"box": {"confident": {"all": {"miou": 0.7}}}}}
+    for fingerprint, said in (
+        (checkpoint_fingerprint(tiny.model(), tiny.image_processor()), "mIoU of 9 masks"),
+        ("0" * 64, "metrics.json is of another checkpoint; measure this one"),
+    ):
+        (tmp_path / "metrics.json").write_text(json.dumps(report | {"model_sha256": fingerprint}))
+        measured = run("info", tmp_path).stdout.partition("measured ")[2]
+        assert said in measured and ("0.7000" in measured) == ("mIoU" in said)
 
 
 def test_a_converted_checkpoint_is_as_the_options_say_and_segments(shared, tmp_path, photo):

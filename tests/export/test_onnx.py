@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -17,6 +18,7 @@ from hf_efficientsam import (
     EfficientSamModel,
     EfficientSamOnnxPredictor,
     EfficientSamPredictor,
+    __version__,
     bundled_checkpoint,
 )
 from hf_efficientsam.cli.app import app
@@ -24,6 +26,7 @@ from hf_efficientsam.export import onnx_export
 from hf_efficientsam.export.onnx_export import encode
 from hf_efficientsam.export.quantize import quantize, restore
 from hf_efficientsam.inference import onnx_predictor
+from hf_efficientsam.inference.loading import checkpoint_fingerprint, load_model
 from hf_efficientsam.inference.onnx_predictor import METADATA_KEY, enlarge_mask, to_pixel_values
 from hf_efficientsam.model.mask_operations_efficientsam import (
     resize_masks,
@@ -173,6 +176,9 @@ def test_files_describe_themselves(bundled):
     assert next(one.version for one in model.opset_import if one.domain == "") == onnx_export.OPSET
     description = json.loads({one.key: one.value for one in model.metadata_props}[METADATA_KEY])
     assert description["background_points"] and description["mask_prompts"]
+    model, processor = load_model(bundled_checkpoint())
+    assert description["model_sha256"] == checkpoint_fingerprint(model, processor.image_processor)
+    assert description["versions"]["hf_efficientsam"] == __version__
     assert description["preprocessing"]["size"] == [512, 512] and len(description["preprocessing"]["image_mean"]) == 3
     assert description["difference"] == report["encoder.onnx"]["difference"] <= onnx_export.TOLERANCE
 
@@ -183,7 +189,7 @@ def test_files_of_before_an_option_was_written_still_run(plain, tmp_path):
         for entry in model.metadata_props:
             if entry.key == METADATA_KEY:
                 description = json.loads(entry.value)
-                del description["preprocessing"]["do_convert_rgb"]
+                del description["preprocessing"]["do_convert_rgb"], description["model_sha256"]
                 entry.value = json.dumps(description)
         onnx.save(model, tmp_path / file.name)
     masks = []
@@ -192,6 +198,25 @@ def test_files_of_before_an_option_was_written_still_run(plain, tmp_path):
         predictor.set_image(Image.open(BUS).convert("RGBA"))
         masks.append(predictor.predict(box=np.array([100, 80, 500, 400]))[0])
     assert np.array_equal(*masks)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"model_sha256": "0"}, "encoder.onnx and decoder.onnx are of two checkpoints; export both again, together."),
+        ({"preprocessing": {"size": [1, 1]}}, "are of two checkpoints"),
+        ({"preprocessing": None}, "another version of the package and does not say its preprocessing; export it"),
+    ],
+)
+def test_files_that_do_not_fit_together_or_this_version_are_refused(plain, tmp_path, change, sentence):
+    shutil.copy(plain / "encoder.onnx", tmp_path)
+    model = onnx.load(plain / "decoder.onnx")
+    (entry,) = (one for one in model.metadata_props if one.key == METADATA_KEY)
+    description = json.loads(entry.value) | change
+    entry.value = json.dumps({key: value for key, value in description.items() if value is not None})
+    onnx.save(model, tmp_path / "decoder.onnx")
+    with pytest.raises(ValueError, match=sentence):
+        EfficientSamOnnxPredictor(tmp_path, num_threads=1)
 
 
 def test_files_say_nothing_of_this_machine(plain):

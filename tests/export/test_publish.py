@@ -192,6 +192,8 @@ def test_hub_knows_the_numbers_and_where_the_model_comes_from(checkpoint, tmp_pa
     assert "no name of a repository" in refused(checkpoint, "someone/tiny", "--dataset", "my images")
     unmeasured = tmp_path / "unmeasured"
     shutil.copytree(checkpoint, unmeasured)
+    (unmeasured / "metrics.json").write_text(json.dumps(REPORT | {"model_sha256": "0"}))
+    assert "metrics.json is of another checkpoint; measure this one" in refused(unmeasured, "someone/tiny")
     (unmeasured / "metrics.json").unlink()
     assert "has no metrics.json" in refused(unmeasured, "someone/tiny", "--evaluated-on", "someone/val")
 

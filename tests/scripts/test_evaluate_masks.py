@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from script_runs import fork, refuse, run
 from transformers import EdgeTamConfig, SamConfig, SamImageProcessor, SamModel, SamProcessor
 
 from hf_efficientsam import EfficientSamVisionConfig, EfficientSamVisionModel
+from hf_efficientsam.inference.loading import checkpoint_fingerprint, load_model
 from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
 
 SIZE = 64  # of the tiny models' input
@@ -95,6 +97,9 @@ def test_evaluate(coco, tiny_model, tmp_path):
     report = json.loads(output.read_text())
     assert (report["images"], report["masks"], report["model"]) == (5, 15, str(tiny_model))
     assert report["input_size"] == {"height": SIZE, "width": SIZE}
+    model, processor = load_model(str(tiny_model))
+    assert report["model_sha256"] == checkpoint_fingerprint(model, processor.image_processor)
+    assert report["versions"]["hf-efficientsam"] == version("hf-efficientsam")
     assert "uniformly random" in report["protocol"] and report["versions"]["torch"] == torch.__version__
     assert report["config"]["clicks"] == "random" and "datasets" not in report
     results = report["results"]
@@ -275,6 +280,18 @@ def test_a_broken_image_is_left_out_named_and_counted(with_a_broken_image, coco,
         )
         report = json.loads((tmp_path / "metrics.json").read_text())
         assert report["results"] == expected["results"] and len(report["broken"]) == 1
+
+
+def test_images_without_a_header_are_left_out_as_those_that_end_early_are(with_a_broken_image, tiny_model, tmp_path):
+    given = ["--model", tiny_model, "--annotations", with_a_broken_image, "--prompts", "box", "--num_workers", 0]
+    run("evaluate_masks", *given, "--output", tmp_path / "cut.json", code=2)
+    (with_a_broken_image.parent / "images" / "3.jpg").write_bytes(b"no image")
+    (with_a_broken_image.parent / "images" / "4.jpg").write_bytes(b"")
+    said = run("evaluate_masks", *given, "--output", tmp_path / "none.json", code=2)
+    assert "3.jpg cannot be read as an image" in said and "4.jpg: the file is empty" in said
+    assert said.splitlines()[-1] == "evaluate_masks: 2 images could not be evaluated; the numbers are without them."
+    cut, none = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("cut", "none"))
+    assert cut["images"] == none["images"] + 1 and len(none["broken"]) == 2
 
 
 def test_ap_needs_all_images(with_a_broken_image, boxes, tiny_model):

@@ -9,8 +9,8 @@ import typer
 from torch import nn
 
 from hf_efficientsam.export.convert import convert
-from hf_efficientsam.export.metrics_report import metrics_as_text, read_metrics
-from hf_efficientsam.inference.loading import find_checkpoint, load_model
+from hf_efficientsam.export.metrics_report import is_of_another, metrics_as_text, read_metrics
+from hf_efficientsam.inference.loading import checkpoint_fingerprint, find_checkpoint, load_model
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
 
@@ -24,11 +24,16 @@ def info_command(
     model: Annotated[str | None, typer.Argument(help="Directory or Hub name; the bundled one if not given.")] = None,
 ) -> None:
     """Describe a checkpoint: its size, the prompts it takes, and its measured numbers if they come with it."""
-    loaded = load_model(model)
-    for key, value in describe_checkpoint(*loaded).items():
+    loaded, processor = load_model(model)
+    for key, value in describe_checkpoint(loaded, processor).items():
         typer.echo(f"{key:11} {value}")
-    if metrics := read_metrics(loaded[0].name_or_path):
-        typer.echo(metrics_as_text(metrics))
+    if metrics := read_metrics(loaded.name_or_path):
+        stale = is_of_another(metrics, checkpoint_fingerprint(loaded, processor.image_processor))
+        typer.echo(
+            "measured    metrics.json is of another checkpoint; measure this one (efficientsam evaluate masks)"
+            if stale
+            else metrics_as_text(metrics)
+        )
 
 
 def describe_checkpoint(model: EfficientSamModel, processor: EfficientSamProcessor) -> dict[str, str]:

@@ -22,6 +22,18 @@ def read_metrics(name_or_path: str) -> str | None:
     return path and Path(path).read_text(encoding="utf-8")
 
 
+def is_of_another(metrics: str, fingerprint: str) -> bool:
+    """
+    Whether a report says that it is of other weights, another configuration or another preprocessing than those of
+    this `checkpoint_fingerprint`, in float32. Older reports do not say.
+    """
+    try:
+        stated = json.loads(metrics).get("model_sha256", fingerprint)
+    except (ValueError, AttributeError):
+        return False
+    return fingerprint not in (stated.values() if isinstance(stated, dict) else [stated])
+
+
 def metrics_as_text(metrics: str) -> str:
     """For a terminal: one line for each kind of prompt, over objects of all sizes."""
     try:

@@ -27,7 +27,7 @@ from torch.export import Dim
 
 from hf_efficientsam import __version__
 from hf_efficientsam.inference.image_files import find_images, read_image, write_files
-from hf_efficientsam.inference.loading import find_checkpoint, load_model
+from hf_efficientsam.inference.loading import checkpoint_fingerprint, find_checkpoint, load_model
 from hf_efficientsam.inference.onnx_predictor import METADATA_KEY, EfficientSamOnnxPredictor, file_name, open_session
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
 from hf_efficientsam.model.mask_decoder_fast_efficientsam import FastMaskDecoder, project_shared_image
@@ -271,6 +271,7 @@ def describe(name: str, model: EfficientSamModel, processor: EfficientSamProcess
     options = {key: getattr(image_processor, key) for key in PREPROCESSING}
     return {
         "model": Path(name).name,
+        "model_sha256": checkpoint_fingerprint(model, image_processor),
         "background_points": prompts.background_points,
         "mask_prompts": prompts.mask_prompts,
         "preprocessing": {"size": [image_processor.size.height, image_processor.size.width], **options},

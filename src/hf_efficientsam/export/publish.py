@@ -4,6 +4,7 @@ All is made in a folder, tried from there in a process without this package, and
 checkpoint and versions give the same bytes. Wrong input is a ValueError of one sentence.
 """
 
+import copy
 import inspect
 import os
 import shutil
@@ -24,12 +25,19 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump
 from safetensors.torch import load_file
 
 from hf_efficientsam import __version__
-from hf_efficientsam.export.metrics_report import metrics_as_entries, read_metrics
+from hf_efficientsam.export.metrics_report import is_of_another, metrics_as_entries, read_metrics
 from hf_efficientsam.export.model_card import GENERATED, Provenance, complete_card, model_card
 from hf_efficientsam.export.package_wheel import WHEEL_NAME, build_wheel
-from hf_efficientsam.inference.loading import find_checkpoint, load_head, load_model, stored_dtype
+from hf_efficientsam.inference.loading import (
+    checkpoint_fingerprint,
+    find_checkpoint,
+    load_head,
+    load_model,
+    stored_dtype,
+)
 from hf_efficientsam.inference.project_files import project_files
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
+from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
 
 SPACES = project_files("spaces")
 SPACE_FILES = ("app.py", "README.md", "requirements.txt")
@@ -160,6 +168,7 @@ def make_model(
     repository = Repository(name, "model", folder)
     folder.mkdir(parents=True)
     model, processor = load_model(str(directory), stored_dtype(directory))
+    refuse_stale_metrics(directory, model, processor)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     if onnx:
@@ -189,6 +198,16 @@ def make_model(
         name = "LICENSE" if card.data.license == "apache-2.0" else "LICENSE-CODE"
         (folder / name).write_text(metadata.distribution("hf-efficientsam").read_text("licenses/LICENSE"))
     return repository
+
+
+def refuse_stale_metrics(directory: Path, model: EfficientSamModel, processor: EfficientSamProcessor) -> None:
+    """Raises a ValueError if the `metrics.json` of a checkpoint says that it is of another."""
+    metrics, in_float32 = read_metrics(str(directory)), copy.deepcopy(model).float()  # as it was measured
+    if metrics and is_of_another(metrics, checkpoint_fingerprint(in_float32, processor.image_processor)):
+        raise ValueError(
+            f"{directory / 'metrics.json'} is of another checkpoint; measure this one (efficientsam evaluate masks) "
+            "or remove the file."
+        )
 
 
 def write_card(model: EfficientSamModel, name: str, folder: Path, provenance: Provenance) -> ModelCard:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -118,8 +119,13 @@ def checkpoint_fingerprint(model: EfficientSamModel, image_processor: EfficientS
     """SHA-256 of what results depend on, wherever it lies: weights, configuration and preprocessing."""
     ignored = {"_name_or_path", "transformers_version", "dtype", "auto_map", "architectures"}
     ignored |= {"max_image_pixels"}  # decides which images are refused, not what the others become
-    options = [model.config.to_dict(), image_processor.to_dict()]
-    options = [{key: value for key, value in one.items() if key not in ignored} for one in options]
+
+    def stripped(options: Any) -> Any:  # of parts' configurations, too
+        if not isinstance(options, dict):
+            return options
+        return {key: stripped(value) for key, value in options.items() if key not in ignored}
+
+    options = [stripped(one.to_dict()) for one in (model.config, image_processor)]
     digest = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(weight.shape)}".encode())

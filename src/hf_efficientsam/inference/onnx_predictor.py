@@ -17,6 +17,8 @@ from .predictor_base import PredictorBase
 from .resampling import cubic_weights, linear_weights, resample
 
 METADATA_KEY = "efficientsam"  # of the metadata_props of both files; the value is json
+# What the descriptions of an encoder and its decoder have in common; older files lack the first.
+OF_THE_CHECKPOINT = ("model_sha256", "background_points", "mask_prompts", "preprocessing")
 PROMPTS_AT_ONCE = 8  # bounds the memory of many prompts; does not change the numbers
 
 Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]  # inputs by name -> outputs in order
@@ -39,7 +41,7 @@ class EfficientSamOnnxPredictor(PredictorBase):
         num_threads: by default chosen by the runtime.
 
     Raises:
-        ValueError: missing files, or files that `efficientsam export-onnx` did not write.
+        ValueError: missing files, files that `efficientsam export-onnx` did not write, or files of two checkpoints.
         ImportError: the runtime is not installed.
     """
 
@@ -59,15 +61,18 @@ class EfficientSamOnnxPredictor(PredictorBase):
             raise ValueError(f'runtime must be "onnxruntime" or "openvino", not {runtime!r}.')
         if runtime == "openvino" and variant == "int8":  # version 2026.4 gives wrong masks, or crashes
             raise ValueError("OpenVINO does not run the int8 variant correctly; use float32, or onnxruntime.")
-        self.description = read_description(decoder)
-        # Files of before this option was written there convert.
-        self.options: dict = {"do_convert_rgb": True} | self.description["preprocessing"]
         if runtime == "openvino":
+            described = [read_description(load_to_read(file), file) for file in (encoder, decoder)]
             self._run_encoder, self._run_decoder = (open_with_openvino(x, num_threads) for x in (encoder, decoder))
         else:
-            self._run_encoder, self._run_decoder = (
-                open_session(x, providers, num_threads) for x in (encoder, decoder)
-            )
+            sessions = [load_session(file, providers, num_threads) for file in (encoder, decoder)]
+            described = [read_description(*one) for one in zip(sessions, (encoder, decoder), strict=True)]
+            self._run_encoder, self._run_decoder = map(run_of, sessions)
+        if len({json.dumps([one.get(key) for key in OF_THE_CHECKPOINT], sort_keys=True) for one in described}) > 1:
+            raise ValueError(f"{encoder} and {decoder.name} are of two checkpoints; export both again, together.")
+        self.description = described[1]
+        # Files of before this option was written there convert.
+        self.options: dict = {"do_convert_rgb": True} | self.description["preprocessing"]
         self.reset_image()
 
     def _read_image(self, image: Any) -> np.ndarray:
@@ -126,13 +131,23 @@ class EfficientSamOnnxPredictor(PredictorBase):
 # ------------------------------------------------------------------------------------------------ runtimes
 
 
-def read_description(file: Path) -> dict:
-    """The metadata that the export wrote into a file: the model's prompts and preprocessing."""
-    session = load_session(file, ["CPUExecutionProvider"], num_threads=1, optimize=False)
+def read_description(session: Any, file: Path) -> dict:
+    """The metadata that the export wrote into the file of a session: the model's prompts and preprocessing."""
     try:
-        return json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+        description = json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
     except (KeyError, ValueError):
         raise ValueError(f"{file} was not written by `efficientsam export-onnx`: its metadata are missing.") from None
+    if missing := [key for key in ("background_points", "mask_prompts", "preprocessing") if key not in description]:
+        raise ValueError(
+            f"{file} was written by another version of the package and does not say its {', '.join(missing)}; export "
+            "it again."
+        )
+    return description
+
+
+def load_to_read(file: Path):
+    """A session for `read_description` alone."""
+    return load_session(file, ["CPUExecutionProvider"], num_threads=1, optimize=False)
 
 
 def load_session(file: Path, providers: Sequence[str], num_threads: int | None, optimize: bool = True):
@@ -152,7 +167,10 @@ def load_session(file: Path, providers: Sequence[str], num_threads: int | None, 
 
 
 def open_session(file: Path, providers: Sequence[str], num_threads: int | None) -> Run:
-    session = load_session(file, providers, num_threads)
+    return run_of(load_session(file, providers, num_threads))
+
+
+def run_of(session: Any) -> Run:
     return lambda inputs: session.run(None, inputs)
 
 

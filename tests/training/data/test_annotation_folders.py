@@ -101,6 +101,20 @@ def test_a_split_of_data_yaml_is_read(tmp_path, settings):
         assert len(data) == 1 and names_of(data, 0) == [name]
 
 
+def test_images_of_one_file_of_labels_and_images_listed_twice_are_refused(tmp_path):
+    for name in ("images/a.jpg", "images/a.png", "images/b.jpg", "images/b.png"):
+        write_image(tmp_path / name)
+    write(tmp_path / "labels/a.txt", f"3 {TRIANGLE}\n")  # b has none, and that is the same for both
+    with pytest.raises(ValueError, match=r"(?s)one file of labels.* \(1\):\s+\S+/a\.jpg and \S+/a\.png$"):
+        open_annotations(tmp_path)
+    (tmp_path / "images/a.png").unlink()
+    assert len(open_annotations(tmp_path)) == 1
+    write(tmp_path / "data.yaml", "train: [images, list.txt]\nnames: {3: cat}\n")
+    write(tmp_path / "list.txt", "./images/a.jpg\n")
+    with pytest.raises(ValueError, match=r"(?s)listed twice.* \(1\):\s+\S+/a\.jpg and \S+/a\.jpg$"):
+        open_annotations(tmp_path)
+
+
 def test_without_data_yaml_all_images_are_read_and_boxes_counted(tmp_path, caplog):
     for name in "abc":
         write_image(tmp_path / f"images/{name}.jpg")
@@ -211,6 +225,16 @@ def test_images_are_found_where_labelme_says_or_by_name(tmp_path, name):
     else:
         data = open_annotations(tmp_path / "labels", images=tmp_path / "photos")
     assert len(data) == 1 and data[0].image.size == (WIDTH, HEIGHT)
+
+
+def test_two_labelme_files_of_one_image_are_refused(tmp_path):
+    write_image(tmp_path / "a.jpg")
+    for name in ("a", "copy/of_a", "b"):
+        content = labelme("../a.jpg" if "/" in name else "a.jpg", shape("polygon", [[0, 0], [10, 0], [10, 10]]))
+        write(tmp_path / f"{name}.json", content)
+    names = r"\(1\):\s+\S+/a\.json and \S+/b\.json and \S+/copy/of_a\.json$"
+    with pytest.raises(ValueError, match=rf"(?s)are of one image; keep one of each {names}"):
+        open_annotations(tmp_path)
 
 
 def test_what_is_not_labelmes_is_named_or_refused(tmp_path, caplog):

@@ -100,11 +100,22 @@ def test_what_is_missing_or_does_not_fit_is_named_at_the_start(tmp_path, caplog)
         (tmp_path / "images" / f"{number}.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"(?s)\(2\):.*0\.jpg cannot be read .*1\.jpg cannot be read"):
         FolderMasks(tmp_path)
+    for number in (0, 1):
+        Image.new("L", (20, 10), 255).save(tmp_path / "masks" / f"{number}.png")
+    dataset = FolderMasks(tmp_path, check_images=False)
+    assert len(dataset) == 3 and dataset[2].image_id == 2
+    with pytest.raises(ValueError, match=r"0\.jpg cannot be read"):
+        dataset[0]
     (tmp_path / "masks" / "1.png").unlink()
     with pytest.raises(ValueError, match=r"There is no .*1\.png; every image"):
         FolderMasks(tmp_path)
     Image.new("RGB", (20, 10)).save(tmp_path / "images" / "0.png")
-    with pytest.raises(ValueError, match="have one name"):
+    with pytest.raises(ValueError, match=r"(?s)have one name.* \(1\):\s+0\.jpg and 0\.png$"):
+        FolderMasks(tmp_path)
+    (tmp_path / "images" / "0.png").unlink()
+    for name in ("0.bmp", "of_no_image.bmp", "of_no_image.png"):
+        Image.new("L", (20, 10)).save(tmp_path / "masks" / name)
+    with pytest.raises(ValueError, match=r"(?s)are of one image; keep one of each \(1\):\s+0\.bmp and 0\.png$"):
         FolderMasks(tmp_path)
     with pytest.raises(ValueError, match="There is no image"):
         FolderMasks(tmp_path / "elsewhere")

@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 from pycocotools import mask as rle_codec
 
-from .reading import IMAGE_SUFFIXES, listed, logger, read_header, read_headers
+from .reading import IMAGE_SUFFIXES, listed, logger, read_header, read_headers, refuse_shared
 
 SETTINGS = ("data.yaml", "data.yml")
 SLACK = 0.01  # of relative coordinates beyond the image's edge, as Ultralytics allows
@@ -66,6 +66,9 @@ def read_yolo(folder: Path, settings: Path | None, split: str) -> dict:
     if settings is not None:
         files, names = read_settings(settings, split)
     files = [os.path.abspath(file) for place in files for file in image_files(place)]
+    refuse_shared(((file, file) for file in files), f"Images of {folder} are listed twice")
+    shared = [(labels, file) for file in files if (labels := label_file(file)).is_file()]
+    refuse_shared(shared, f"Images of {folder} have one file of labels")
     headers = read_headers(files, str(folder))
     records, annotations = [], []
     for number, (file, header) in enumerate(zip(files, headers, strict=True), start=1):
@@ -156,8 +159,11 @@ def read_labelme(folder: Path, images: str | Path | None) -> dict:
     if others := [file for file in files if file not in contents]:
         logger.warning("%s: not labelme's, and left out: %s.", folder, listed(others))
     records, annotations = [], []
+    place = folder if images is None else Path(images)
+    found = {file: find_image(file, content["imagePath"], place) for file, content in contents.items()}
+    refuse_shared(((image.resolve(), file) for file, image in found.items()), f"Files under {folder} are of one image")
     for number, (file, content) in enumerate(contents.items(), start=1):
-        image = find_image(file, content["imagePath"], folder if images is None else Path(images))
+        image = found[file]
         try:
             width, height = content.get("imageWidth"), content.get("imageHeight")
             if not (isinstance(width, int) and isinstance(height, int)):

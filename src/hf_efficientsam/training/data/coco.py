@@ -78,6 +78,9 @@ class CocoMasks(Dataset):
         reading: `crowds` is what `iscrowd` means: "skip" leaves these regions out, "keep" reads them as masks, "auto"
             decides for the file, see `mark_crowds`. `mask_frame`: see `FrameConfig`.
         split: the part of a YOLO dataset, train or val.
+        check_images: images that cannot be opened are refused now, all at once; else each when it is read, as an
+            evaluation wants it, which leaves them out and names them. A YOLO dataset's are refused in any case, for
+            its masks are relative to their sizes.
 
     Raises FileNotFoundError for a json or images that are not there, and ValueError for a json that is broken or
     ambiguous (see `read_json`) and for images that cannot be opened or whose sizes do not fit. The pixels of an image
@@ -91,6 +94,7 @@ class CocoMasks(Dataset):
         min_area: int = 1,
         reading: AnnotationConfig = DEFAULT_READING,
         split: str = "train",
+        check_images: bool = True,
     ):
         content = self._open(annotations, images, reading.crowds, split)
         self.categories, left_out, drawn = content.get("categories"), Counter(), defaultdict(list)
@@ -103,7 +107,8 @@ class CocoMasks(Dataset):
                 drawn[annotation["image_id"]].append((annotation.get("id", number), annotation))
         records = [record for record in content["images"] if record["id"] in drawn]
         files = self._find(records)
-        headers = read_headers(files, str(self.annotations))
+        sizes = None if check_images else [(record["width"], record["height"]) for record in records]
+        headers = read_headers(files, str(self.annotations), sizes)
         orientations = self._orientations(records, files, headers, reading.mask_frame)
 
         self.records, self.files, self.rles, self.annotation_ids, self.category_ids = [], [], [], [], []

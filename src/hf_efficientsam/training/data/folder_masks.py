@@ -23,6 +23,7 @@ from .reading import (
     logger,
     read_headers,
     refuse_if_any,
+    refuse_shared,
     say_what_is_read,
     warn_of_hidden_frames,
 )
@@ -41,17 +42,19 @@ class FolderMasks(Dataset):
     Args:
         folder: that of both.
         reading: how masks are read that may mean two things.
+        check_images: as of `CocoMasks`.
 
     Raises:
         ValueError: if there is no image, or some without a mask, with one that cannot be read, or of another size.
     """
 
-    def __init__(self, folder: str | Path, reading: AnnotationConfig = DEFAULT_READING):
+    def __init__(self, folder: str | Path, reading: AnnotationConfig = DEFAULT_READING, check_images: bool = True):
         self.folder = Path(folder)
         images = FolderImages([self.folder / "images"])
         files = [images.path(key) for key in images.files]
         masks = find_partners(self.folder / "images", images.files, self.folder / "masks")
-        headers, mask_headers = images.headers(), read_headers(masks, str(folder))
+        mask_headers = read_headers(masks, str(folder))
+        headers = read_headers(files, images.root, None if check_images else [one.size for one in mask_headers])
         orientations, problems = [], []
         for mask, header, mask_header in zip(masks, headers, mask_headers, strict=True):
             try:
@@ -110,27 +113,28 @@ def open_annotations(
     images: str | Path | None = None,
     reading: AnnotationConfig = DEFAULT_READING,
     split: str = "train",
+    check_images: bool = True,
 ) -> CocoMasks | FolderMasks:
     """A COCO-style json, a folder of images and masks, a YOLO dataset (of which `split`), or a folder of labelme's."""
     if all((Path(path) / name).is_dir() for name in ("images", "masks")):
-        return FolderMasks(path, reading)
-    return CocoMasks(path, images, reading=reading, split=split)
+        return FolderMasks(path, reading, check_images)
+    return CocoMasks(path, images, reading=reading, split=split, check_images=check_images)
 
 
 def find_partners(images: Path, keys: list[str], folder: Path) -> list[str]:
     """
-    For each image (paths relative to `images`) the image file in `folder` of the same name but for its ending, a PNG
-    if there are several.
+    For each image (paths relative to `images`) the image file in `folder` of the same name but for its ending.
 
     Raises:
-        ValueError: if two images have one name, or some no such file.
+        ValueError: if two images or two of these files have one name, or some image no such file.
     """
-    stems = Counter(os.path.splitext(key)[0] for key in keys)
-    if twice := [stem for stem, number in stems.items() if number > 1]:
-        raise ValueError(f"Two images under {images} have one name ({listed(twice)}); each needs a file of its own.")
+    stems = [os.path.splitext(key)[0] for key in keys]
+    refuse_shared(zip(stems, keys, strict=True), f"Images under {images} have one name but for their endings")
     found = FolderImages([folder]) if folder.is_dir() else None
-    files = sorted(found.files if found else [], key=lambda file: file.lower().endswith(".png"))
-    partners = {os.path.splitext(file)[0]: found.path(file) for file in files}
+    wanted = set(stems)
+    files = [(os.path.splitext(file)[0], file) for file in (found.files if found else [])]
+    refuse_shared((one for one in files if one[0] in wanted), f"Files under {folder} are of one image")
+    partners = {stem: found.path(file) for stem, file in files}
     if missing := [stem for stem in stems if stem not in partners]:
         raise ValueError(f"There is no {listed(f'{folder / stem}.png' for stem in missing)}; every image needs one.")
     return [partners[stem] for stem in stems]

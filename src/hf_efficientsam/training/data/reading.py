@@ -2,7 +2,7 @@
 
 import io
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -103,9 +103,14 @@ def read_header(file: str | io.BytesIO, name: str | None = None) -> Header:
         return Header(upright_size(opened), orientation if orientation in TURNS else 1)
 
 
-def read_headers(files: Sequence[str], what: str) -> list[Header]:
+def read_headers(files: Sequence[str], what: str, sizes: Sequence[tuple[int, int]] | None = None) -> list[Header]:
     """
     The headers of image files, 0.1 ms each.
+
+    Args:
+        files: their paths.
+        what: they belong to.
+        sizes: (width, height) of each: taken for files that cannot be read, in place of an error.
 
     Raises:
         ValueError: if some cannot be read, naming `what` they belong to and the first ten.
@@ -120,6 +125,8 @@ def read_headers(files: Sequence[str], what: str) -> list[Header]:
     with ThreadPoolExecutor(READERS) as pool:
         parts = (files[start : start + AT_ONCE] for start in range(0, len(files), AT_ONCE))
         headers = [header for part in parts for header in pool.map(look, part)]
+    if sizes is not None:
+        headers = [Header(size) if isinstance(one, str) else one for one, size in zip(headers, sizes, strict=True)]
     refuse_if_any((one for one in headers if isinstance(one, str)), f"Images of {what} are broken; replace or remove")
     return headers
 
@@ -152,6 +159,14 @@ def refuse_if_any(problems: Iterable[str] | Iterator[str], what: str, error: typ
     if problems:
         more = f"\n  and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         raise error(f"{what} ({len(problems)}):\n  " + "\n  ".join(problems[:LISTED]) + more)
+
+
+def refuse_shared(owners: Iterable[tuple[Any, Any]], what: str) -> None:
+    """Raises a ValueError if two owners share a thing, naming both, for `(thing, owner)` of all."""
+    by_thing = defaultdict(list)
+    for thing, owner in owners:
+        by_thing[thing].append(str(owner))
+    refuse_if_any((" and ".join(those) for those in by_thing.values() if len(those) > 1), f"{what}; keep one of each")
 
 
 def say_what_is_read(what: str, kept: str, left_out: Counter[str]) -> None:
