@@ -16,6 +16,7 @@ Decoder and post-processing, from the image's embedding on, in interleaved runs 
   run-length code are ours. It is not exactly the others' answer: it enlarges masks in another way, so its masks match
   by their IoU only roughly.
 - ours: `EfficientSamMaskGenerator`, what it does after the embedding.
+- adaptive: the same with `adaptive=True`, which asks about fewer points and so finds other masks.
 
 Thresholds are quantiles of the image's own scores, since what is a good score differs between models. Memory is that
 of the generator at all points against the naive way with all points together, which is measured at fewer, and at all
@@ -51,7 +52,7 @@ from hf_efficientsam import EfficientSamModel
 from hf_efficientsam.inference import mask_generation
 from hf_efficientsam.inference.loading import load_model
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
-from hf_efficientsam.model.mask_decoder_fast_efficientsam import FastMaskDecoder
+from hf_efficientsam.model import mask_decoder_shared_efficientsam
 from hf_efficientsam.model.mask_operations_efficientsam import (
     batched_mask_to_box,
     build_point_grid,
@@ -280,7 +281,9 @@ def stages(scene: Scene, processor, clock) -> dict[str, float]:
         for name, owner, attribute in (
             ("encode", generator.model, "get_image_embeddings"),
             ("decode: tokens and IoU", generator.model, "predict_confident"),
-            ("decode: masks", FastMaskDecoder, "predict_kept_masks"),
+            ("decode: masks", mask_decoder_shared_efficientsam, "upscale_doubled"),
+            ("decode: masks", mask_decoder_shared_efficientsam.SharedImageDecoder, "double"),
+            ("decode: the image", generator.model, "share_image"),
             ("measure", mask_generation, "measure_masks"),
             ("NMS", mask_generation, "non_maximum_suppression"),
             ("NMS", mask_generation, "suppress_duplicates"),
@@ -349,6 +352,7 @@ def compare(args: argparse.Namespace) -> tuple[Scene, dict]:
         "naive": functools.partial(naive, plain, scene, args.naive_batch),
         "pipeline": SamPipeline(scene, processor, logits, scores),
         "ours": functools.partial(ours, scene.generator(processor), scene),
+        "adaptive": functools.partial(ours, scene.generator(processor, adaptive=True), scene),
     }
     watch, seconds = Stopwatch(clock, model.device), defaultdict(list)
     for _ in tqdm(range(args.repeats), desc="runs"):

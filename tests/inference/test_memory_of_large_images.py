@@ -15,7 +15,7 @@ from PIL import Image
 from hf_efficientsam import SegmentationResult
 from hf_efficientsam.inference import amg, drawing, mask_bounds, results
 from hf_efficientsam.inference.results import RleMasks, mask_rles
-from hf_efficientsam.model import image_processing_efficientsam
+from hf_efficientsam.model import image_processing_efficientsam, mask_operations_efficientsam
 
 CODE = """
 import resource, sys
@@ -50,6 +50,23 @@ print(peak() - before)
 """
 
 
+STABILITY = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import tiny, torch
+from hf_efficientsam.model.mask_operations_efficientsam import calculate_stability_score, resize_masks
+torch.set_num_threads(1)
+logits = tiny.random(1, 1, 16, 16) - 0.5
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+calculate_stability_score(resize_masks(logits, (100, 100), None)[0], 0.0, 0.1)
+masks = resize_masks(logits, (4000, 5000), None)[0]
+before = peak()
+calculate_stability_score(masks, 0.0, 0.1)
+print(peak() - before)
+"""
+
+
 def printed_by(code: str, *arguments) -> float:
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
     command = [sys.executable, "-c", code, str(Path(__file__).parents[1]), *map(str, arguments)]
@@ -66,6 +83,12 @@ def test_an_image_of_twenty_megapixels_is_never_in_float32_as_a_whole():
 def test_masks_of_many_objects_are_not_kept_as_pixels(tmp_path):
     """The masks of 23 objects more, with three candidates each, would take 329 MiB."""
     assert printed_by(SEGMENT, tmp_path / "image.png") < 100
+
+
+@pytest.mark.slow
+def test_the_pixels_of_a_stable_mask_are_counted_without_eight_bytes_each():
+    """These would take 153 MiB."""
+    assert printed_by(STABILITY) < 80
 
 
 def peak_bytes(call) -> int:
@@ -127,7 +150,7 @@ def test_in_parts_results_are_those_in_one(monkeypatch):
         return [np.asarray(one) for one in (enlarged, *measured, drawing.draw_masks(image, [mask]))]
 
     expected = answers()
-    for module in (drawing, mask_bounds, image_processing_efficientsam):
+    for module in (drawing, mask_bounds, image_processing_efficientsam, mask_operations_efficientsam):
         monkeypatch.setattr(module, "PIXELS_AT_ONCE", 500)
     for ours, theirs in zip(answers(), expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)

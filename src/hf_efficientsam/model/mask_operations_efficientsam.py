@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 # The mask decoder enlarges the patch grid (1/16 of the input) four times: a pixel of its masks is 4 x 4 of the input.
 INPUT_PIXELS_PER_MASK_PIXEL = 4
+PIXELS_AT_ONCE = 2**22  # that are counted
 
 
 def resize_masks(masks: torch.Tensor, size: tuple[int, int], input_size: tuple[int, int] | None) -> torch.Tensor:
@@ -37,9 +38,18 @@ def calculate_stability_score(masks: torch.Tensor, mask_threshold: float, thresh
     [N, h, w] logits -> [N]: IoU of the masks at `mask_threshold` plus and minus `threshold_offset`; the one lies
     within the other.
     """
-    inner = torch.count_nonzero(masks > mask_threshold + threshold_offset, dim=(-2, -1))
-    outer = torch.count_nonzero(masks > mask_threshold - threshold_offset, dim=(-2, -1))
+    inner = count_above(masks, mask_threshold + threshold_offset)
+    outer = count_above(masks, mask_threshold - threshold_offset)
     return inner.float() / outer.clamp(min=1)
+
+
+def count_above(masks: torch.Tensor, threshold: float) -> torch.Tensor:
+    """
+    [..., h, w] -> [...]: the number of values above a threshold. Some rows at a time, as torch makes 8 bytes of each
+    value to count it.
+    """
+    rows = max(1, PIXELS_AT_ONCE * masks.shape[-2] // max(1, masks.numel()))
+    return sum(torch.count_nonzero(band > threshold, dim=(-2, -1)) for band in masks.split(rows, dim=-2))
 
 
 def boxes_from_masks(masks: torch.Tensor) -> torch.Tensor:
