@@ -97,8 +97,9 @@ def call(*arguments) -> tuple[int, str, str]:
 
 def refused(*arguments) -> str:
     code, stdout, stderr = call(*arguments)
-    assert code == 2 and stdout == "" and stderr.count("\n") == 1, (stdout, stderr)
-    return stderr
+    *progress, sentence = stderr.splitlines()
+    assert code == 2 and stdout == "" and all(line.endswith(" ...") for line in progress), (stdout, stderr)
+    return sentence
 
 
 # ----------------------------------------------------------------------------------------------- what is made
@@ -110,6 +111,8 @@ def test_published_twice_is_the_same_and_needs_no_package(checkpoint, tmp_path, 
     code, stdout, stderr = call(checkpoint, "someone/tiny", "--output", first)
     assert code == 0, stderr
     assert "left out" in stdout and "optimizer.bin" in stdout
+    steps = ["Making the repository someone/tiny ...", "Loading someone/tiny in a process without this package ..."]
+    assert [line for line in stderr.splitlines() if line in steps] == steps
 
     elsewhere = tmp_path / "elsewhere" / "tiny"
     shutil.copytree(checkpoint, elsewhere)

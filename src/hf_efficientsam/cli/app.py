@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from hf_efficientsam import __version__
+from hf_efficientsam.inference.logs import log_shown
 
 PACKAGE = Path(__file__).parents[1]
 UsageError = typer.BadParameter.__base__  # in typer or in click, as typer's version has it
@@ -61,7 +62,7 @@ class Commands(typer.core.TyperGroup):
 
     def invoke(self, ctx):
         try:
-            with warnings_as_sentences(), wrong_usage_as_sentence():
+            with warnings_as_sentences(), wrong_usage_as_sentence(), log_shown():
                 return super().invoke(ctx)
         except BrokenPipeError:  # the reader of our output has gone; typer knows what to do
             raise

@@ -149,6 +149,8 @@ def export_command(
     written = export(name, output, [one.value for one in variants], images, allow_loss)
     for file, report in written.items():
         typer.echo(f"{output / file}: {describe_export(report)}")
+    if layout is Layout.native:
+        typer.echo(f"run them with EfficientSamOnnxPredictor({str(output)!r})")
 
 
 def describe_export(report: dict) -> str:

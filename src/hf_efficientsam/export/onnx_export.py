@@ -52,6 +52,8 @@ PREPROCESSING = (
     "max_image_pixels",
 )
 
+logger = logging.getLogger(__name__)
+
 
 # ------------------------------------------------------------------------------------------------ traced modules
 
@@ -160,6 +162,7 @@ def export(module: nn.Module, inputs: dict[str, torch.Tensor], outputs: list[str
         outputs: their names.
         axes: name of an input -> its dynamic axes.
     """
+    logger.info("Exporting the part that makes %s ...", " and ".join(outputs))
     with quiet():
         program = torch.onnx.export(
             module.eval(),
@@ -234,6 +237,7 @@ def check(file: Path, expect, cases: Iterable[dict[str, torch.Tensor]]) -> float
     Raises:
         ValueError: if it is above `TOLERANCE`.
     """
+    logger.info("Comparing %s with torch ...", file.name)
     run, largest = open_session(file, ["CPUExecutionProvider"], num_threads=torch.get_num_threads()), 0.0
     for inputs in cases:
         found = run({name: tensor.numpy() for name, tensor in inputs.items()})
@@ -386,6 +390,7 @@ def write_variant(
     exact, smaller = (
         EfficientSamOnnxPredictor(folder, one, num_threads=torch.get_num_threads()) for one in ("float32", variant)
     )
+    logger.info("Measuring %s on %d images ...", variant, len(images))
     iou = measure_variant(exact, smaller, images)
     refuse_loss(variant, iou, allow_loss)
     for file, graph in files.items():

@@ -6,6 +6,7 @@ checkpoint and versions give the same bytes. Wrong input is a ValueError of one 
 
 import copy
 import inspect
+import logging
 import os
 import shutil
 import subprocess
@@ -38,6 +39,8 @@ from hf_efficientsam.inference.loading import (
 from hf_efficientsam.inference.project_files import project_files
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
+
+logger = logging.getLogger(__name__)
 
 SPACES = project_files("spaces")
 SPACE_FILES = ("app.py", "README.md", "requirements.txt")
@@ -165,6 +168,7 @@ def make_model(
     saliency head if there is one, ONNX files if wanted, and a model card: the checkpoint's own with the fields that it
     lacks, or one that states its metrics.json.
     """
+    logger.info("Making the repository %s ...", name)
     repository = Repository(name, "model", folder)
     folder.mkdir(parents=True)
     model, processor = load_model(str(directory), stored_dtype(directory))
@@ -290,6 +294,7 @@ def verify(directory: Path, repository: Repository) -> None:
     Raises:
         ValueError: if it cannot be loaded there or answers otherwise than the checkpoint does here.
     """
+    logger.info("Loading %s in a process without this package ...", repository.name)
     model, processor = load_model(str(directory))
     head = load_head(str(directory / "saliency")) if (directory / "saliency").is_dir() else None
     expected = answer(model.cpu(), processor, head)
@@ -419,6 +424,7 @@ def upload(repository: Repository, private: bool) -> str:
     Raises:
         ValueError: if the Hub is not in reach or refuses.
     """
+    logger.info("Uploading %s ...", repository.name)
     api, space_sdk = HfApi(), "gradio" if repository.kind == "space" else None
     options = {"repo_id": repository.name, "repo_type": repository.kind}
     with hub_errors(repository.name):

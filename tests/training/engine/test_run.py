@@ -77,7 +77,7 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
 def train(folder, at=None, happens=None, steps=6, **options):
     """A run of 6 steps of one random weight each, with a checkpoint every 2; after step `at` something happens."""
     config = RunConfig(output_dir=str(folder), **{"save_steps": 2, "log_steps": 1, **options})
-    with TrainingRun(Accelerator(cpu=True), config, "test") as run:
+    with TrainingRun(Accelerator(cpu=True), config, "masks") as run:
         model = torch.nn.Linear(2, 2)
         optimizer = torch.optim.AdamW(model.parameters(), 0.1)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
@@ -199,8 +199,11 @@ def test_what_readers_say_is_shown(capsys, monkeypatch):
         assert capsys.readouterr().err == shown
 
 
-def test_a_finished_run_says_so(tmp_path, capsys):
+def test_a_finished_run_says_where_its_results_are_and_what_to_type_next(tmp_path, capsys):
     weight = train(tmp_path)
+    last, command = capsys.readouterr().out.splitlines()[-2:]
+    assert f"The model is in {tmp_path / 'model'}, its log and plots are in {tmp_path}. Next:" in last
+    assert command == f"  efficientsam demo --model {tmp_path / 'model'}"
     again = train(tmp_path)
     assert torch.equal(weight, again) and "holds a finished run" in capsys.readouterr().out
 

@@ -3,13 +3,11 @@
 import dataclasses
 import json
 import logging
-import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,8 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 
+from hf_efficientsam.inference.logs import log_shown
+
 from .checkpoints import Checkpoints, SaveError
 from .config import RunConfig
 from .metrics_log import MetricsLog, tracker_arguments
@@ -29,6 +29,16 @@ from .optimization import describe_unless_finite
 from .reports import replace_text
 
 MAX_LEFT_OUT = 5  # steps in a row whose loss or gradient is not finite
+
+NEXT_COMMANDS = {  # of a run's project, with its model
+    "masks": "efficientsam demo --model {model}",
+    "sami": "efficientsam train masks --encoder {model} --train ANNOTATIONS.json --output_dir runs/masks",
+    "distill": "efficientsam train masks --model {model} --train ANNOTATIONS.json --output_dir runs/masks",
+    "classification": "efficientsam train classification --evaluate {model} --test IMAGES",
+    "semantic": "efficientsam train semantic --evaluate {model} --test IMAGES",
+    "detection": "efficientsam train detection --evaluate {model} --val ANNOTATIONS.json",
+    "saliency": "efficientsam salient IMAGE --saliency {model} --overlay drawn.jpg",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +115,7 @@ class TrainingRun:
     Args:
         accelerator: of `start_accelerator`.
         config: the run's.
-        project: the kind of run, under which trackers keep it.
+        project: the kind of run, one of `NEXT_COMMANDS`, under which trackers keep it.
         streamed: whether images are streamed, so that who reads how many at a time decides about their order.
     """
 
@@ -125,6 +135,9 @@ class TrainingRun:
         if error is None:
             if self.log is not None:
                 self.log.close()
+                model = self.output_dir / "model"
+                self.accelerator.print(f"The model is in {model}, its log and plots are in {self.output_dir}. Next:")
+                self.accelerator.print("  " + NEXT_COMMANDS[self.project].format(model=model))
             # The models that the accelerator holds first: freeing one together with the processes' group can hang
             # (pytorch/pytorch issue 56297). Those of the loop's function are gone with it.
             self.accelerator.free_memory()
@@ -279,20 +292,6 @@ def run_script(name: str, main: Callable[[], None]) -> None:
         return
     print(f"\n{name}: {message}", file=sys.stderr)
     raise SystemExit(code)
-
-
-@contextmanager
-def log_shown() -> Iterator[None]:
-    """What the package logs, such as what a reader leaves out, is shown on stderr; of several processes' the first's,
-    and the others' errors."""
-    logger, handler = logging.getLogger("hf_efficientsam"), logging.StreamHandler()
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(logging.NOTSET)
 
 
 def last_line(error: BaseException) -> str:
