@@ -88,7 +88,7 @@ class Recorder:
         self.shoot(1500)
 
     def name_object(self, name: str) -> None:
-        field = self.page.get_by_label("Name of the marked object")
+        field = self.page.get_by_label("Name of the selected object")
         box = field.bounding_box()
         self.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         field.fill(name)
@@ -147,7 +147,6 @@ def main() -> None:
         recorder.shoot(1000)
         recorder.click("Box", role="tab", version_changes=False)
         recorder.drag_box(*BUS_BOX)
-        recorder.click("New object")
         recorder.drag_box(*TRUCK_BOX)
         recorder.name_object("truck")
         browser.close()

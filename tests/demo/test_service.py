@@ -8,9 +8,15 @@ import torch
 from PIL import Image
 
 from hf_efficientsam.demo import service
+from hf_efficientsam.demo.outputs import python_code
+from hf_efficientsam.demo.scene import Finding
 from hf_efficientsam.demo.service import Demo
-from hf_efficientsam.demo.session import Finding
 from hf_efficientsam.inference.prompters import Detector, SalientPrompter
+
+
+def status_of(view: list) -> str:
+    """Of what `Demo.view` returns, the line with what is to be said."""
+    return next(one for one in view if isinstance(one, str) and 'role="status"' in one)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +58,53 @@ def test_sentences_about_files(demo, photo, tmp_path):
             demo.open_upload(other)
 
 
+def test_the_page_reduces_large_images_and_the_api_refuses_them(demo, tmp_path, monkeypatch):
+    path = tmp_path / "large.png"
+    Image.linear_gradient("L").resize((400, 200)).save(path)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    upload = {"path": str(path), "orig_name": "large.png"}
+    session = demo.open_upload(upload, reduce=True)
+    assert (session.width, session.height) == (200, 100) and session.reduced_from == (400, 200)
+    view = demo.act(session, lambda session: session.set_box(0.1, 0.1, 0.7, 0.9))
+    assert "200 x 100 pixels (reduced from 400 x 200)" in status_of(view)
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(python_code(session), scope)
+    assert (scope["masks"][0] == session.result().masks[0]).all()
+    with pytest.raises(ValueError, match="are too many"):
+        demo.segment(upload, boxes=[[0, 0, 9, 9]])
+    monkeypatch.setattr(service, "MAX_PIXELS_READ", 70_000)
+    with pytest.raises(ValueError, match=r"400 x 200 pixels are too many; up to 0.07 million"):
+        demo.open_upload(upload, reduce=True)
+
+
+def test_what_takes_long_reports_how_far_it_is_and_is_stopped_without_a_change(demo, photo):
+    session, progress = demo.open(photo, "photo.png"), Mock()
+    session.set_box(0.1, 0.1, 0.9, 0.9)
+    before = session.scene
+
+    def find(session):
+        demo.find_everything(session, 12, 0.0, 0.0, demo.reporter(session, progress, "Find everything"))
+
+    demo.act(session, find)
+    ratios = [call.args[0] for call in progress.call_args_list]
+    assert len(ratios) > 3 and ratios == sorted(ratios) and session.scene != before
+    session.undo()
+    progress.side_effect = lambda ratio, desc: session.stopping.set()  # the visitor presses Stop
+    assert "Stopped; nothing was changed." in status_of(demo.act(session, find)) and session.scene == before
+    session.stopping.set()
+    with pytest.raises(gr.Error, match="Stopped"):
+        demo.save(session, "mask", progress)
+
+
+def test_a_preview_never_waits(demo, photo):
+    session = demo.open(photo, "photo.png")
+    assert demo.preview(session, 0.5, 0.5)["url"].startswith("data:image/png;base64,")
+    with session.lock:
+        assert demo.preview(session, 0.5, 0.5)["url"] == ""
+    assert demo.preview(None, 0.5, 0.5)["url"] == "" and session.lock.acquire(blocking=False)
+
+
 def test_files_that_other_programs_would_read(demo, photo, tmp_path):
     Image.open(photo).save(tmp_path / "a.eps")
     with pytest.raises(ValueError, match=r"^a\.png: EPS is not taken here; AVIF, BMP"):
@@ -62,9 +115,9 @@ def test_what_is_wrong_is_said_and_changes_nothing(demo, photo):
     session = demo.open(photo, "photo.png")
     demo.act(session, lambda session: session.add_point(0.5, 0.5))
     before = session.scene
-    *_, status, _, _, _ = demo.act(session, lambda session: session.set_box(0.5, 0.5, 0.5, 0.5))
+    status = status_of(demo.act(session, lambda session: session.set_box(0.5, 0.5, 0.5, 0.5)))
     assert "A box needs two corners" in status and session.scene == before
-    for call in (lambda: demo.act(None, print), lambda: demo.save(None, "mask")):
+    for call in (lambda: demo.act(None, print), lambda: demo.save(None, "mask", Mock())):
         with pytest.raises(gr.Error, match=r"choose|Choose"):
             call()
 
@@ -72,9 +125,9 @@ def test_what_is_wrong_is_said_and_changes_nothing(demo, photo):
 def test_a_box_beyond_the_picture_is_clipped_and_visitors_and_programs_are_told(demo, photo):
     session = demo.open(photo, "photo.png")
     sentence = "A box reaches beyond the image; such boxes are clipped to their image."
-    *_, status, _, _, _ = demo.act(session, lambda session: session.set_box(0.2, 0.2, 0.8, 1.1))
+    status = status_of(demo.act(session, lambda session: session.set_box(0.2, 0.2, 0.8, 1.1)))
     assert sentence in status
-    *_, status, _, _, _ = demo.act(session, lambda session: session.set_box(0.2, 0.2, 0.8, 1))
+    status = status_of(demo.act(session, lambda session: session.set_box(0.2, 0.2, 0.8, 1)))
     assert sentence not in status
     upload = {"path": str(photo), "orig_name": "photo.png"}
     with pytest.warns(UserWarning) as said:  # what gr.Warning is outside of a request
@@ -85,10 +138,10 @@ def test_a_box_beyond_the_picture_is_clipped_and_visitors_and_programs_are_told(
 def test_a_download_has_a_name_that_files_can_have_and_a_full_disk_is_said(demo, photo, monkeypatch):
     session = demo.open(photo, "\U00020000" * 100 + ".png")
     session.add_point(0.5, 0.5)
-    assert Path(demo.save(session, "labels")["file"]["path"]).is_file()
+    assert Path(demo.save(session, "labels", Mock())["file"]["path"]).is_file()
     monkeypatch.setattr(service, "save_bytes_to_cache", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(gr.Error, match=r"_labels\.png cannot be made: No space left on device"):
-        demo.save(session, "labels")
+        demo.save(session, "labels", Mock())
 
 
 def test_modes_that_lack_their_model_say_so(demo, photo, tiny_model):
@@ -113,7 +166,7 @@ def test_programs_get_sentences(demo, photo):
         with pytest.raises(ValueError, match=sentence):
             demo.segment(upload, points, labels, boxes)
     with pytest.raises(ValueError, match="up to 32 points"):
-        demo.find(demo.find_everything, upload, 1000, 0.5, 0.5)
+        demo.everything(upload, 1000, 0.5, 0.5)
     assert len(demo.segment(upload, [[5, 5], [80, 50]], [1, 0], None)["categories"]) == 1
 
 
@@ -139,8 +192,8 @@ def test_text(demo, photo, monkeypatch):
     assert session.objects[0].finding == Finding(
         "text", {"detector": "some/detector", "threshold": 0.3}, "a dog, a cat"
     )
-    assert "TextPrompter(predictor, detector='some/detector', threshold=0.3)('a dog, a cat')" in session.code()
-    found = demo.find(demo.find_text, {"path": str(photo), "orig_name": "photo.png"}, "a cat", 0.3)
+    assert "TextPrompter(predictor, detector='some/detector', threshold=0.3)('a dog, a cat')" in python_code(session)
+    found = demo.text({"path": str(photo), "orig_name": "photo.png"}, "a cat", 0.3)
     assert [one["name"] for one in found["categories"]] == ["a cat"]
 
 

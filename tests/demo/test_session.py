@@ -8,7 +8,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from hf_efficientsam import EfficientSamPredictor, SegmentationResult
-from hf_efficientsam.demo.session import FORMATS, Finding, NothingFound, Scene, Session
+from hf_efficientsam.demo.outputs import FORMATS, file_of, python_code
+from hf_efficientsam.demo.scene import Finding, Scene
+from hf_efficientsam.demo.session import NothingFound, Session
 from hf_efficientsam.inference.loading import load_model
 from hf_efficientsam.model.prompts_efficientsam import BOX_IS_CLIPPED
 
@@ -46,16 +48,37 @@ def test_points_are_those_of_the_predictor(session):
 
 def test_boxes_by_corners_and_by_dragging_in_any_direction(session):
     session.add_corner(0.9, 0.8)
-    assert session.scene.corner == (81, 48) and not session.objects
+    assert session.scene.corner == (0.9, 0.8) and not session.objects
     session.add_corner(0.1, 0.2)
-    assert session.current.box == (9, 12, 82, 48) and session.scene.corner is None
+    assert session.current.box == (9, 12, 81, 48) and session.scene.corner is None
     assert not session.notice
     session.set_box(0.1, 0.8, 1.2, -1)
     assert session.notice == BOX_IS_CLIPPED
-    assert session.current.box == (9, 0, 90, 48) and len(session.objects) == 1  # a new box in place of the old one
-    assert session.result().boxes.tolist() == [[9, 0, 90, 48]]
+    assert [one.box for one in session.objects] == [(9, 12, 81, 48), (9, 0, 90, 48)]
+    assert session.result().boxes.tolist() == [[9, 12, 81, 48], [9, 0, 90, 48]]
     with pytest.raises(ValueError, match="two corners that differ"):
         session.set_box(0.5, 0.1, 0.5, 0.9)
+
+
+def test_a_box_is_a_new_object_and_takes_nothing_of_the_last_one(session):
+    session.add_point(0.5, 0.5)
+    session.set_box(0.1, 0.1, 0.4, 0.4)
+    session.add_point(0.2, 0.2)
+    assert [(len(one.points), one.box) for one in session.objects] == [(1, None), (1, (9, 6, 36, 24))]
+    masks, scores, _ = session.predictor.predict([[18, 12]], [1], box=[9, 6, 36, 24])
+    assert (session.result().masks[1] == masks[scores.argmax()]).all()
+    session.undo()
+    session.undo()
+    assert len(session.objects) == 1 and session.scene.current == 0
+
+
+def test_a_preview_is_what_a_click_would_give_and_changes_nothing(session):
+    session.set_box(0.1, 0.1, 0.9, 0.9)
+    before, past = session.scene, list(session.past)
+    mask, index = session.preview(0.5, 0.5)
+    assert (session.scene, session.past, index) == (before, past, 0)
+    session.add_point(0.5, 0.5)
+    assert (session.current.mask() == mask).all()
 
 
 def test_background_alone_is_no_object_yet(session):
@@ -157,19 +180,19 @@ def test_code_makes_the_same_masks(session, image, tmp_path, monkeypatch):
     session.set_box(0.1, 0.1, 0.6, 0.7)
     session.add_point(0.3, 0.3)
     scope = {}
-    exec(session.code(), scope)
+    exec(python_code(session), scope)
     assert len(scope["masks"]) == len(session.objects) > 2
     assert (np.stack(scope["masks"]) == session.result().masks).all()
 
 
 def test_files_open_again(session, image):
     with pytest.raises(ValueError, match="nothing to download yet"):
-        session.file("mask")
+        file_of(session, "mask")
     session.set_box(0.1, 0.1, 0.5, 0.5)
     session.rename("dog")
     session.select(1)
     session.add_point(0.8, 0.8)
-    files = {kind: session.file(kind) for kind in FORMATS}
+    files = {kind: file_of(session, kind) for kind in FORMATS}
     masks = np.asarray(session.result().masks)
     assert {kind: name for kind, (name, _) in files.items()} == {
         "mask": "photo of a dog_mask.png",
@@ -179,7 +202,7 @@ def test_files_open_again(session, image):
         "rle": "photo of a dog_rle.json",
     }
     session.file_name = 'a "quoted" <name>' + 200 * "x" + ".png"  # no page shows it as more than text
-    assert session.file("mask")[0] == ("a _quoted_ _name_" + 200 * "x")[:200] + "_mask.png"
+    assert file_of(session, "mask")[0] == ("a _quoted_ _name_" + 200 * "x")[:200] + "_mask.png"
     session.file_name = "photo of a dog.png"
     pictures = {kind: np.asarray(Image.open(io.BytesIO(files[kind][1]))) for kind in ("mask", "cutout", "labels")}
     assert ((pictures["mask"] == 255) == masks.any(axis=0)).all() and set(np.unique(pictures["mask"])) <= {0, 255}
@@ -201,9 +224,21 @@ def test_pictures_for_the_page(session, model, tiny_model):
     dark = np.asarray(session.thumbnails()[0])[~session.current.mask(0)]
     assert dark.max() <= 51
 
+
+def test_masks_of_a_large_image_are_small_until_they_are_downloaded(model, tiny_model, monkeypatch):
     large = Session(EfficientSamPredictor(*model), str(tiny_model), "large.png", Image.new("RGB", (2048, 1200)))
+    sizes, resize = [], model[1].image_processor.post_process_masks
+
+    def watched(masks, original_sizes, *rest, **options):
+        sizes.extend(map(tuple, original_sizes))
+        return resize(masks, original_sizes, *rest, **options)
+
+    monkeypatch.setattr(model[1].image_processor, "post_process_masks", watched)
     large.set_box(0.25, 0.25, 0.75, 0.75)
-    assert large.draw().size == (1024, 600) and large.result().masks.shape == (1, 1200, 2048)
+    assert large.draw().size == (1024, 600) and large.current.mask().shape == (600, 1024)
+    assert sizes == [(600, 1024)]
+    masks, scores, _ = large.predictor.predict(box=[512, 300, 1536, 900])
+    assert (large.result().masks[0] == masks[scores.argmax()]).all() and masks.shape == (3, 1200, 2048)
 
 
 def test_wrong_prompts_change_nothing(session, model, monkeypatch):
@@ -215,13 +250,13 @@ def test_wrong_prompts_change_nothing(session, model, monkeypatch):
     assert session.scene == before
 
 
-def test_a_download_never_holds_the_masks_of_all_objects(session):
-    session.set_box(0.1, 0.1, 0.9, 0.9)
-    session.scene = Scene(session.objects * 400)
+def test_a_download_never_holds_the_masks_of_all_objects(model, tiny_model):
+    large = Session(EfficientSamPredictor(*model), str(tiny_model), "large.png", Image.new("RGB", (900, 600)))
+    large.set_box(0.1, 0.1, 0.9, 0.9)
+    large.scene = Scene(large.objects * 20)
     tracemalloc.start()
     try:
-        result = session.result()
-        assert len(result) == 400
-        assert tracemalloc.get_traced_memory()[1] < 100 * HEIGHT * WIDTH
+        assert len(large.result()) == 20
+        assert tracemalloc.get_traced_memory()[1] < 10 * 900 * 600
     finally:
         tracemalloc.stop()

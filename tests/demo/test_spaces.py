@@ -1,7 +1,7 @@
 """
 The web demo in a real browser and through its API, against the predictor's own masks.
 
-EFFICIENTSAM_SCREENSHOTS=1 pytest tests/test_spaces.py writes the pictures of spaces/README.md, too.
+EFFICIENTSAM_SCREENSHOTS=1 pytest tests/demo/test_spaces.py writes the pictures of spaces/README.md, too.
 """
 
 import base64
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SWITCHES = ["--disable-gpu", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 BUS, BUS_BOX = ROOT / "examples" / "bus.jpg", (192, 127, 477, 293)
 DESK = {"viewport": {"width": 1280, "height": 820}}
-PHONE = {"viewport": {"width": 375, "height": 740}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
+PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
 
 
 # ------------------------------------------------------------------------------------------------ server and browser
@@ -61,7 +61,8 @@ def server(tmp_path_factory):
         assert process.poll() is None and time.monotonic() < deadline, Path(log.name).read_text()
         time.sleep(0.2)
     yield url
-    assert "gradio.live" not in Path(log.name).read_text()  # no public link unless asked
+    said = Path(log.name).read_text()
+    assert "--share" in said and "share=True" not in said and "gradio.live" not in said  # no public link unless asked
     process.send_signal(signal.SIGINT)
     process.wait(60)
     assert not [path for path in folder.rglob("*") if path.is_file() or "efficientsam" in path.name]
@@ -205,7 +206,7 @@ def test_a_click_shows_the_models_mask_where_it_is(visit, predictor):
     assert np.median(change[~binary_dilation(mask, iterations=8)]) < 4
     captions = page.locator("#candidates small").all_inner_texts()
     assert captions == [f"score {max(0, score):.2f}" for score in scores]
-    assert "640 x 427 pixels · encoded in" in page.locator("#status").inner_text()
+    assert "640 x 427 pixels · read in" in page.locator("#status").inner_text()
     screenshot(page, "points")
 
 
@@ -234,9 +235,12 @@ def test_boxes_undo_redo_and_candidates(visit, predictor):
     masks, scores, _ = predictor.predict(box=np.add(BUS_BOX, (0, 0, 1, 1)))
     assert min((boxed != mask).mean() for mask in masks) < 5e-3  # corners are a pixel or so apart
 
-    drag(page, 200, 140, 470, 280)
-    assert (picture(download(page, "Mask")[1]) == 255).sum() != boxed.sum()
+    drag(page, 200, 140, 470, 280)  # another object, which changes nothing of the first
+    assert page.locator("#objects button").count() == 2
+    both = picture(download(page, "Label map")[1])
+    assert both.max() == 2 and (both > 0)[boxed].all()
     press(page, "Undo")
+    assert page.locator("#objects button").count() == 1
     assert ((picture(download(page, "Mask")[1]) == 255) == boxed).all()
     press(page, "Redo")
     assert page.get_by_role("button", name="Redo", exact=True).is_disabled()
@@ -248,7 +252,7 @@ def test_boxes_undo_redo_and_candidates(visit, predictor):
     chosen = picture(download(page, "Mask")[1]) == 255
     assert (chosen != boxed).any() and (chosen != masks[worst]).mean() < 5e-3
     press(page, "Clear")
-    assert "the first" in page.locator("#objects").inner_text()
+    assert "Click on the object that you want" in page.locator("#objects").inner_text()
     press(page, "Undo")
     assert ((picture(download(page, "Mask")[1]) == 255) == chosen).all()
 
@@ -257,7 +261,7 @@ def test_several_named_objects_in_every_format_and_the_code(visit, tmp_path_fact
     page = visit()
     pick_example(page).wait_for()
     drag(page, *BUS_BOX)
-    name = page.get_by_label("Name of the marked object")
+    name = page.get_by_label("Name of the selected object")
     name.fill("bus")
     with answer(page):
         name.press("Enter")
@@ -302,14 +306,78 @@ def test_everything_and_salient_objects(visit):
     screenshot(page, "everything")
     assert "EfficientSamMaskGenerator" in copy_code(page)
 
-    mode(page, "Salient")
+    mode(page, "Main objects")
     press(page, "Find what stands out")
     assert "SalientPrompter" in copy_code(page)
     assert "salient object" in page.locator("#objects").inner_text()
     screenshot(page, "salient")
-    mode(page, "Text")
-    assert page.get_by_label("What to find").is_disabled()
-    assert "--detector" in page.locator("#modes").inner_text()
+    assert page.get_by_role("tab", name="Text").count() == 0  # it needs a detector
+
+
+def test_a_search_shows_how_far_it_is_runs_once_and_can_be_stopped(visit):
+    page = visit()
+    pick_example(page).wait_for()
+    click(page, 400, 220)
+    mode(page, "Everything")
+    page.get_by_label("How closely to look").first.fill("32")
+    version = page.locator(".stage").get_attribute("data-version")
+    find, stop = (page.get_by_role("button", name=name, exact=True) for name in ("Find everything", "Stop"))
+    assert stop.is_disabled()
+    find.dblclick()
+    page.get_by_role("progressbar", name="Find everything").wait_for()
+    for name in ("Find everything", "Mask", "Other picture"):
+        assert page.get_by_role("button", name=name, exact=True).is_disabled()
+    stop.click()
+    page.locator("#status").get_by_text("Stopped; nothing was changed.").wait_for()
+    page.wait_for_function("[...document.querySelectorAll('button')].find((b) => b.innerText === 'Stop').disabled")
+    assert find.is_enabled() and page.locator("#objects button").count() == 1
+    page.wait_for_timeout(1500)  # a second search would still run
+    assert int(page.locator(".stage").get_attribute("data-version")) == int(version) + 1
+    assert not page.get_by_role("progressbar").is_visible()
+
+
+def test_nothing_moves_and_nothing_can_be_pressed_that_has_no_effect(visit):
+    page = visit()
+    pick_example(page).wait_for()
+    page.wait_for_timeout(500)
+    frame = page.locator(".stage").bounding_box()
+    assert frame["width"] > 700  # the photograph has 640 pixels
+    names = ("Undo", "Redo", "Clear", "Stop", "New object", "Remove", "Mask", "Cut-out", "Label map", "COCO", "RLE")
+    buttons = {name: page.get_by_role("button", name=name, exact=True) for name in names}
+    assert all(button.is_disabled() for button in buttons.values())
+    places = []
+    for name in ("Points", "Box", "Everything", "Main objects"):
+        mode(page, name)
+        page.wait_for_timeout(300)
+        places.append(page.locator(".stage").bounding_box())
+    drag(page, *BUS_BOX)
+    places.append(page.locator(".stage").bounding_box())
+    assert all(place == frame for place in places)
+    assert {name for name, button in buttons.items() if button.is_disabled()} == {"Redo", "Stop"}
+
+
+def test_the_mask_under_the_mouse_is_shown_before_a_click(visit, predictor):
+    page = visit()
+    pick_example(page).wait_for()
+    frame, place = page.locator(".stage").bounding_box(), spot(page, 400, 220)
+    page.mouse.move(frame["x"] + 5, frame["y"] + 5)
+    page.mouse.move(frame["x"] + place["x"], frame["y"] + place["y"])
+    preview = page.locator(".stage .preview")
+    masks, scores, _ = predictor.predict([[400, 220]], [1], mask_size=(342, 512))
+    deadline = time.monotonic() + 30
+    while True:  # the last place counts, though a preview of the first may come before
+        style = preview.get_attribute("style") or ""
+        if "base64," in style:
+            drawn = picture(base64.b64decode(style.split("base64,")[1].split('"')[0])) > 0
+            if same(drawn, masks[scores.argmax()]):
+                break
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(100)
+    assert preview.is_visible() and page.locator("#objects button").count() == 0
+    mode(page, "Box")
+    page.locator(".stage").hover(position=spot(page, 300, 200))
+    page.wait_for_timeout(500)
+    assert not preview.is_visible()
 
 
 def test_no_click_is_lost_while_something_else_is_computed(visit):
@@ -350,25 +418,29 @@ def test_without_a_mouse(visit):
 def test_uploads_good_broken_and_too_large(visit, tmp_path):
     broken, large, bytes_ = (tmp_path / name for name in ("broken.png", "large.png", "bytes.png"))
     broken.write_bytes(BUS.read_bytes()[:3000])
-    Image.new("L", (2001, 1500)).save(large)
+    Image.new("L", (10001, 10000)).save(large)
     bytes_.write_bytes(b"\x89PNG" + bytes(21 * 2**20))
     page = visit()
-    upload = page.locator('input[type="file"]').first
     for path, sentence in (
         (broken, "broken.png cannot be read as an image"),
-        (large, "2001 x 1500 pixels are too many; up to 3 million are taken here."),
+        (large, "10001 x 10000 pixels are too many; up to 100 million are taken here."),
         (bytes_, "maximum allowed size"),
     ):
-        upload.set_input_files(path)
+        page.locator('input[type="file"]').first.set_input_files(path)
         page.get_by_text(sentence).first.wait_for()
         assert not page.locator(".stage").is_visible()
-        page.reload()
+        page.get_by_text("Drop Image Here").wait_for()  # for another
+
+    Image.open(BUS).resize((3200, 2000)).save(tmp_path / "reduced.jpg")
+    page.locator('input[type="file"]').first.set_input_files(tmp_path / "reduced.jpg")
+    page.get_by_text("2190 x 1369 pixels (reduced from 3200 x 2000)").wait_for()
+    page.get_by_role("button", name="Other picture").click()
 
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6  # lies on its side
     turned = tmp_path / "it's turned.jpg"
     Image.open(BUS).rotate(90, expand=True).save(turned, exif=exif, quality=95)
-    upload.set_input_files(turned)
+    page.locator('input[type="file"]').first.set_input_files(turned)
     page.locator(".stage").wait_for()
     assert "640 x 427" in page.locator("#status").inner_text()
     assert np.abs(shown(page).astype(float) - np.asarray(Image.open(BUS))).mean() < 6
@@ -409,12 +481,11 @@ def test_two_visitors_do_not_see_each_other(visit):
     pick_example(second, "elephant").wait_for()
     click(first, 330, 210)
     assert first.locator("#objects button").count() == 1
-    assert "click on it" in second.locator("#objects").inner_text()
+    assert "Click on the object that you want" in second.locator("#objects").inner_text()
     assert "640 x 427" in first.locator("#status").inner_text()
     assert "426 x 640" in second.locator("#status").inner_text()
     assert picture(download(first, "Mask")[1]).shape == (427, 640)
-    second.get_by_role("button", name="Mask", exact=True).click()
-    second.get_by_text("There is nothing to download yet").first.wait_for()
+    assert second.get_by_role("button", name="Mask", exact=True).is_disabled()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -422,21 +493,35 @@ def test_a_phone(visit, scheme):
     page = visit(**PHONE, color_scheme=scheme)
 
     def fits():
-        return page.evaluate("document.documentElement.scrollWidth") <= 375
+        return page.evaluate("document.documentElement.scrollWidth") <= 390
+
+    def hints():
+        return page.locator("#desk").inner_text()
 
     page.locator("#examples button").first.wait_for()
-    assert fits()
+    assert fits() and "tap them" in page.locator(".hint").first.inner_text()
+    assert not page.locator("footer .divider").first.is_visible()
     pick_example(page).wait_for()
-    for name in ("Points", "Box", "Everything", "Salient", "Text"):
-        mode(page, name)
-        assert fits()
-    mode(page, "Box")
+    frame = page.locator(".stage").bounding_box()
+    assert frame["width"] > 300
+    for name in ("Points", "Everything", "Main objects", "Box"):
+        page.get_by_role("tab", name=name).tap()
+        assert fits() and page.locator(".stage").bounding_box() == frame
+    assert "Tap two opposite corners, or drag a finger" in hints() and "lick" not in hints() and "mouse" not in hints()
     for corner in (BUS_BOX[:2], BUS_BOX[2:]):
         with answer(page):
             page.locator(".stage").tap(position=spot(page, *corner))
-    assert page.locator("#candidates img").count() == 3 and fits()
-    frame = page.locator(".stage").bounding_box()
-    assert frame["width"] > 300
+    assert fits() and page.locator(".stage").bounding_box() == frame
+    thumbnails = [one.bounding_box() for one in page.locator("#candidates button").all()]
+    assert len(thumbnails) == 3 and len({one["y"] for one in thumbnails}) == 1
+
+    client = page.context.new_cdp_session(page)  # Playwright taps, but does not drag fingers
+    with answer(page):
+        for kind, place in (("touchStart", (520, 160)), ("touchMove", (600, 200)), ("touchEnd", None)):
+            at = place and spot(page, *place)
+            points = [{"x": frame["x"] + at["x"], "y": frame["y"] + at["y"]}] if at else []
+            client.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    assert page.locator("#objects button").count() == 2
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(float, background[4:-1].split(",")[:3])) < 200) == (scheme == "dark")
     if scheme == "light":
@@ -457,7 +542,17 @@ def test_api(server, predictor):
     client = Client(server, verbose=False)
     image = handle_file(str(BUS))
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
-    assert set(endpoints) == {"/segment", "/everything", "/salient", "/text"}
+    names = {
+        name: {one["parameter_name"]: one["parameter_has_default"] for one in about["parameters"]}
+        for name, about in endpoints.items()
+    }
+    thresholds = {"points_per_side": True, "pred_iou_thresh": True, "stability_score_thresh": True}
+    assert names == {
+        "/segment": {"image": False, "points": True, "labels": True, "boxes": True},
+        "/everything": {"image": False, **thresholds},
+        "/salient": {"image": False, "threshold": True},
+        "/text": {"image": False, "text": False, "threshold": True},
+    }
 
     found = client.predict(image, [[400, 220], [10, 10]], [1, 0], None, api_name="/segment")
     (annotation,) = found["annotations"]
@@ -465,10 +560,10 @@ def test_api(server, predictor):
     assert same(coco_mask.decode(annotation["segmentation"]).astype(bool), masks[scores.argmax()])
     assert found["images"][0] == {"id": 1, "file_name": "bus.jpg", "height": 427, "width": 640}
 
-    boxes = client.predict(image, None, None, [list(BUS_BOX), [0, 0, 100, 100]], api_name="/segment")
+    boxes = client.predict(image, boxes=[list(BUS_BOX), [0, 0, 100, 100]], api_name="/segment")
     assert len(boxes["annotations"]) == 2
     assert client.predict(image, 4, 0.99, 0.99, api_name="/everything")["annotations"] == []
-    assert client.predict(image, 0.5, api_name="/salient")["annotations"]
+    assert client.predict(image, api_name="/salient")["annotations"]
     with pytest.raises(AppError, match="Nothing to segment"):
         client.predict(image, [], [], [], api_name="/segment")
     with pytest.raises(AppError, match="needs a detector"):

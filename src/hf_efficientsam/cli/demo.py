@@ -6,7 +6,7 @@ import typer
 
 from hf_efficientsam.inference.uploads import MAX_PIXELS
 
-from .options import Device, DeviceOption, Dtype, DtypeOption, HostOption, MaxPixelsOption, ModelOption, new_commands
+from .options import Device, DeviceOption, Dtype, DtypeOption, HostOption, ModelOption, new_commands
 
 commands = new_commands()
 
@@ -30,7 +30,9 @@ def demo_command(
         int | None, typer.Option(min=1, max=65535, help="Port to listen at; by default 7860 or the next free one.")
     ] = None,
     share: Annotated[bool, typer.Option("--share", help="Ask gradio's servers for a public link, too.")] = False,
-    max_pixels: MaxPixelsOption = MAX_PIXELS,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Reduce images of more pixels than this; the API refuses them.")
+    ] = MAX_PIXELS,
 ) -> None:
     """
     Serve a web page where objects are cut out with the mouse, until Ctrl+C.

@@ -8,6 +8,7 @@ import html
 import io
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from hf_efficientsam.inference.drawing import color_of, ink_on
@@ -22,14 +23,31 @@ def data_url(image: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
 
 
+def mask_url(mask: np.ndarray, color: tuple[int, int, int]) -> str:
+    """A mask `[h, w]`, bool, as a data URL of a picture that is `color` inside and transparent outside."""
+    picture = Image.fromarray(mask.astype(np.uint8), "P")
+    picture.putpalette([0, 0, 0, *color])
+    content = io.BytesIO()
+    picture.save(content, "PNG", transparency=bytes([0, 140]), bits=1)
+    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def by_hand(with_mouse: str, with_finger: str) -> str:
+    """What is said to those who have a mouse, and to those who touch a screen."""
+    return f'<span class="mouse">{with_mouse}</span><span class="touch">{with_finger}</span>'
+
+
 def stage_html(session: Session, version: int) -> str:
     """The image with its objects; a new `version` clears what the browser has drawn over it."""
     found = ", ".join(one.name for one in session.objects) or "no objects yet"
+    x, y = session.scene.corner or ("", "")
+    corner = f'<i class="corner on" style="left:{100 * x}%;top:{100 * y}%"></i>' if session.scene.corner else ""
     return (
-        f'<div class="stage" tabindex="0" role="application" data-version="{version}" aria-label="The picture. Click '
-        'on an object. With the keyboard: arrow keys move the cross, Enter clicks, B clicks on the background.">'
+        f'<div class="stage" style="--ratio:{session.width / session.height:.5f}" tabindex="0" role="application" '
+        f'data-version="{version}" data-corner="{x},{y}" aria-label="The picture. Click on an object. With the '
+        'keyboard: arrow keys move the cross, Enter clicks, B clicks on the background.">'
         f'<img src="{data_url(session.draw())}" alt="{html.escape(session.file_name)}: {html.escape(found)}">'
-        '<i class="band"></i><i class="cross"></i><i class="pulse"></i></div>'
+        f'<i class="preview"></i>{corner}<i class="band"></i><i class="cross"></i><i class="pulse"></i></div>'
     )
 
 
@@ -47,9 +65,13 @@ def objects_html(session: Session) -> str:
         score = f"<small>{one.score:.2f}</small>" if one.candidates else ""
         style = f"background:rgb{color_of(i)};color:{ink_on(color_of(i))}"
         chips.append(f'<b style="{style}">{i + 1}</b>{html.escape(one.name)} {score}')
-    if session.scene.current == len(session.objects):
-        chips.append("<b>+</b>new: click on it" if chips else "<b>+</b>the first: click on it")
-    return chips_html(chips, session.scene.current, "Objects")
+    if session.scene.current < len(session.objects):
+        hint = ""
+    elif session.scene.corner:
+        hint = f"{by_hand('Click', 'Tap')} on the opposite corner of the box."
+    else:
+        hint = f"{by_hand('Click', 'Tap')} on the {'next object' if chips else 'object that you want'}, or box it."
+    return chips_html(chips, session.scene.current, "Objects") + f'<p class="hint">{hint}</p>'
 
 
 def candidates_html(session: Session) -> str:
@@ -62,13 +84,15 @@ def candidates_html(session: Session) -> str:
     for i, thumbnail in enumerate(thumbnails):
         rank = order.index(i) + 1
         chips[i] = f'<img src="{data_url(thumbnail)}" alt="Candidate {rank}"><small>score {one.scores[i]:.2f}</small>'
-    return "<h2>Its candidate masks</h2>" + chips_html(chips, one.chosen, "Candidate masks", "pictures")
+    return "<h2>Which mask is right?</h2>" + chips_html(chips, one.chosen, "Candidate masks", "pictures")
 
 
 def status_html(session: Session, problem: str = "") -> str:
-    """Size and times, and what was wrong with the last input."""
-    parts = [f"{session.width} x {session.height} pixels", f"encoded in {session.encode_seconds:.2f} s"]
-    parts += [f"answered in {session.answer_seconds:.2f} s"] if session.answer_seconds is not None else []
+    """Size and times, and what is to be said about the last input."""
+    size = f"{session.width} x {session.height} pixels"
+    parts = [size + (" (reduced from {} x {})".format(*session.reduced_from) if session.reduced_from else "")]
+    parts += [f"read in {session.encode_seconds:.1f} s"]
+    parts += [f"answer in {session.answer_seconds:.1f} s"] if session.answer_seconds is not None else []
     problem = f' <span class="error">{html.escape(problem)}</span>' if problem else ""
     return f'<p class="hint" role="status">{" · ".join(parts)}{problem}</p>'
 

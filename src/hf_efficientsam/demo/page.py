@@ -1,10 +1,9 @@
-"""The page of the web demo, its API, and the server for both."""
+"""The page of the web demo, and the server for it and its API."""
 
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,9 +11,11 @@ import gradio as gr
 
 from hf_efficientsam.inference.uploads import MAX_FILE_BYTES, MAX_POINTS_PER_SIDE
 
-from .html_fragments import chips_html, thumbnail_html
+from .api import COMPUTES, build_api
+from .html_fragments import by_hand, chips_html, thumbnail_html
+from .outputs import FORMATS
 from .service import Demo, as_sentence
-from .session import FORMATS, Session
+from .session import Session
 
 HERE = Path(__file__).parent
 EXAMPLES = [HERE / "examples" / name for name in ("elephant.jpg", "bus.jpg", "clock.jpg")]
@@ -22,10 +23,10 @@ MAX_WAITING = 32  # requests in the queue; gradio refuses more with a sentence
 MAX_SESSIONS = 50  # the least recently used ones are dropped
 SECONDS_OF_FILES, SECONDS_OF_SESSIONS = 15 * 60, 60 * 60  # how long they are kept
 
-# All events that run the model share one queue: two at a time, first come, first served.
-COMPUTES = {"concurrency_id": "model", "concurrency_limit": 2}
 # No click is lost while another one is processed.
 PRIVATE = {**COMPUTES, "api_visibility": "private", "trigger_mode": "multiple", "show_progress": "hidden"}
+
+PROGRESS = gr.Progress()  # gradio gives one of its own to functions that have this default
 
 # The visitor's own fonts: gradio loads others from Google.
 THEME = gr.themes.Soft(
@@ -35,12 +36,14 @@ THEME = gr.themes.Soft(
     font=["system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"],
 )
-INTRODUCTION = "Cut objects out of a picture: click on them, draw a box, or let the model look for itself."
+INTRODUCTION = (
+    f"Cut objects out of a picture: {by_hand('click on', 'tap')} them, draw a box, or let the model look for itself."
+)
 BUNDLED_NOTE = (
     " This is the model that comes with the package, trained on few images: boxes work best, and single clicks often "
     "miss."
 )
-CLICKS_MARK = "Clicks on the picture mark the object that is there."
+CLICKS_MARK = by_hand("Clicks", "Taps") + " on the picture select the object that is there."
 ON_OBJECT, ON_BACKGROUND = "on the object", "on the background"
 PICK_JS = """element.addEventListener("click", (event) => {
   const chip = event.target.closest("button");
@@ -48,6 +51,8 @@ PICK_JS = """element.addEventListener("click", (event) => {
 });"""
 DOWNLOAD_HTML = '<a href="${value.file.url}" download="${value.file.orig_name}"></a>'
 DOWNLOAD_JS = 'watch("value", () => element.querySelector("a").click());'
+PREVIEW_JS = """watch("value", () => document.querySelector(".stage").dispatchEvent(
+  new CustomEvent("preview", { bubbles: true, detail: props.value })));"""
 
 
 class Page:
@@ -83,9 +88,13 @@ class Page:
                 self.candidates,
                 self.name,
                 self.status,
+                self.code,
                 self.undo,
                 self.redo,
-                self.code,
+                self.clear,
+                self.new,
+                self.remove,
+                *self.saves.values(),
             ]
             self.connect_images()
             self.connect_stage()
@@ -110,55 +119,69 @@ class Page:
 
     def build_stage(self) -> None:
         self.stage = gr.HTML(js_on_load=(HERE / "stage.js").read_text(), apply_default_css=False)
+        self.preview = gr.HTML({"url": ""}, html_template="", js_on_load=PREVIEW_JS, visible="hidden")
+        self.progress = gr.HTML("&nbsp;", apply_default_css=False, elem_id="progress")
         self.status = gr.HTML(apply_default_css=False, elem_id="status")
         with gr.Row(elem_classes="buttons"):
-            self.undo = gr.Button("Undo", size="sm", min_width=60)
-            self.redo = gr.Button("Redo", size="sm", min_width=60)
-            self.clear = gr.Button("Clear", size="sm", min_width=60)
+            self.undo, self.redo, self.clear, self.stop = (
+                gr.Button(label, size="sm", min_width=50, interactive=False)
+                for label in ("Undo", "Redo", "Clear", "Stop")
+            )
             self.another = gr.Button("Other picture", size="sm", min_width=105)
 
     def build_modes(self) -> None:
         self.mode = gr.Textbox("Points", visible=False)
+        self.finders = []
         with gr.Tabs():
             with self.build_mode("Points"):
                 takes_background = self.demo.model.config.prompt_encoder_config.background_points
+                click = by_hand("A click", "A tap")
+                hint(f"{click} marks an object. More points correct its mask.")
                 self.adds = gr.Radio(
-                    [ON_OBJECT, ON_BACKGROUND], value=ON_OBJECT, label="A click is a point", visible=takes_background
+                    [ON_OBJECT, ON_BACKGROUND],
+                    value=ON_OBJECT,
+                    label="The next point is",
+                    visible=takes_background,
+                    elem_id="adds",
                 )
-                hint("The right mouse button or Shift is always the background." if takes_background else "")
+                if takes_background:
+                    hint('<span class="mouse">The right mouse button or Shift is always the background.</span>')
             with self.build_mode("Box"):
-                hint("Click on two opposite corners, or drag with the mouse.")
+                hint(
+                    by_hand("Click on two opposite corners, or drag", "Tap two opposite corners, or drag a finger")
+                    + "."
+                )
+                hint("Every box is a new object. Points correct its mask.")
             with self.build_mode("Everything"):
                 hint(CLICKS_MARK)
-                self.everything = [*self.build_everything_sliders(), gr.Button("Find everything", variant="primary")]
-            with self.build_mode("Salient"):
-                usable = not self.demo.no_saliency
-                hint(self.demo.no_saliency or CLICKS_MARK)
-                self.salient = [
-                    gr.Slider(0.05, 0.95, 0.5, step=0.05, label="Least saliency", interactive=usable),
-                    gr.Button("Find what stands out", variant="primary", interactive=usable),
-                ]
-            with self.build_mode("Text"):
-                usable = not self.demo.no_detector
-                hint(self.demo.no_detector or CLICKS_MARK)
-                self.text = [
-                    gr.Textbox(label="What to find", placeholder="a dog, a cat", interactive=usable),
-                    gr.Slider(0.05, 0.95, 0.2, step=0.05, label="Least confidence", interactive=usable),
-                    gr.Button("Find it", variant="primary", interactive=usable),
-                ]
+                pred_iou, stability = self.demo.everything_thresholds
+                self.build_finder(
+                    "Find everything",
+                    self.demo.find_everything,
+                    gr.Slider(4, MAX_POINTS_PER_SIDE, 12, step=1, label="How closely to look"),
+                    gr.Slider(0, 1, pred_iou, step=0.01, label="How sure the model must be"),
+                    gr.Slider(0, 1, stability, step=0.01, label="How sharp the outlines must be"),
+                )
+            if not self.demo.no_saliency:
+                with self.build_mode("Main objects"):
+                    hint(CLICKS_MARK)
+                    threshold = gr.Slider(0.05, 0.95, 0.5, step=0.05, label="How much they must stand out")
+                    self.build_finder("Find what stands out", self.demo.find_salient, threshold)
+            if not self.demo.no_detector:
+                with self.build_mode("Text"):
+                    hint(CLICKS_MARK)
+                    text = gr.Textbox(label="What to find", placeholder="a dog, a cat", max_lines=1)
+                    threshold = gr.Slider(0.05, 0.95, 0.2, step=0.05, label="How sure the detector must be")
+                    self.build_finder("Find it", self.demo.find_text, text, threshold)
 
     def build_mode(self, name: str) -> gr.Tab:
         with gr.Tab(name) as tab:
-            tab.select(None, None, self.mode, js=f"() => '{name}'")
+            tab.select(None, None, self.mode, js=f"() => document.querySelector('#desk').dataset.mode = '{name}'")
         return tab
 
-    def build_everything_sliders(self) -> list[gr.Slider]:
-        pred_iou, stability = self.demo.everything_thresholds
-        return [
-            gr.Slider(4, MAX_POINTS_PER_SIDE, 12, step=1, label="Points along each side"),
-            gr.Slider(0, 1, pred_iou, step=0.01, label="Least predicted IoU"),
-            gr.Slider(0, 1, stability, step=0.01, label="Least stability"),
-        ]
+    def build_finder(self, label: str, find: Callable, *settings) -> None:
+        """`settings` are the inputs of `find` after the session."""
+        self.finders.append((gr.Button(label, variant="primary"), find, settings))
 
     def build_objects(self) -> None:
         heading("Objects")
@@ -166,7 +189,7 @@ class Page:
         with gr.Row(elem_classes="buttons"):
             self.new = gr.Button("New object", size="sm", min_width=80)
             self.remove = gr.Button("Remove", size="sm", min_width=80)
-        self.name = gr.Textbox(label="Name of the marked object", max_lines=1)
+        self.name = gr.Textbox(label="Name of the selected object", max_lines=1)
         self.candidates = gr.HTML(js_on_load=PICK_JS, apply_default_css=False, elem_id="candidates")
 
     def build_downloads(self) -> None:
@@ -185,24 +208,29 @@ class Page:
     # ---------------------------------------------------------------------------------------------- connections
 
     def connect_images(self) -> None:
-        def begin(session: Session) -> list:
-            return [session, *show_panels(False, True), *self.demo.view(session)]
+        def begin(open_image: Callable[[], Session]) -> list:
+            """Shows the image, or what is wrong with it and an empty place for another."""
+            try:
+                session = open_image()
+            except ValueError as error:
+                gr.Warning(as_sentence(error))
+                return [None, None, *[gr.skip()] * len([*self.panels, *self.answers])]
+            return [session, gr.skip(), *show_panels(False, True), *self.demo.view(session)]
 
         def begin_upload(sent: dict | None) -> list:
             if sent is None:  # the visitor removed the image
                 return [gr.skip()] * len(opening["outputs"])
-            try:
-                return begin(self.demo.open_upload(sent))
-            except ValueError as error:
-                raise gr.Error(as_sentence(error), print_exception=False) from None
+            return begin(lambda: self.demo.open_upload(sent, reduce=True))
 
         def begin_example(event: gr.EventData) -> list:
-            return begin(self.demo.open(EXAMPLES[event.index], EXAMPLES[event.index].name))
+            path = EXAMPLES[event.index]
+            return begin(lambda: self.demo.open(path, path.name))
 
         opening = {
             **PRIVATE,
-            "outputs": [self.session, *self.panels, *self.answers],
-            "show_progress": "minimal",
+            "outputs": [self.session, self.upload, *self.panels, *self.answers],
+            "trigger_mode": "once",
+            "show_progress": "full",
             "show_progress_on": self.upload,
         }
         self.upload.change(begin_upload, self.upload, preprocess=False, **opening)
@@ -236,6 +264,10 @@ class Page:
         def on_box(session: Session | None, event: gr.EventData) -> list:
             return self.demo.act(session, lambda session: session.set_box(event.x, event.y, event.x2, event.y2))
 
+        def on_hover(session: Session | None, event: gr.EventData) -> dict:
+            return self.demo.preview(session, event.x, event.y)
+
+        self.stage.hover(on_hover, self.session, self.preview, **PRIVATE)
         self.stage.point(on_point, [self.session, self.mode, self.adds], self.answers, **PRIVATE)
         self.stage.box(on_box, self.session, self.answers, **PRIVATE)
 
@@ -259,20 +291,46 @@ class Page:
         self.on(self.name.submit, Session.rename, [self.name])
         self.on(self.name.blur, Session.rename, [self.name])
 
+    def connect_slow(self, event: Callable, work: Callable, inputs: Sequence, outputs) -> None:
+        """
+        On `event` calls `work` and shows how far it is. Meanwhile what else takes long is disabled, and can be
+        stopped; a second event is ignored.
+        """
+        slow = [self.stop, self.another, *(button for button, *_ in self.finders), *self.saves.values()]
+        updates = ", ".join(f"{{__type__: 'update', interactive: {str(one is self.stop).lower()}}}" for one in slow)
+        event(None, None, slow, js=f"() => [{updates}]", api_visibility="private")
+        options = PRIVATE | {"trigger_mode": "once", "show_progress": "full", "show_progress_on": self.progress}
+        done = event(work, [self.session, *inputs], outputs, **options)
+
+        def rest(session: Session | None) -> list:
+            session.stopping.clear()
+            can_save = any(one.candidates for one in session.objects)
+            states = [False, True, *[True] * len(self.finders), *[can_save] * len(self.saves)]
+            return [gr.update(interactive=state) for state in states]
+
+        done.then(rest, self.session, slow, queue=False, api_visibility="private", show_progress="hidden")
+
     def connect_finders(self) -> None:
-        options = {"show_progress": "minimal", "show_progress_on": self.status}
-        for parts, find in (
-            (self.everything, self.demo.find_everything),
-            (self.salient, self.demo.find_salient),
-            (self.text, self.demo.find_text),
-        ):
-            *settings, button = parts
-            self.on(button.click, find, settings, **options)
-        self.on(self.text[0].submit, self.demo.find_text, self.text[:-1], **options)
+        for button, find, settings in self.finders:
+
+            def work(session: Session | None, progress=PROGRESS, *values, find=find, label=button.value) -> list:
+                def change(session: Session) -> None:
+                    find(session, *values, report=self.demo.reporter(session, progress, label))
+
+                return self.demo.act(session, change)
+
+            self.connect_slow(button.click, work, settings, self.answers)
+            if isinstance(settings[0], gr.Textbox):
+                self.connect_slow(settings[0].submit, work, settings, self.answers)
+        self.stop.click(lambda session: session.stopping.set(), self.session, queue=False, api_visibility="private")
 
     def connect_downloads(self) -> None:
         for kind, button in self.saves.items():
-            button.click(lambda session, kind=kind: self.demo.save(session, kind), self.session, self.file, **PRIVATE)
+
+            def work(session: Session | None, progress=PROGRESS, *, kind=kind) -> dict:
+                return self.demo.save(session, kind, progress)
+
+            self.connect_slow(button.click, work, [], self.file)
 
 
 def heading(text: str) -> None:
@@ -285,34 +343,6 @@ def hint(text: str) -> None:
 
 def show_panels(*visible: bool) -> list:
     return [gr.update(visible=one) for one in visible]
-
-
-def build_api(demo: Demo) -> None:
-    """The API for programs (`gradio_client`), without sessions: an image and prompts in, a COCO dataset out."""
-
-    def with_errors(answer: Callable) -> Callable:
-        def answer_or_error(*values):
-            try:
-                return answer(*values)
-            except ValueError as error:
-                raise gr.Error(as_sentence(error), print_exception=False) from None
-
-        return answer_or_error
-
-    with gr.Row(visible=False):
-        image = gr.Image(type="filepath", label="image")
-        points, labels, boxes = gr.JSON(label="points"), gr.JSON(label="labels"), gr.JSON(label="boxes")
-        points_per_side, text = gr.Number(12, label="points_per_side"), gr.Textbox(label="text")
-        pred_iou, stability = (gr.Number(one) for one in demo.everything_thresholds)
-        threshold = gr.Number(0.5)
-        found, button = gr.JSON(label="COCO dataset"), gr.Button()
-    for name, answer, inputs in (
-        ("segment", demo.segment, [points, labels, boxes]),
-        ("everything", partial(demo.find, demo.find_everything), [points_per_side, pred_iou, stability]),
-        ("salient", partial(demo.find, demo.find_salient), [threshold]),
-        ("text", partial(demo.find, demo.find_text), [text, threshold]),
-    ):
-        button.click(with_errors(answer), [image, *inputs], found, api_name=name, preprocess=False, **COMPUTES)
 
 
 @contextmanager
@@ -338,8 +368,19 @@ def launch_demo(demo: Demo, host: str = "127.0.0.1", port: int | None = None, sh
         options = {"theme": THEME, "css": (HERE / "style.css").read_text(), "footer_links": ["api", "settings"]}
         limits = {"max_file_size": MAX_FILE_BYTES, "state_session_capacity": MAX_SESSIONS, "run_history": False}
         try:
-            # ssr_mode needs node
-            blocks.launch(server_name=host, server_port=port, share=share, ssr_mode=False, **options, **limits)
+            _, address, public = blocks.launch(
+                server_name=host,
+                server_port=port,
+                share=share,
+                ssr_mode=False,  # it needs node
+                prevent_thread_lock=True,
+                quiet=True,
+                **options,
+                **limits,
+            )
         except OSError:
             place = host if port is None else f"port {port} of {host}"
             raise ValueError(f"{place} cannot be had; choose another --port or --host.") from None
+        print(f"The page is at {address} until Ctrl+C.", flush=True)
+        print(f"Its public link is {public}." if public else "With --share it has a public link, too.", flush=True)
+        blocks.block_thread()

@@ -120,10 +120,11 @@ class EfficientSamOnnxPredictor(PredictorBase):
                 raise ValueError(f"A mask prompt must be {height} x {width}, as `predict` returns it, not {given}.")
         return padding | prompts
 
-    def _enlarge(self, logits: np.ndarray, binarize: bool) -> np.ndarray:
-        masks = np.empty((*logits.shape[:2], *self.original_size), dtype=bool if binarize else np.float32)
+    def _enlarge(self, logits: np.ndarray, binarize: bool, size: tuple[int, int] | None = None) -> np.ndarray:
+        size = size or self.original_size
+        masks = np.empty((*logits.shape[:2], *size), dtype=bool if binarize else np.float32)
         for i in np.ndindex(logits.shape[:2]):  # one at a time, as floats take four times the memory of bool
-            mask = enlarge_mask(logits[i], self.original_size, self.input_size)
+            mask = enlarge_mask(logits[i], size, self.input_size)
             masks[i] = mask > 0 if binarize else mask
         return masks
 

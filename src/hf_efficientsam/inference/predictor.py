@@ -157,8 +157,8 @@ class EfficientSamPredictor(PredictorBase):
         outputs = self.model(image_embeddings=self.features, multimask_output=multimask_output, **inputs)
         return outputs.pred_masks[0].float().cpu().numpy(), outputs.iou_scores[0].float().cpu().numpy()
 
-    def _enlarge(self, logits: np.ndarray, binarize: bool) -> np.ndarray:
-        sizes = [self.original_size], [self.input_size]
+    def _enlarge(self, logits: np.ndarray, binarize: bool, size: tuple[int, int] | None = None) -> np.ndarray:
+        sizes = [size or self.original_size], [self.input_size]
         return self.processor.post_process_masks([logits], *sizes, binarize=binarize)[0].numpy()
 
 

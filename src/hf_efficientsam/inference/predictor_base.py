@@ -93,9 +93,10 @@ class PredictorBase(ABC):
         mask_input: np.ndarray | None = None,
         multimask_output: bool = True,
         return_logits: bool = False,
+        mask_size: tuple[int, int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """
-        The masks of one object, with the arguments of `SamPredictor.predict`.
+        The masks of one object, with the arguments of `SamPredictor.predict` and one more, `mask_size`.
 
         Args:
             point_coords: `[P, 2]`, (x, y) in pixels of the image.
@@ -104,6 +105,8 @@ class PredictorBase(ABC):
             mask_input: `[1, h, w]`, low-resolution logits of an earlier call.
             multimask_output: three candidates, or one mask.
             return_logits: masks as logits instead of bool.
+            mask_size: height and width of the masks, by default the image's. For a screen, smaller masks of a large
+                image take a fraction of the time.
 
         Returns:
             masks `[M, height, width]`; their `iou_scores` `[M]`; low-resolution logits `[M, h, w]`. M is 3 or 1, in
@@ -122,7 +125,7 @@ class PredictorBase(ABC):
         if not count_objects(points, boxes, masks):
             raise ValueError("There is no prompt; give points, a box or a mask.")
         logits, scores = self._decode(points, labels, boxes, masks, multimask_output)
-        masks = self._enlarge(logits, binarize=not return_logits)
+        masks = self._enlarge(logits, not return_logits, mask_size)
         return masks[0], scores[0], logits[0]
 
     def segment(
@@ -227,8 +230,11 @@ class PredictorBase(ABC):
         """Logits `[Q, M, h, w]` and scores `[Q, M]`, float32, of the image's Q objects."""
 
     @abstractmethod
-    def _enlarge(self, logits: np.ndarray, binarize: bool) -> np.ndarray:
-        """Low-resolution logits `[Q, M, h, w]` -> `[Q, M, height, width]`, float32 or bool."""
+    def _enlarge(self, logits: np.ndarray, binarize: bool, size: tuple[int, int] | None = None) -> np.ndarray:
+        """
+        Low-resolution logits `[Q, M, h, w]` -> `[Q, M, height, width]`, float32 or bool; `size`: height and width, by
+        default the image's.
+        """
 
 
 __all__ = ["PredictorBase"]
