@@ -34,7 +34,13 @@ from hf_efficientsam.training.engine.config import (
     parse_config,
 )
 from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
-from hf_efficientsam.training.engine.optimization import adamw, clip_gradients, parameter_groups, weight_average
+from hf_efficientsam.training.engine.optimization import (
+    adamw,
+    clip_gradients,
+    parameter_groups,
+    warmed_up,
+    weight_average,
+)
 from hf_efficientsam.training.engine.reports import describe_model
 from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
 from hf_efficientsam.training.masks.distillation import (
@@ -116,7 +122,7 @@ def training_function(config: DistillConfig, run: TrainingRun) -> None:
     task = build_task(config, student, (data.cache or teacher).width)
     optimizer = adamw(parameter_groups(task, config.learning_rate, config.weight_decay))
     warmup_steps = min(config.warmup_steps, config.steps // 3)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, warmup_steps, config.steps)
+    scheduler = warmed_up(get_cosine_schedule_with_warmup(optimizer, warmup_steps, config.steps), warmup_steps)
     model, optimizer = accelerator.prepare(task, optimizer)
     average = weight_average(task, config.ema_decay)
     done = run.resume(config.steps, [scheduler, average])

@@ -65,6 +65,7 @@ from hf_efficientsam.training.engine.optimization import (
     clip_gradients,
     encoder_lr_scale,
     parameter_groups,
+    warmed_up,
     weight_average,
 )
 from hf_efficientsam.training.engine.reports import describe_model, write_report
@@ -182,7 +183,7 @@ def get_optimizer(
     scales = {"num_layers": layers, "layer_decay": config.layer_decay, "encoder_scale": config.encoder_lr_scale}
     groups = parameter_groups(model, config.learning_rate, config.weight_decay, partial(encoder_lr_scale, **scales))
     optimizer = adamw(groups)
-    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
+    return optimizer, warmed_up(get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps), warmup_steps)
 
 
 def seed_drop_path(seed: int, step: int, batch: int, process: int) -> None:

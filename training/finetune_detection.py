@@ -87,6 +87,7 @@ from hf_efficientsam.training.engine.optimization import (
     clip_gradients,
     encoder_lr_scale,
     parameter_groups,
+    warmed_up,
     weight_average,
 )
 from hf_efficientsam.training.engine.reports import describe_model, replace_text, write_report
@@ -264,7 +265,7 @@ def get_optimizer(
     scale = partial(encoder_lr_scale, **scales)
     groups = parameter_groups(detector, config.learning_rate, config.weight_decay, scale)
     optimizer = adamw(groups)
-    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
+    return optimizer, warmed_up(get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps), warmup_steps)
 
 
 def save_model(detector: MaskDetector, config: DetectionConfig, folder: Path) -> None:

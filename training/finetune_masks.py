@@ -54,6 +54,7 @@ from hf_efficientsam.training.engine.optimization import (
     count_layers,
     encoder_lr_scale,
     parameter_groups,
+    warmed_up,
     weight_average,
 )
 from hf_efficientsam.training.engine.reports import describe_model, write_report
@@ -243,7 +244,7 @@ def get_optimizer(
     optimizer = adamw(groups)
     kind, warmup_steps = config.schedule, min(config.warmup_steps, steps // 3)
     kind = "constant_with_warmup" if kind == "constant" else kind
-    return optimizer, get_scheduler(kind, optimizer, warmup_steps, steps)
+    return optimizer, warmed_up(get_scheduler(kind, optimizer, warmup_steps, steps), warmup_steps)
 
 
 def step_chance(seed: int, step: int) -> tuple[float, torch.Generator]:

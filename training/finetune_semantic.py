@@ -71,6 +71,7 @@ from hf_efficientsam.training.engine.optimization import (
     clip_gradients,
     encoder_lr_scale,
     parameter_groups,
+    warmed_up,
     weight_average,
 )
 from hf_efficientsam.training.engine.reports import describe_model, write_report
@@ -223,9 +224,10 @@ def get_optimizer(
     scales = {"num_layers": layers, "layer_decay": config.layer_decay, "encoder_scale": config.encoder_lr_scale}
     groups = parameter_groups(model, config.learning_rate, config.weight_decay, partial(encoder_lr_scale, **scales))
     optimizer = adamw(groups)
-    return optimizer, get_polynomial_decay_schedule_with_warmup(
+    schedule = get_polynomial_decay_schedule_with_warmup(
         optimizer, config.warmup_steps, config.steps, lr_end=0.0, power=config.schedule_power
     )
+    return optimizer, warmed_up(schedule, config.warmup_steps)
 
 
 def predict(

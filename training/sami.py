@@ -34,7 +34,13 @@ from hf_efficientsam.training.engine.config import (
 )
 from hf_efficientsam.training.engine.encoder_weights import load_vit, select_weights
 from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
-from hf_efficientsam.training.engine.optimization import adamw, clip_gradients, parameter_groups, weight_average
+from hf_efficientsam.training.engine.optimization import (
+    adamw,
+    clip_gradients,
+    parameter_groups,
+    warmed_up,
+    weight_average,
+)
 from hf_efficientsam.training.engine.reports import describe_model
 from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
 from hf_efficientsam.training.sami.teacher_views import TeacherViewsConfig, needed_teacher, open_views
@@ -135,7 +141,7 @@ def get_optimizer(
     learning_rate = config.base_learning_rate * config.global_batch_size / 256
     groups = parameter_groups(model, learning_rate, config.weight_decay)
     optimizer = adamw(groups, betas=(0.9, config.adam_beta2))
-    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
+    return optimizer, warmed_up(get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps), warmup_steps)
 
 
 def save_model(student: EfficientSamForPreTraining, state_dict: dict, config: SamiConfig, folder: Path) -> None:

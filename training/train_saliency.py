@@ -45,7 +45,13 @@ from hf_efficientsam.training.engine.config import (
     parse_config,
 )
 from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
-from hf_efficientsam.training.engine.optimization import adamw, clip_gradients, parameter_groups, weight_average
+from hf_efficientsam.training.engine.optimization import (
+    adamw,
+    clip_gradients,
+    parameter_groups,
+    warmed_up,
+    weight_average,
+)
 from hf_efficientsam.training.engine.reports import describe_model, write_report
 from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
 from hf_efficientsam.training.saliency.embeddings import EncodedImages, MirroredEmbeddings, whiten
@@ -130,7 +136,9 @@ def get_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     groups = parameter_groups(head, config.learning_rate, config.weight_decay)
     optimizer = adamw(groups)
-    return optimizer, get_scheduler("cosine", optimizer, min(config.warmup_steps, config.steps // 3), config.steps)
+    warmup_steps = min(config.warmup_steps, config.steps // 3)
+    schedule = get_scheduler("cosine", optimizer, warmup_steps, config.steps)
+    return optimizer, warmed_up(schedule, warmup_steps)
 
 
 def measure(head: EfficientSamSaliencyHead, images: EncodedImages, accelerator: Accelerator) -> dict:

@@ -148,7 +148,7 @@ def test_a_run_leaves_a_model_metrics_curves_and_pictures(whole, data):
     assert [row["step"] for row in rows] == list(range(1, 8)) and all(row["loss"] > 0 for row in rows)
     # A step of warm-up, then a cosine over six, whose zero comes after the last.
     cosine = [3e-3 * (1 + np.cos(np.pi * i / 6)) / 2 for i in range(6)]
-    assert [row["lr"] for row in rows] == pytest.approx([0, *cosine], rel=1e-5)
+    assert [row["lr"] for row in rows] == pytest.approx([1.5e-3, *cosine], rel=1e-5)
     evaluations = [json.loads(line) for line in (whole / "evaluation.jsonl").read_text().splitlines()]
     assert [row["step"] for row in evaluations] == [4, 7]
     report = metrics(whole)

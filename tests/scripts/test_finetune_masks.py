@@ -289,7 +289,7 @@ def test_kinds_of_prompts_come_and_go(tiny_model, tmp_path):
 
 @pytest.mark.parametrize(
     ("schedule", "expected"),
-    [("linear", [0, 0.5, 1, 0.8, 0.6, 0.4, 0.2]), ("constant", [0, 0.5, 1, 1, 1, 1, 1])],
+    [("linear", [1 / 3, 2 / 3, 1, 0.8, 0.6, 0.4, 0.2]), ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1, 1])],
 )
 def test_schedules(arguments, tmp_path, schedule, expected):
     given = [*arguments, "--schedule", schedule, "--max_masks", 1, "--output_dir", tmp_path / "run"]

@@ -96,7 +96,7 @@ def test_a_run_leaves_a_model_metrics_curves_and_pictures(whole):
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert all(row["loss"] > 0 for row in rows)
     assert [row["lr"] for row in rows] == pytest.approx(
-        [0, 5e-4, *(1e-3 * (left / 5) ** 0.9 for left in (5, 4, 3, 2, 1))], rel=1e-4
+        [1e-3 / 3, 2e-3 / 3, *(1e-3 * (left / 5) ** 0.9 for left in (5, 4, 3, 2, 1))], rel=1e-4
     )
     assert steps_saved(whole) == ["step_00000006", "step_00000007"]
     assert sorted(path.name for path in (whole / "images").iterdir()) == [f"classes_{n:08}.png" for n in (5, 7)]

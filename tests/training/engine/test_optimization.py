@@ -2,12 +2,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import get_scheduler
 
 from hf_efficientsam.training.engine.optimization import (
     clip_gradients,
     describe_unless_finite,
     encoder_lr_scale,
     parameter_groups,
+    warmed_up,
     weight_average,
 )
 
@@ -24,6 +26,22 @@ def test_weight_decay_is_for_the_weights_of_layers():
     found = groups_by_name(model, 0.1, 0.05)
     assert {name for name, (_, decay) in found.items() if decay} == {"0.weight", "3.weight"}
     assert set(found.values()) == {(0.1, 0.05), (0.1, 0.0)} and len(found) == 7
+
+
+def test_a_warm_up_begins_to_learn_at_once():
+    def rates(warmup_steps):
+        optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 0.5)])
+        schedule = warmed_up(get_scheduler("linear", optimizer, warmup_steps, 6), warmup_steps)
+        found = []
+        for _ in range(6):
+            found.append(schedule.get_last_lr())
+            optimizer.step()
+            schedule.step()
+        assert all(half == one / 2 for one, half in found)
+        return [one for one, _ in found]
+
+    assert rates(3) == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 2 / 3, 1 / 3])
+    assert rates(0) == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
 
 
 def test_frozen_parameters_are_in_no_group_and_rates_are_scaled():

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 
@@ -65,6 +66,17 @@ def encoder_lr_scale(name: str, num_layers: int, layer_decay: float, encoder_sca
     if not re.search(r"\bvision_encoder\.", name) or ".neck." in name:
         return 1.0
     return layer_decay ** layer_depth(name, num_layers) * encoder_scale
+
+
+def warmed_up(schedule: LambdaLR, warmup_steps: int) -> LambdaLR:
+    """One of transformers' schedules whose first step learns, too: step n of a warm-up of W steps takes n / (W + 1) of
+    the learning rate, where theirs takes (n - 1) / W. After the warm-up they are the same."""
+    (after, *_) = schedule.lr_lambdas
+
+    def scale(done: int) -> float:
+        return (done + 1) / (warmup_steps + 1) if done < warmup_steps else after(done)
+
+    return LambdaLR(schedule.optimizer, scale)
 
 
 def weight_average(model: nn.Module, decay: float) -> AveragedModel | None:
