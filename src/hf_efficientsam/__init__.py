@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `MODULES` below says the sam
     from .inference.prompters.text import TextPrompter
     from .inference.results import SegmentationResult
     from .model.configuration_efficientsam import (
+        EfficientSamAutoVisionConfig,
         EfficientSamBackboneConfig,
         EfficientSamConfig,
         EfficientSamMaskDecoderConfig,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `MODULES` below says the sam
 __version__ = "0.1.0"
 
 __all__ = [
+    "EfficientSamAutoVisionConfig",
     "EfficientSamBackbone",
     "EfficientSamBackboneConfig",
     "EfficientSamConfig",

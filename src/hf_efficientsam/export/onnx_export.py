@@ -31,6 +31,7 @@ from hf_efficientsam.inference.loading import checkpoint_fingerprint, find_check
 from hf_efficientsam.inference.onnx_predictor import METADATA_KEY, EfficientSamOnnxPredictor, file_name, open_session
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
 from hf_efficientsam.model.mask_decoder_fast_efficientsam import FastMaskDecoder, project_shared_image
+from hf_efficientsam.model.modeling_auto_vision_efficientsam import EfficientSamAutoVisionEncoder
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
 
@@ -59,13 +60,16 @@ logger = logging.getLogger(__name__)
 
 
 class ExportedEncoder(nn.Module):
-    """The vision encoder, with its position table interpolated at every size; at its own size that changes nothing."""
+    """The vision encoder; the plain ViT's position table is interpolated at every size, which at its own changes
+    nothing."""
 
     def __init__(self, model: EfficientSamModel):
         super().__init__()
         self.encoder = model.vision_encoder
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.encoder, EfficientSamAutoVisionEncoder):
+            return self.encoder(pixel_values).last_hidden_state
         embeddings = self.encoder.embeddings
         patches = embeddings.projection(pixel_values)
         side = embeddings.pretrain_grid

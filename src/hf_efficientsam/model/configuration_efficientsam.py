@@ -4,12 +4,14 @@ The defaults are EfficientSAM-Ti. EfficientSAM-S differs in the vision encoder a
 `num_attention_heads=6`.
 """
 
+import math
 from dataclasses import fields
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
-from transformers.configuration_utils import PreTrainedConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
 
 @strict
@@ -78,6 +80,21 @@ class EfficientSamVisionConfig(PreTrainedConfig):
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate is {self.drop_path_rate}; it must be at least 0 and less than 1.")
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        if config_dict.get("model_type") == EfficientSamAutoVisionConfig.model_type:
+            backbone = config_dict["backbone_config"]["model_type"]
+            raise ValueError(
+                f"Its vision encoder is not EfficientSAM's plain ViT but a {backbone} backbone; load the whole model "
+                "with EfficientSamModel, or the backbone where it came from."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def size_divisor(self) -> int:
+        """What height and width of images must be multiples of."""
+        return self.patch_size
 
 
 @strict
@@ -187,6 +204,95 @@ class EfficientSamBackboneConfig(BackboneConfigMixin, EfficientSamVisionConfig):
 
 
 @strict
+class EfficientSamAutoVisionConfig(PreTrainedConfig):
+    r"""
+    Any backbone of transformers or timm as the vision encoder of [`EfficientSamModel`], in place of the plain ViT.
+    [`EfficientSamConfig`] makes it of a backbone's configuration.
+
+    Args:
+        backbone_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration of a model that `AutoBackbone` knows; its `out_features` are the maps that the neck fuses.
+            The last three stages of ConvNeXt-T if not given.
+        image_size (`int`, *optional*):
+            Native input side in pixels, a multiple of `size_divisor`; the largest up to 1024 if not given. Hiera takes
+            images of its own size alone, which then is this one.
+        patch_size (`int`, defaults to 16): Side in pixels of a cell of the image embedding.
+        size_divisor (`int`, *optional*):
+            Height and width of images must be multiples of this, so that the maps cover the whole image: of
+            `patch_size` and of the backbone's largest stride. If not given, that is 32, or a plain ViT's patch size.
+        output_channels (`int`, defaults to 256): Channels of the image embedding.
+        layer_norm_eps (`float`, defaults to 1e-6): Epsilon of the neck's layer normalisations.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of the neck's initial weights.
+    """
+
+    base_config_key = "vision_config"
+    model_type = "efficientsam_auto_vision_model"
+    sub_configs_defaults = {
+        "backbone_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="convnext",
+            init_kwargs={"out_features": ["stage2", "stage3", "stage4"]},
+        )
+    }
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    image_size: int | None = None
+    patch_size: int = 16
+    size_divisor: int | None = None
+    output_channels: int = 256
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.backbone_config, dict) and self.backbone_config.get("model_type") not in CONFIG_MAPPING:
+            raise ValueError(
+                f"The backbone has the model type {self.backbone_config.get('model_type')!r}, which transformers does "
+                "not know; give the configuration of one of its backbones, such as ConvNextConfig, or a timm name."
+            )
+        super().__post_init__(**kwargs)
+        if not isinstance(self.backbone_config, BackboneConfigMixin):
+            raise ValueError(
+                f"{type(self.backbone_config).__name__} is not the configuration of a backbone; give one whose model "
+                "AutoBackbone knows, such as ConvNextConfig or Dinov2Config, or a timm name."
+            )
+        if self.size_divisor is None:
+            self.size_divisor = math.lcm(self.patch_size, 32 if self.is_pyramid else self.backbone_config.patch_size)
+        if self.image_size is None:
+            self.image_size = self.fixed_size or 1024 // self.size_divisor * self.size_divisor
+        if self.fixed_size not in (None, self.image_size):
+            raise ValueError(
+                f"The backbone takes images of {self.fixed_size} x {self.fixed_size} pixels alone, and image_size is "
+                f"{self.image_size}; set image_size and that of the backbone to one value."
+            )
+        if self.size_divisor % self.patch_size or self.image_size % self.size_divisor:
+            raise ValueError(
+                f"image_size {self.image_size} must be a multiple of size_divisor {self.size_divisor}, and that one "
+                f"of patch_size {self.patch_size}."
+            )
+
+    @property
+    def is_pyramid(self) -> bool:
+        """Whether the stages of the backbone have different strides; those of a plain ViT have one."""
+        config = self.backbone_config
+        return hasattr(config, "depths") or not isinstance(getattr(config, "patch_size", None), int)
+
+    @property
+    def fixed_size(self) -> int | None:
+        """The only side in pixels that the backbone takes; None where it takes any multiple of `size_divisor`."""
+        if self.backbone_config.model_type != "hiera":
+            return None
+        height, width = self.backbone_config.image_size
+        if height != width:
+            raise ValueError(f"The backbone takes images of {height} x {width} pixels; give one for square images.")
+        return height
+
+    @property
+    def num_channels(self) -> int:
+        """Colour channels of the image."""
+        return self.backbone_config.num_channels
+
+
+@strict
 class EfficientSamPromptEncoderConfig(PreTrainedConfig):
     r"""
     Turns points, boxes and masks into embeddings.
@@ -274,6 +380,20 @@ class EfficientSamMaskDecoderConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
+def around_backbone(vision_config: dict | PreTrainedConfig | str | None) -> dict | PreTrainedConfig | None:
+    """The `vision_config` of [`EfficientSamConfig`], in which a backbone other than ours has its neck around it."""
+    if isinstance(vision_config, str):
+        # As EfficientViT-SAM (arXiv 2402.05008) does: the last three of a timm model's stages.
+        vision_config = {"model_type": "timm_backbone", "backbone": vision_config, "out_indices": [-3, -2, -1]}
+    is_dict = isinstance(vision_config, dict)
+    model_type = vision_config.get("model_type") if is_dict else getattr(vision_config, "model_type", None)
+    if is_dict and model_type == EfficientSamAutoVisionConfig.model_type:
+        return EfficientSamAutoVisionConfig(**vision_config)
+    if model_type is None or model_type.startswith(EfficientSamConfig.model_type):
+        return vision_config
+    return EfficientSamAutoVisionConfig(backbone_config=vision_config)
+
+
 # Segment everything, as segment-anything does it where a checkpoint says nothing else.
 MASK_GENERATION = {"pred_iou_thresh": 0.88, "stability_score_thresh": 0.95, "stability_score_offset": 1.0}
 
@@ -284,7 +404,9 @@ class EfficientSamConfig(PreTrainedConfig):
     The whole model: [`EfficientSamModel`].
 
     Args:
-        vision_config (`dict` or [`EfficientSamVisionConfig`], *optional*): Vision encoder.
+        vision_config (`dict`, `PreTrainedConfig` or `str`, *optional*):
+            Vision encoder: [`EfficientSamVisionConfig`], the plain ViT; or the configuration of any other backbone
+            that `AutoBackbone` knows, or the name of a timm model, which become an [`EfficientSamAutoVisionConfig`].
         prompt_encoder_config (`dict` or [`EfficientSamPromptEncoderConfig`], *optional*): Prompt encoder.
         mask_decoder_config (`dict` or [`EfficientSamMaskDecoderConfig`], *optional*): Mask decoder.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
@@ -301,6 +423,11 @@ class EfficientSamConfig(PreTrainedConfig):
 
     >>> config = EfficientSamConfig(vision_config={"hidden_size": 384, "num_attention_heads": 6})  # EfficientSAM-S
     >>> model = EfficientSamModel(config)
+
+    >>> from transformers import ConvNextConfig
+
+    >>> config = EfficientSamConfig(vision_config=ConvNextConfig(out_features=["stage2", "stage3", "stage4"]))
+    >>> model = EfficientSamModel(config)
     ```
     """
 
@@ -312,7 +439,7 @@ class EfficientSamConfig(PreTrainedConfig):
         "mask_decoder_config": EfficientSamMaskDecoderConfig,
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | str | None = None
     prompt_encoder_config: dict | PreTrainedConfig | None = None
     mask_decoder_config: dict | PreTrainedConfig | None = None
     initializer_range: float = 0.02
@@ -327,6 +454,7 @@ class EfficientSamConfig(PreTrainedConfig):
         return config_dict, kwargs
 
     def __post_init__(self, **kwargs):
+        self.vision_config = around_backbone(self.vision_config)
         super().__post_init__(**kwargs)
         given = self.mask_generation or {}
         if unknown := given.keys() - MASK_GENERATION:
@@ -411,6 +539,12 @@ class EfficientSamSamiConfig(PreTrainedConfig):
                 f"decoder_hidden_size {self.decoder_hidden_size} must be a multiple of 4 and of "
                 f"decoder_num_attention_heads {self.decoder_num_attention_heads}."
             )
+        if self.vision_config.model_type == EfficientSamAutoVisionConfig.model_type:
+            raise ValueError(
+                "SAMI leaves patches out, which only EfficientSAM's plain ViT can, and vision_config is that of a "
+                f"{self.vision_config.backbone_config.model_type} backbone; distil the teacher's embedding into it, "
+                "without masking."
+            )
         if self.vision_config.hidden_size % 4:
             raise ValueError(f"The encoder's hidden_size {self.vision_config.hidden_size} must be a multiple of 4.")
         if self.target == "pixels":
@@ -469,6 +603,7 @@ class EfficientSamSaliencyConfig(PreTrainedConfig):
 
 
 __all__ = [
+    "EfficientSamAutoVisionConfig",
     "EfficientSamBackboneConfig",
     "EfficientSamConfig",
     "EfficientSamMaskDecoderConfig",

@@ -34,10 +34,10 @@ from .configuration_efficientsam import (
 )
 from .mask_decoder_fast_efficientsam import FastMaskDecoder, can_decode_fast
 from .mask_decoder_shared_efficientsam import LEAST_PROMPTS, SharedImageDecoder, can_share_image
+from .modeling_auto_vision_efficientsam import install_hooks_outside_backbone, make_vision_encoder
 from .modeling_vision_efficientsam import (
     EfficientSamMLP,
     EfficientSamPreTrainedModel,
-    EfficientSamVisionEncoder,
     EfficientSamVisionOutput,
     at_least_float32,
     check_kwargs,
@@ -646,12 +646,13 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
 
     def __init__(self, config: EfficientSamConfig):
         super().__init__(config)
-        self.vision_encoder = EfficientSamVisionEncoder(config.vision_config)
+        self.vision_encoder = make_vision_encoder(config.vision_config)
         self.prompt_encoder = EfficientSamPromptEncoder(config.prompt_encoder_config)
         # The decoder is no PreTrainedModel, so nothing else hands the choice of attention down to it.
         config.mask_decoder_config._attn_implementation = config._attn_implementation
         self.mask_decoder = EfficientSamMaskDecoder(config.mask_decoder_config)
         self.post_init()
+        install_hooks_outside_backbone(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -683,9 +684,11 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         if isinstance(attn_implementation, dict):
             return super().set_attn_implementation(attn_implementation, **kwargs)
         # Prompt encoder and mask decoder are no PreTrainedModels: transformers would warn that it sets their configs
-        # unchecked. What the whole model supports they support, and that is checked here.
-        super().set_attn_implementation({"": attn_implementation}, **kwargs)
-        self.vision_encoder.set_attn_implementation(attn_implementation, **kwargs)
+        # unchecked. What the whole model supports they support, and that is checked here. What a backbone other than
+        # the plain ViT supports is not known; None is its own choice.
+        backbone = "eager" if attn_implementation == "eager" else None
+        vision = {"": attn_implementation, "backbone_config": backbone}
+        super().set_attn_implementation({"": attn_implementation, "vision_config": vision}, **kwargs)
         for config in (self.config.prompt_encoder_config, self.config.mask_decoder_config):
             config._attn_implementation = self.config._attn_implementation
 

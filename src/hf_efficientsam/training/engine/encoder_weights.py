@@ -8,9 +8,17 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from hf_efficientsam.inference.loading import resolve_name
+from hf_efficientsam.inference.loading import read_config, resolve_name
+from hf_efficientsam.model.configuration_efficientsam import (
+    EfficientSamAutoVisionConfig,
+    EfficientSamConfig,
+    EfficientSamVisionConfig,
+    around_backbone,
+)
+from hf_efficientsam.model.modeling_auto_vision_efficientsam import EfficientSamAutoVisionEncoder
+from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.modeling_vision_efficientsam import EfficientSamVisionEncoder, EfficientSamVisionModel
 
 from .config import PositiveInt, RatioBelowOne
@@ -75,6 +83,75 @@ def load_encoder(name: str) -> tuple[EfficientSamVisionModel, bool]:
     """
     encoder, new = load_around_encoder(EfficientSamVisionModel, name, drop_path_rate=0.0)
     return encoder, not new
+
+
+def read_vision_config(name: str, **options) -> EfficientSamVisionConfig | EfficientSamAutoVisionConfig:
+    """
+    The configuration of the encoder that a directory or Hub repository holds, for [`EfficientSamConfig`]: of
+    `load_encoder` for EfficientSAM's plain ViT, of `load_auto_encoder` for any other backbone.
+
+    Args:
+        name: as of these two.
+        options: of [`EfficientSamAutoVisionConfig`], for a backbone.
+
+    Raises:
+        ValueError: if there is no configuration, or none of an encoder.
+    """
+    try:
+        if name.startswith("timm/"):
+            return EfficientSamAutoVisionConfig(**around_backbone(name.removeprefix("timm/")).to_dict() | options)
+        stored = read_config(resolve_name(name))
+        if not str(stored.get("model_type")).startswith(EfficientSamConfig.model_type):
+            return _around_stages(AutoConfig.from_pretrained(name), options)
+        if stored.get("vision_config", {}).get("model_type") == EfficientSamAutoVisionConfig.model_type:
+            return EfficientSamConfig.from_pretrained(name).vision_config
+        return EfficientSamVisionConfig.from_pretrained(resolve_name(name))
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise ValueError(f"The encoder {name} cannot be loaded: {' '.join(str(error).split())}") from None
+
+
+def _around_stages(backbone: PreTrainedConfig, options: dict) -> EfficientSamAutoVisionConfig:
+    """Of a pyramid the last three stages, as in EfficientViT-SAM (arXiv 2402.05008), unless some are chosen."""
+    if hasattr(backbone, "drop_path_rate"):
+        backbone.drop_path_rate = 0.0
+    config = EfficientSamAutoVisionConfig(backbone_config=backbone, **options)
+    if config.is_pyramid and backbone.out_features == backbone.stage_names[-1:]:
+        backbone.out_features = backbone.stage_names[-3:]
+    return config
+
+
+def load_auto_encoder(name: str, **options) -> tuple[EfficientSamAutoVisionEncoder, bool]:
+    """
+    A backbone other than our plain ViT with a neck around it, in float32, and whether that neck is trained.
+
+    Args:
+        name: directory or Hub name of a backbone that transformers knows, without drop path; or "timm/" and the name
+            of a timm model, with its weights; or an EfficientSAM with such an encoder, whose neck comes with it.
+        options: of [`EfficientSamAutoVisionConfig`].
+
+    Raises:
+        ValueError: if it cannot be loaded, or lacks weights.
+    """
+    config = read_vision_config(name, **options)
+    try:
+        if not name.startswith("timm/") and read_config(name).get("model_type") == EfficientSamConfig.model_type:
+            return EfficientSamModel.from_pretrained(name, dtype=torch.float32).vision_encoder, True
+        encoder = EfficientSamAutoVisionEncoder(config)
+        if name.startswith("timm/"):
+            stages = {"out_indices": config.backbone_config.out_indices, "use_timm_backbone": True}
+            loaded, lacking = AutoBackbone.from_pretrained(name.removeprefix("timm/"), **stages), []
+        else:
+            loaded, loading = AutoBackbone.from_pretrained(
+                name, config=config.backbone_config, dtype=torch.float32, output_loading_info=True
+            )
+            # Normalisations of the maps are new where the weights are a classifier's.
+            lacking = [key for key in loading["missing_keys"] if "hidden_states_norms" not in key]
+        encoder.backbone.load_state_dict(loaded.state_dict())
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
+        raise ValueError(f"The encoder {name} cannot be loaded: {' '.join(str(error).split())}") from None
+    if lacking:
+        raise ValueError(f"{name} lacks weights of the encoder, such as {min(lacking)}; choose another directory.")
+    return encoder, False
 
 
 def load_vit(name: str) -> PreTrainedModel:

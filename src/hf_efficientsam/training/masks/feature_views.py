@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
+from hf_efficientsam.model.modeling_auto_vision_efficientsam import EfficientSamAutoVisionEncoder
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.modeling_vision_efficientsam import EfficientSamVisionEncoder
 from hf_efficientsam.training.data.feature_cache import (
@@ -32,19 +33,24 @@ from .batch import MaskViews
 
 PART_SIZE = 32  # images in a file: what an interruption can lose, and what is held in memory until it is written
 
+Encoder = EfficientSamVisionEncoder | EfficientSamAutoVisionEncoder
 
-def encode_frozen(encoder: EfficientSamVisionEncoder, pixel_values: torch.Tensor, last_layers: int) -> torch.Tensor:
-    """Pixels `[B, 3, H, W]` -> what the encoder's last so many layers read, tokens `[B, N, C]`."""
+
+def encode_frozen(encoder: Encoder, pixel_values: torch.Tensor, last_layers: int) -> torch.Tensor:
+    """Pixels `[B, 3, H, W]` -> what the encoder's last so many layers, or else its neck, read, tokens `[B, N, C]`."""
+    if isinstance(encoder, EfficientSamAutoVisionEncoder):
+        return encoder.encode_tokens(pixel_values)
     hidden_states = encoder.embeddings(pixel_values)
     for layer in encoder.layers[: len(encoder.layers) - last_layers]:
         hidden_states = layer(hidden_states)
     return hidden_states
 
 
-def encode_rest(encoder: EfficientSamVisionEncoder, hidden_states: torch.Tensor, last_layers: int) -> torch.Tensor:
+def encode_rest(encoder: Encoder, hidden_states: torch.Tensor, last_layers: int) -> torch.Tensor:
     """What `encode_frozen` makes of square images, through the last layers and the neck: `[B, C, S / 16, S / 16]`."""
-    for layer in encoder.layers[len(encoder.layers) - last_layers :]:
-        hidden_states = layer(hidden_states)
+    if last_layers:
+        for layer in encoder.layers[-last_layers:]:
+            hidden_states = layer(hidden_states)
     side = round(hidden_states.shape[1] ** 0.5)
     return encoder.neck(hidden_states, side, side)
 
@@ -90,16 +96,24 @@ def cache_views(
         num_workers: processes that read images.
 
     Raises:
-        ValueError: if the folder holds a cache of something else, or an image is broken.
+        ValueError: if the folder holds a cache of something else, or an image is broken; or if layers are left out
+            of an encoder other than the plain ViT, which does not run in two parts.
     """
-    encoder, num_frozen = model.vision_encoder, len(model.vision_encoder.layers) - last_layers
+    encoder = model.vision_encoder
+    made_by = {"width": encoder.neck.projection.in_features}
+    if isinstance(encoder, EfficientSamVisionEncoder):
+        num_frozen = len(encoder.layers) - last_layers
+        frozen = [encoder.embeddings, *encoder.layers[:num_frozen]]
+        made_by |= {"encoder": weights_hash(frozen), "frozen_layers": num_frozen}
+    elif last_layers:
+        raise ValueError(
+            f"--cache_embeddings with --train_last_layers {last_layers} needs EfficientSAM's plain ViT; give "
+            "--train_last_layers 0, which trains the neck of any encoder, or leave --cache_embeddings out."
+        )
+    else:
+        made_by |= {"encoder": weights_hash([encoder.backbone]), "stages": encoder.backbone.out_features}
     was_training = model.training
     model.eval()
-    made_by = {
-        "encoder": weights_hash([encoder.embeddings, *encoder.layers[:num_frozen]]),
-        "frozen_layers": num_frozen,
-        "width": encoder.config.hidden_size,
-    }
     cached = cache_encoded_views(
         lambda pixel_values: encode_frozen(encoder, pixel_values, last_layers),
         made_by, data, folder, accelerator, num_workers,

@@ -6,13 +6,19 @@ from dataclasses import dataclass, field
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
-from hf_efficientsam.inference.loading import load_model, resolve_name
-from hf_efficientsam.model.configuration_efficientsam import EfficientSamConfig, EfficientSamVisionConfig
+from hf_efficientsam.inference.loading import load_model
+from hf_efficientsam.model.configuration_efficientsam import EfficientSamAutoVisionConfig, EfficientSamConfig
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
 from hf_efficientsam.training.engine.config import PositiveInt
-from hf_efficientsam.training.engine.encoder_weights import load_encoder, load_vit, select_weights
+from hf_efficientsam.training.engine.encoder_weights import (
+    load_auto_encoder,
+    load_encoder,
+    load_vit,
+    read_vision_config,
+    select_weights,
+)
 
 from .adapters import is_peer, load_peer
 from .initial_weights import set_geometric_weights
@@ -31,7 +37,12 @@ class MaskModelConfig:
         },
     )
     encoder: str | None = field(
-        default=None, metadata={"help": "with the encoder that sami.py has pretrained: its model directory"}
+        default=None,
+        metadata={
+            "help": "with this encoder: a model directory of sami.py or an EfficientSAM; or a trained backbone of "
+            "transformers (directory or Hub name, as facebook/convnext-tiny-224) or timm (timm/repvit_m1), which gets "
+            "a new neck"
+        },
     )
     select_weights: str | None = field(
         default=None,
@@ -90,7 +101,7 @@ def build_model(config: MaskModelConfig, image_size: int | None = None, seed: in
     else:
         model = new_model(config, image_size, kinds)
     if config.encoder is not None:
-        replace_encoder(model, config.encoder)
+        replace_encoder(model, config.encoder, image_size)
     if config.model is None and config.initial_weights == "geometric":
         model.config.vision_config.image_size = image_size or model.config.vision_config.image_size
         set_geometric_weights(model)
@@ -126,7 +137,8 @@ def new_model(config: MaskModelConfig, image_size: int | None, kinds: dict[str, 
     """With a decoder of random weights; the encoder's are random or selected from a trained ViT's."""
     vision = {"hidden_size": config.hidden_size, "num_attention_heads": config.num_attention_heads}
     if config.encoder is not None:
-        vision = EfficientSamVisionConfig.from_pretrained(resolve_name(config.encoder)).to_dict()
+        options = {} if image_size is None else {"image_size": image_size}
+        vision = read_vision_config(config.encoder, **options).to_dict()
     if image_size is not None:
         vision["image_size"] = image_size
         if config.select_weights is not None:
@@ -139,13 +151,20 @@ def new_model(config: MaskModelConfig, image_size: int | None, kinds: dict[str, 
     return model
 
 
-def replace_encoder(model: EfficientSamModel, name: str) -> None:
+def replace_encoder(model: EfficientSamModel, name: str, image_size: int | None = None) -> None:
     """The model's decoder goes on with another encoder; of another width, such as S and Ti, its neck is that one's."""
-    encoder, has_neck = load_encoder(name)
-    if not has_neck and encoder.config.hidden_size == model.config.vision_config.hidden_size:
-        encoder.vision_encoder.neck = model.vision_encoder.neck  # pretraining (sami.py) leaves it out
-        encoder.config.output_channels = model.config.vision_config.output_channels
-    theirs, ours = encoder.config.output_channels, model.config.vision_config.output_channels
+    own = model.config.vision_config
+    options = {"output_channels": own.output_channels} | ({} if image_size is None else {"image_size": image_size})
+    if isinstance(read_vision_config(name, **options), EfficientSamAutoVisionConfig):
+        encoder, has_neck = load_auto_encoder(name, **options)
+    else:
+        loaded, has_neck = load_encoder(name)
+        encoder = loaded.vision_encoder
+    necks = [one.neck for one in (encoder, model.vision_encoder)]
+    if not has_neck and len({neck.projection.in_features for neck in necks}) == 1:
+        encoder.neck = model.vision_encoder.neck  # pretraining (sami.py) leaves it out
+        encoder.config.output_channels = own.output_channels
+    theirs, ours = encoder.config.output_channels, own.output_channels
     if theirs != ours:
         raise ValueError(f"--encoder {name} gives {theirs} channels and --model takes {ours}; choose another.")
-    model.vision_encoder, model.config.vision_config = encoder.vision_encoder, encoder.config
+    model.vision_encoder, model.config.vision_config = encoder, encoder.config
