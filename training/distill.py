@@ -107,7 +107,9 @@ def save_model(student: EfficientSamModel, encoder: dict, config: DistillConfig,
     size = {"height": config.size, "width": config.size}
     with replaced_folder(folder) as writing:
         student.save_pretrained(writing, state_dict=weights)
-        EfficientSamProcessor(EfficientSamImageProcessor(size=size)).save_pretrained(writing)
+        EfficientSamProcessor(
+            EfficientSamImageProcessor(size=size, size_divisor=student.config.vision_config.size_divisor)
+        ).save_pretrained(writing)
         describe_model(writing, "distill", student, config)
 
 

@@ -318,7 +318,8 @@ def training_function(config: MasksConfig, run: TrainingRun) -> None:
     accelerator = run.accelerator
     segmenter = build_model(config, config.image_size, config.seed)
     config = fit_to_model(config, segmenter)
-    processor, input_format = build_processor(config.model, config.image_size)
+    size_divisor = getattr(segmenter.config.vision_config, "size_divisor", 16)
+    processor, input_format = build_processor(config.model, config.image_size, size_divisor)
     loader, epoch_steps, steps = get_loader(config, input_format, accelerator)
     validation = Validation(config, processor, accelerator, config.num_workers) if config.validation else None
     choose_trained(segmenter, config)

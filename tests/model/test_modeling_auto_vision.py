@@ -307,5 +307,5 @@ def test_other_models_around_our_encoder_say_what_they_need(tmp_path):
             ValueError, match="Its vision encoder is not EfficientSAM's plain ViT but a convnext backbone"
         ):
             other.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"SAMI leaves patches out, .* distil the teacher's embedding"):
+    with pytest.raises(ValueError, match=r"SAMI leaves patches out, .* without masking, with training/distill.py"):
         EfficientSamSamiConfig(vision_config=backbones.model().config.vision_config)

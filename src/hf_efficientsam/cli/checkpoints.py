@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 from torch import nn
+from transformers import PreTrainedConfig
 
 from hf_efficientsam.export.convert import convert
 from hf_efficientsam.export.metrics_report import is_of_another, metrics_as_text, read_metrics
 from hf_efficientsam.inference.loading import checkpoint_fingerprint, find_checkpoint, load_model
+from hf_efficientsam.model.configuration_efficientsam import EfficientSamAutoVisionConfig
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
 
@@ -51,13 +53,19 @@ def describe_checkpoint(model: EfficientSamModel, processor: EfficientSamProcess
     return {
         "checkpoint": model.name_or_path,
         "parameters": millions(model),
-        "  encoder": f"{millions(model.vision_encoder)}, {vision.num_hidden_layers} layers of {vision.hidden_size}",
+        "  encoder": f"{millions(model.vision_encoder)}, {describe_encoder(vision)}",
         "  prompts": millions(model.prompt_encoder),
         "  decoder": millions(model.mask_decoder),
         "input": f"{size.width} x {size.height} pixels, aspect ratio {aspect}",
         "prompts": ", ".join(kinds),
         "candidates": f"{config.mask_decoder_config.num_multimask_outputs} masks for each object",
     }
+
+
+def describe_encoder(vision: PreTrainedConfig) -> str:
+    if isinstance(vision, EfficientSamAutoVisionConfig):
+        return f"{vision.backbone_config.model_type} backbone"
+    return f"{vision.num_hidden_layers} layers of {vision.hidden_size}"
 
 
 @commands.command("convert", no_args_is_help=True)

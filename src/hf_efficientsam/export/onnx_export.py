@@ -115,9 +115,9 @@ class ExportedDecoder(nn.Module):
 
 
 def encoder_inputs(model: EfficientSamModel, batch: int, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """Noise for `grid` patches down and across."""
+    """Noise for images of `grid` times the encoder's `size_divisor` down and across, or of its only size."""
     config = model.config.vision_config
-    height, width = (config.patch_size * n for n in grid)
+    height, width = 2 * [config.fixed_size] if config.fixed_size else (config.size_divisor * n for n in grid)
     return {"pixel_values": torch.randn(batch, config.num_channels, height, width)}
 
 
@@ -190,9 +190,23 @@ def without_notes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def export_encoder(model: EfficientSamModel) -> onnx.ModelProto:
-    side = model.config.vision_config.patch_size
-    axes = {"pixel_values": {0: Dim("batch"), 2: side * Dim("rows"), 3: side * Dim("columns")}}
-    return export(ExportedEncoder(model), encoder_inputs(model, 2, (3, 4)), ["image_embeddings"], axes)
+    """
+    Raises:
+        ValueError: if torch cannot export the backbone, which the plain ViT's never is.
+    """
+    vision, axes = model.config.vision_config, {0: Dim("batch")}
+    if vision.fixed_size is None:
+        axes |= {2: vision.size_divisor * Dim("rows"), 3: vision.size_divisor * Dim("columns")}
+    inputs, outputs = encoder_inputs(model, 2, (3, 4)), ["image_embeddings"]
+    try:
+        return export(ExportedEncoder(model), inputs, outputs, {"pixel_values": axes})
+    except torch.onnx.OnnxExporterError as error:
+        if not isinstance(model.vision_encoder, EfficientSamAutoVisionEncoder):
+            raise
+        raise ValueError(
+            f"torch {torch.__version__} cannot export a {vision.backbone_config.model_type} backbone to ONNX; take a "
+            "convolutional one, such as ConvNeXt, or a plain ViT, such as DINOv2."
+        ) from error
 
 
 def export_decoder(model: EfficientSamModel) -> onnx.ModelProto:
@@ -260,14 +274,15 @@ def check(file: Path, expect, cases: Iterable[dict[str, torch.Tensor]]) -> float
 
 def random_cases(model: EfficientSamModel, size: tuple[int, int]) -> tuple[list[dict], list[dict]]:
     """Inputs of encoder and decoder: of random shapes, and of the model's own `size` in pixels."""
-    own = tuple(n // model.config.vision_config.patch_size for n in size)
+    vision = model.config.vision_config
+    own, steps = (tuple(n // one for n in size) for one in (vision.patch_size, vision.size_divisor))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         grids = [tuple(grid) for grid in torch.randint(1, 12, (4, 2)).tolist()]
         counts = torch.randint(1, 6, (4, 3)).tolist()
         encoder = [encoder_inputs(model, batch, grid) for (batch, *_), grid in zip(counts, grids, strict=True)]
         decoder = [decoder_inputs(model, *count, grid) for count, grid in zip(counts, grids, strict=True)]
-        return [*encoder, encoder_inputs(model, 1, own)], [*decoder, decoder_inputs(model, 1, 1, 1, own)]
+        return [*encoder, encoder_inputs(model, 1, steps)], [*decoder, decoder_inputs(model, 1, 1, 1, own)]
 
 
 # ------------------------------------------------------------------------------------------------ export_onnx

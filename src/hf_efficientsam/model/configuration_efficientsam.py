@@ -96,6 +96,8 @@ class EfficientSamVisionConfig(PreTrainedConfig):
         """What height and width of images must be multiples of."""
         return self.patch_size
 
+    fixed_size = None  # as of [`EfficientSamAutoVisionConfig`]: the plain ViT takes all sizes
+
 
 @strict
 class EfficientSamBackboneConfig(BackboneConfigMixin, EfficientSamVisionConfig):
@@ -542,8 +544,8 @@ class EfficientSamSamiConfig(PreTrainedConfig):
         if self.vision_config.model_type == EfficientSamAutoVisionConfig.model_type:
             raise ValueError(
                 "SAMI leaves patches out, which only EfficientSAM's plain ViT can, and vision_config is that of a "
-                f"{self.vision_config.backbone_config.model_type} backbone; distil the teacher's embedding into it, "
-                "without masking."
+                f"{self.vision_config.backbone_config.model_type} backbone; let it learn the teacher's embeddings or "
+                "features without masking, with training/distill.py."
             )
         if self.vision_config.hidden_size % 4:
             raise ValueError(f"The encoder's hidden_size {self.vision_config.hidden_size} must be a multiple of 4.")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from hf_efficientsam.inference.loading import read_config, resolve_name
 from hf_efficientsam.model.configuration_efficientsam import (
@@ -137,11 +137,12 @@ def load_auto_encoder(name: str, **options) -> tuple[EfficientSamAutoVisionEncod
         if not name.startswith("timm/") and read_config(name).get("model_type") == EfficientSamConfig.model_type:
             return EfficientSamModel.from_pretrained(name, dtype=torch.float32).vision_encoder, True
         encoder = EfficientSamAutoVisionEncoder(config)
+        kind = type(encoder.backbone)  # AutoBackbone.from_pretrained takes no directories
         if name.startswith("timm/"):
-            stages = {"out_indices": config.backbone_config.out_indices, "use_timm_backbone": True}
-            loaded, lacking = AutoBackbone.from_pretrained(name.removeprefix("timm/"), **stages), []
+            out_indices = config.backbone_config.out_indices
+            loaded, lacking = kind.from_pretrained(name.removeprefix("timm/"), out_indices=out_indices), []
         else:
-            loaded, loading = AutoBackbone.from_pretrained(
+            loaded, loading = kind.from_pretrained(
                 name, config=config.backbone_config, dtype=torch.float32, output_loading_info=True
             )
             # Normalisations of the maps are new where the weights are a classifier's.

@@ -35,21 +35,22 @@ def adamw(groups: list[dict], betas: tuple[float, float] = (0.9, 0.999)) -> torc
     return torch.optim.AdamW(groups, betas=betas, fused=PartialState().device.type == "cuda" or None)
 
 
-LAYER = r"\bvision_encoder\.(?:backbone\.)?(?:layers|blocks)\.(\d+)\."
-BEFORE_LAYERS = r"\bvision_encoder\.(?:backbone\.)?(?:embeddings\.|cls_token|patch_embed\.|pos_embed)"
+# Layers of our encoder, and layers or stages of transformers' and timm's backbones, of which the outermost counts.
+IN_ENCODER = r"\bvision_encoder\.(?!neck\.)(?:\w+\.)*?"
+LAYER = IN_ENCODER + r"(?:layers?|blocks|stages)[._]?(\d+)\."
+BEFORE_LAYERS = IN_ENCODER + r"(?:embeddings\.|embedder\.|patch_embed|pos_embed|cls_token|stem|conv1\.|bn1\.)"
 
 
 def count_layers(model: nn.Module) -> int:
-    """Layers of an encoder as `layer_depth` counts them; 0 for one without, such as a convolutional one."""
-    return 1 + max(
-        (int(found[1]) for name, _ in model.named_parameters() if (found := re.search(LAYER, name))), default=-1
-    )
+    """Layers of an encoder as `layer_depth` counts them; 0 for one without."""
+    found = (re.search(LAYER, name) for name, _ in model.named_parameters())
+    return 1 + max((int(one[1]) for one in found if one), default=-1)
 
 
 def layer_depth(name: str, num_layers: int) -> int:
     """
-    How many layers from the end of the encoder, ours or SAM's, a parameter is: 1 for the last of its `num_layers`
-    layers, `num_layers + 1` for patch and position embeddings and class token, 0 for everything else.
+    How many layers from the end of the encoder a parameter is: 1 for the last of its `num_layers` layers (stages, of
+    a pyramid), `num_layers + 1` for patch and position embeddings and class token, 0 for everything else.
     """
     if found := re.search(LAYER, name):
         return num_layers - int(found[1])

@@ -109,7 +109,7 @@ def build_model(config: MaskModelConfig, image_size: int | None = None, seed: in
 
 
 def build_processor(
-    name: str | None, image_size: int
+    name: str | None, image_size: int, size_divisor: int
 ) -> tuple[EfficientSamProcessor | PlainImageProcessor, InputFormat]:
     """
     What is saved with the model, and what training makes of crops.
@@ -117,13 +117,14 @@ def build_processor(
     Args:
         name: of the model that training starts from, if it is not a new one.
         image_size: side of the model's input in pixels.
+        size_divisor: what an EfficientSAM's sides must be multiples of.
 
     Raises:
         ValueError: if the processor of a model of transformers is missing, or is for another size.
     """
     if not is_peer(name):
         size = {"height": image_size, "width": image_size}
-        return EfficientSamProcessor(EfficientSamImageProcessor(size=size)), OUR_FORMAT
+        return EfficientSamProcessor(EfficientSamImageProcessor(size=size, size_divisor=size_divisor)), OUR_FORMAT
     processor = PlainImageProcessor.from_pretrained(name)
     if processor.size != image_size:
         raise ValueError(
@@ -145,7 +146,10 @@ def new_model(config: MaskModelConfig, image_size: int | None, kinds: dict[str, 
             vision["pretrain_image_size"] = image_size  # the ViT's positions are resized once, here
     prompt_encoder = {name: wanted is not False for name, wanted in kinds.items()}
     prompt_encoder["position_init"] = config.position_init
-    model = EfficientSamModel(EfficientSamConfig(vision_config=vision, prompt_encoder_config=prompt_encoder))
+    try:
+        model = EfficientSamModel(EfficientSamConfig(vision_config=vision, prompt_encoder_config=prompt_encoder))
+    except ImportError as error:  # of timm
+        raise ValueError(f"The encoder {config.encoder} cannot be loaded: {error}") from None
     if config.select_weights is not None:
         select_weights(load_vit(config.select_weights), model.vision_encoder)
     return model

@@ -91,5 +91,7 @@ def freeze_first_layers(model: PreTrainedModel, last_layers: int) -> None:
     if last_layers > layers or not layers:
         raise ValueError(f"--train_last_layers {last_layers}: the encoder has {layers or 'no numbered'} layers.")
     for name, parameter in model.named_parameters():
-        if layer_depth(name, layers) > last_layers:
+        # A backbone's last normalisations come after its layers, and before the neck.
+        after = last_layers == 0 and name.startswith("vision_encoder.backbone.")
+        if after or layer_depth(name, layers) > last_layers:
             parameter.requires_grad = False
