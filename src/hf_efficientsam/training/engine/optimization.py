@@ -35,9 +35,9 @@ def adamw(groups: list[dict], betas: tuple[float, float] = (0.9, 0.999)) -> torc
     return torch.optim.AdamW(groups, betas=betas, fused=PartialState().device.type == "cuda" or None)
 
 
-# Layers of our encoder, and layers or stages of transformers' and timm's backbones, of which the outermost counts.
+# Layers of our encoder and SAM's, and layers or stages of a backbone, of which the outermost count.
 IN_ENCODER = r"\bvision_encoder\.(?!neck\.)(?:\w+\.)*?"
-LAYER = IN_ENCODER + r"(?:layers?|blocks|stages)[._]?(\d+)\."
+LAYER = IN_ENCODER + r"(?:layers?|blocks|encoder\.stages|_backbone\.stages)[._]?(\d+)\."
 BEFORE_LAYERS = IN_ENCODER + r"(?:embeddings\.|embedder\.|patch_embed|pos_embed|cls_token|stem|conv1\.|bn1\.)"
 
 
