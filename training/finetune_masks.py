@@ -392,7 +392,8 @@ def main(arguments: list[str] | None = None) -> None:
     # Which parts a step uses (mask token 0 or the other three, the mask prompts) is drawn by chance.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = start_accelerator(config, kwargs_handlers=[unused])
-    with TrainingRun(accelerator, config, "masks", streamed=bool(config.shards)) as run:
+    project = "peer_masks" if is_peer(config.model) else "masks"  # the demo and other commands are for ours
+    with TrainingRun(accelerator, config, project, streamed=bool(config.shards)) as run:
         training_function(config, run)
 
 

@@ -50,7 +50,8 @@ def arguments(recipe, coco):
 @pytest.mark.parametrize("name", tiny_peers.PEERS)
 def test_a_run_resumes_exactly_and_leaves_that_models_own_directory(arguments, peers, tmp_path, name):
     given = [*arguments, "--model", peers[name]]
-    run("finetune_masks", *given, "--output_dir", tmp_path / "whole")
+    said = run("finetune_masks", *given, "--output_dir", tmp_path / "whole")
+    assert said.splitlines()[-1].startswith(f"  efficientsam evaluate masks --model {tmp_path / 'whole' / 'model'}")
     stopped_after(1, tmp_path / "whole", tmp_path / "resumed")
     run("finetune_masks", *given, "--output_dir", tmp_path / "resumed")
     assert_equal(tmp_path / "resumed", tmp_path / "whole")

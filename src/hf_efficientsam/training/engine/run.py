@@ -32,6 +32,7 @@ MAX_LEFT_OUT = 5  # steps in a row whose loss or gradient is not finite
 
 NEXT_COMMANDS = {  # of a run's project, with its model
     "masks": "efficientsam demo --model {model}",
+    "peer_masks": "efficientsam evaluate masks --model {model} --annotations ANNOTATIONS.json",
     "sami": "efficientsam train masks --encoder {model} --train ANNOTATIONS.json --output_dir runs/masks",
     "distill": "efficientsam train masks --model {model} --train ANNOTATIONS.json --output_dir runs/masks",
     "classification": "efficientsam train classification --evaluate {model} --test IMAGES",
