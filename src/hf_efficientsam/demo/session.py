@@ -11,6 +11,7 @@ from threading import Event, Lock
 from time import perf_counter
 
 import numpy as np
+import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -39,21 +40,22 @@ def no_report(ratio: float) -> None:
 
 class WatchedGenerator(EfficientSamMaskGenerator):
     """
-    Segment everything on the image that a predictor has encoded; it calls `report` with the ratio done (0 to 1) after
-    each batch of points and before each mask.
+    Segment everything on the image that a predictor has encoded; it calls `report` with the ratio done (0 to 1) before
+    each batch of points and each mask.
     """
 
     def __init__(self, predictor: EfficientSamPredictor, report: Callable[[float], None], **options):
         super().__init__(predictor.model, predictor.processor, output_mode="coco_rle", **options)
-        self.predictor, self.report = predictor, report
+        self.predictor, self.report, self.most_points = predictor, report, 1
 
     def embed(self, crops: list[np.ndarray], batch_size: int) -> Iterator[tuple]:
         yield self.predictor.features, self.predictor.input_size
 
-    def predict(self, embedding, points) -> Iterator[tuple]:
-        for start, *found in super().predict(embedding, points):
-            self.report(0.9 * start / len(points))
-            yield start, *found
+    def predict(self, embedding: torch.Tensor, points: torch.Tensor, *shared) -> tuple:
+        """Called with the points that are left."""
+        self.most_points = max(self.most_points, len(points))
+        self.report(0.9 * (1 - len(points) / self.most_points))
+        return super().predict(embedding, points, *shared)
 
     def record(self, *mask) -> dict:
         self.report(0.9)
@@ -224,7 +226,6 @@ class Session:
             options: as of [`EfficientSamMaskGenerator`].
         """
         start = perf_counter()
-        report(0)
         records = WatchedGenerator(self.predictor, report, **options).generate(self.predictor.image)
         rles = [record["segmentation"] for record in records]
         scores = [record["predicted_iou"] for record in records]
