@@ -32,9 +32,9 @@ from hf_efficientsam.training.engine.config import (
     LearningRateConfig,
     NotNegativeFloat,
     NotNegativeInt,
+    OptimizationConfig,
     PositiveFloat,
     PositiveInt,
-    PositiveRatio,
     RatioBelowOne,
     check_ranges,
     parse_config,
@@ -42,8 +42,9 @@ from hf_efficientsam.training.engine.config import (
 from hf_efficientsam.training.engine.encoder_weights import select_encoder
 from hf_efficientsam.training.engine.optimization import encoder_lr_scale, parameter_groups, weight_average
 from hf_efficientsam.training.engine.reports import write_report
-from hf_efficientsam.training.engine.run import TrainingStopped, check_device, run_script
-from hf_efficientsam.training.masks.batch import Batch
+from hf_efficientsam.training.engine.run import check_device, run_script
+from hf_efficientsam.training.engine.stopping import LeftOutSteps, StopSignals
+from hf_efficientsam.training.masks.batch import Batch, CropConfig
 from hf_efficientsam.training.masks.evaluation import ImageBatches, Item, split_broken
 from hf_efficientsam.training.masks.interactive import InteractiveSegmentation, PromptConfig
 from hf_efficientsam.training.masks.losses import MaskLoss, MaskLossConfig
@@ -55,20 +56,15 @@ ROW_SECONDS = 10
 
 
 @dataclass(frozen=True)
-class InMemoryConfig(MaskModelConfig, LearningRateConfig, PromptConfig, MaskLossConfig):
+class InMemoryConfig(
+    MaskModelConfig, OptimizationConfig, LearningRateConfig, PromptConfig, MaskLossConfig, CropConfig
+):
     # Data.
     shards: list[str] = field(
         default_factory=list,
         metadata={"help": "tars that pack_masks.py wrote; one named twice weighs double"},
     )
     val: list[str] = field(default_factory=list, metadata={"help": "tars of other images, to measure on"})
-    image_size: PositiveInt | None = field(default=None, metadata={"help": "side of the input; else the model's"})
-    crop_scale: PositiveRatio = field(
-        default=0.3, metadata={"help": "smallest part of an image's area that a crop keeps"}
-    )
-    color_jitter: NotNegativeFloat = field(
-        default=0.2, metadata={"help": "strength of brightness, contrast, saturation changes"}
-    )
     batch_size: PositiveInt = field(default=16, metadata={"help": "images a step"})
     prompts: PositiveInt = field(default=32, metadata={"help": "prompts an image and step"})
     # Time.
@@ -79,11 +75,7 @@ class InMemoryConfig(MaskModelConfig, LearningRateConfig, PromptConfig, MaskLoss
     warmup_steps: PositiveInt = field(default=100, metadata={"help": "linear warm-up; then a cosine of the time"})
     evaluations: PositiveInt = field(default=4, metadata={"help": "times that the model is measured and saved"})
     val_images: PositiveInt = field(default=24, metadata={"help": "so many images each time, but all at the end"})
-    # Optimisation.
-    weight_decay: NotNegativeFloat = field(default=0.05, metadata={"help": "AdamW's"})
-    max_grad_norm: PositiveFloat = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
-    ema_decay: RatioBelowOne = field(default=0.998, metadata={"help": "the average of the weights is what is saved"})
-    seed: NotNegativeInt = field(default=0, metadata={"help": "of everything random"})
+    ema_decay: RatioBelowOne = 0.998
     # Output.
     output_dir: str = field(default="runs/in_memory", metadata={"help": "model and summary.json"})
     num_workers: NotNegativeInt = field(default=8, metadata={"help": "processes that read the files at the start"})
@@ -119,7 +111,7 @@ class Summary:
     def __init__(self, config: InMemoryConfig, device: torch.device):
         self.started = time.perf_counter()
         self.path = Path(config.output_dir) / "summary.json"
-        self.curve, self.evaluations, self.losses = [], [], []
+        self.curve, self.evaluations, self.losses, self.steps = [], [], [], 0
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         self.run = {"config": asdict(config), "device": name}
         self.say(f"torch {torch.__version__}, {name}")
@@ -136,22 +128,17 @@ class Summary:
         self.say(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()))
 
     def add_step(self, step: int, losses: dict[str, torch.Tensor], lr: float) -> None:
-        """The losses of a step; those of the steps since the last row, averaged, are a row every few seconds.
-
-        Raises:
-            TrainingStopped: if they are no finite numbers.
-        """
+        """The losses of a step; those of the steps since the last row, averaged, are a row every few seconds."""
         if step == 1:
             self.losses = []  # of what was trained before, other losses
-        self.losses.append({name: loss.detach() for name, loss in losses.items()})
+        if all(loss.isfinite() for loss in losses.values()):  # else the step was left out
+            self.losses.append({name: loss.detach() for name, loss in losses.items()})
         since = self.seconds() - (self.curve[-1]["seconds"] if self.curve else 0)
-        if since < ROW_SECONDS and step > 1:
+        if (since < ROW_SECONDS and step > 1) or not self.losses:
             return
         means = {name: torch.stack([one[name] for one in self.losses]).mean().item() for name in losses}
         self.add(self.curve, step=step, **means, lr=lr)
         self.losses = []
-        if not math.isfinite(means["loss"]):
-            raise TrainingStopped(f"The loss of step {step} or one before is not finite; lower --learning_rate.")
 
     def write(self) -> None:
         report = {"evaluations": self.evaluations, "curve": self.curve, **self.run, "seconds": self.seconds()}
@@ -217,13 +204,17 @@ def fit(
     step_losses: Callable[[Batch], dict[str, torch.Tensor]],
     until: float,
     measure: Callable[[EfficientSamModel], None],
+    signals: StopSignals,
 ) -> EfficientSamModel:
     """
-    Trains a model until so many seconds are over, and for one second at least. Batches are drawn in float32; the
-    losses are computed in bfloat16.
+    Trains a model until so many seconds are over, and for one second at least, or a signal has come. Batches are drawn
+    in float32; the losses are computed in bfloat16. Steps whose gradient is not finite are left out.
 
     Returns:
         the average of its weights.
+
+    Raises:
+        TrainingStopped: see `LeftOutSteps`.
     """
     optimizer, started = get_optimizer(config, model), summary.seconds()
     average = weight_average(model, config.ema_decay)
@@ -237,7 +228,8 @@ def fit(
 
     scheduler, step, measured = LambdaLR(optimizer, rate), 0, 1
     model.train()
-    while step == 0 or part_of_time() < 1:
+    left_out = LeftOutSteps()
+    while step == 0 or (part_of_time() < 1 and not signals.number):
         step += 1
         batch = draw()
         with torch.autocast(model.device.type, torch.bfloat16):
@@ -246,15 +238,17 @@ def fit(
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         if norm.isfinite():
             optimizer.step()
+        left_out.note(step, None if norm.isfinite() else f"{parts['loss'].item()} (gradient {norm.item()})", False)
         optimizer.zero_grad()
         rate_now = max(scheduler.get_last_lr())
         scheduler.step()
         if average is not None:
             average.update_parameters(model)
         summary.add_step(step, parts, rate_now)
-        if measured / config.evaluations <= part_of_time() < 1:
+        if measured / config.evaluations <= part_of_time() < 1 and not signals.number:
             measured += 1
             measure(averaged)
+    summary.steps += step
     return averaged
 
 
@@ -264,6 +258,7 @@ def reconstruct(
     student: EfficientSamModel,
     teacher: EfficientSamModel,
     data: MasksInMemory,
+    signals: StopSignals,
 ) -> EfficientSamModel:
     """The student after its first minutes, in which it learns the teacher's image embeddings."""
     generator = torch.Generator(data.device).manual_seed(config.seed)
@@ -278,7 +273,7 @@ def reconstruct(
         return {"loss": F.mse_loss(student.get_image_embeddings(batch.pixel_values).float(), target.float())}
 
     until = summary.seconds() + 60 * config.reconstruct_minutes
-    return fit(config, summary, student, draw, step_losses, until, measure=lambda model: None)
+    return fit(config, summary, student, draw, step_losses, until, lambda model: None, signals)
 
 
 def train_prompts(
@@ -288,6 +283,7 @@ def train_prompts(
     data: MasksInMemory,
     until: float,
     measure: Callable[[EfficientSamModel], None],
+    signals: StopSignals,
 ) -> EfficientSamModel:
     task = InteractiveSegmentation(model, MaskLoss(*config.loss_weights), config)
     generator, shared = (
@@ -302,10 +298,10 @@ def train_prompts(
     def step_losses(batch: Batch) -> dict[str, torch.Tensor]:
         return task(batch.pixel_values, batch.masks, batch.valid, batch.noise, shared)
 
-    return fit(config, summary, model, draw, step_losses, until, measure)
+    return fit(config, summary, model, draw, step_losses, until, measure, signals)
 
 
-def train(config: InMemoryConfig) -> None:
+def train(config: InMemoryConfig, signals: StopSignals) -> None:
     device = find_device(config.device)
     torch.set_float32_matmul_precision("high")
     summary = Summary(config, device)
@@ -319,26 +315,34 @@ def train(config: InMemoryConfig) -> None:
 
     folder, some = Path(config.output_dir), val[: math.ceil(config.val_images / 4)]
 
+    def keep(model: EfficientSamModel) -> None:
+        save(model, processor, folder / "model")
+        summary.write()
+
     def measure(model: EfficientSamModel, batches: list[list[Item]]) -> None:
         scores = evaluate(model, processor, batches)
         summary.add(summary.evaluations, images=sum(map(len, batches)), **scores)
-        save(model, processor, folder / "model")
-        summary.write()
+        keep(model)
 
     model, before = model.to(device), summary.seconds()
     measure(model, some)
     last = (summary.seconds() - before) * max(1, len(val) / len(some))  # what measuring on all will take
     if config.reconstruct_minutes:
-        model = reconstruct(config, summary, build_student(config, model).to(device), model, data)
-    until = 60 * config.minutes - last
-    model = train_prompts(config, summary, model, data, until, lambda averaged: measure(averaged, some))
+        model = reconstruct(config, summary, build_student(config, model).to(device), model, data, signals)
+    if not signals.number:
+        until = 60 * config.minutes - last
+        model = train_prompts(config, summary, model, data, until, lambda averaged: measure(averaged, some), signals)
+    if signals.number:
+        keep(model)
+        raise signals.stopped(summary.steps, f"--model {folder / 'model'} goes on from there")
     measure(model, val)
 
 
 def main(arguments: list[str] | None = None) -> None:
     config = parse_config(InMemoryConfig, __doc__, arguments)
     check(config)
-    train(config)
+    with StopSignals() as signals:
+        train(config, signals)
 
 
 if __name__ == "__main__":

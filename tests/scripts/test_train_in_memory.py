@@ -1,6 +1,9 @@
 """`training/train_in_memory.py` on a CPU: from packed images to weights that load and are measured."""
 
 import json
+import os
+import signal
+from itertools import count
 
 import pytest
 import torch
@@ -72,6 +75,45 @@ def test_a_narrower_student_learns_its_teachers_embeddings_and_takes_its_decoder
     teacher = EfficientSamModel.from_pretrained(tiny_model)
     distance = (model.mask_decoder.iou_token.weight - teacher.mask_decoder.iou_token.weight).abs().max()
     assert 0 < distance < 0.1  # from the teacher's, a little further trained
+
+
+def on_step(monkeypatch, step: int, change) -> None:
+    """`change(norm)` takes the place of the gradient's norm at this step."""
+    clip, steps = torch.nn.utils.clip_grad_norm_, count(1)
+
+    def clipped(*arguments):
+        norm = clip(*arguments)
+        return change(norm) if next(steps) == step else norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_the_model_and_says_how_to_go_on(data, tiny_model, tmp_path, monkeypatch, number):
+    handler = signal.getsignal(number)
+    on_step(monkeypatch, 3, lambda norm: os.kill(os.getpid(), number) or norm)
+    given = [*data, "--model", tiny_model, "--minutes", 5, "--val_images", 4, "--output_dir", tmp_path]
+    said = run("train_in_memory", *given, code=128 + number).splitlines()[-1]
+    assert said == (
+        f"train_in_memory: Stopped by {number.name} after step 3, which is saved; --model {tmp_path / 'model'} goes "
+        "on from there."
+    )
+    assert signal.getsignal(number) is handler
+    changed, before = load_model(str(tmp_path / "model"))[0], load_model(str(tiny_model))[0]
+    name = "mask_decoder.iou_token.weight"
+    assert not torch.equal(changed.state_dict()[name], before.state_dict()[name])
+    assert json.loads((tmp_path / "summary.json").read_text())["curve"][0]["step"] == 1
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_five_in_a_row_stop(data, tiny_model, tmp_path, monkeypatch):
+    given = [*data, "--model", tiny_model, "--val_images", 4, "--evaluations", 1, "--output_dir", tmp_path]
+    on_step(monkeypatch, 2, lambda norm: norm * float("nan"))
+    said = run("train_in_memory", *given, "--minutes", 0.05)
+    assert "The loss of step 2 is" in said and "(gradient nan); the step is left out." in said
+    assert all(weight.isfinite().all() for weight in load_model(str(tmp_path / "model"))[0].state_dict().values())
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *arguments: torch.tensor(float("inf")))
+    said = run("train_in_memory", *given, "--minutes", 5, code=1).splitlines()[-1]
+    assert "The loss of step 5 is" in said and "5 in a row" in said and "lower --learning_rate" in said
 
 
 def test_bad_options_are_refused_in_one_sentence(data, tiny_model, tmp_path):

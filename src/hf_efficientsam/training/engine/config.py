@@ -39,21 +39,26 @@ RatioBelowOne = Annotated[float, BELOW_ONE]
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """The fields of every training run. A script that wants another default declares the field again, without help."""
+class OptimizationConfig:
+    """How every training optimises. A script that wants another default declares the field again, without help."""
 
-    output_dir: str = field(default="runs/training", metadata={"help": "checkpoints, model, numbers and images"})
     seed: NotNegativeInt = field(default=0, metadata={"help": "of everything random"})
-    # Optimisation.
-    global_batch_size: PositiveInt = field(default=8, metadata={"help": "images a step, over all processes"})
-    batch_size: PositiveInt | None = field(
-        default=None,
-        metadata={"help": "images at a time and process (all by default); gradients are accumulated"},
-    )
     weight_decay: NotNegativeFloat = field(default=0.05, metadata={"help": "AdamW's"})
     max_grad_norm: PositiveFloat = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
     ema_decay: RatioBelowOne = field(
         default=0.0, metadata={"help": "save an exponential moving average of the weights (0: off)"}
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig(OptimizationConfig):
+    """The fields of every training run that can be resumed."""
+
+    output_dir: str = field(default="runs/training", metadata={"help": "checkpoints, model, numbers and images"})
+    global_batch_size: PositiveInt = field(default=8, metadata={"help": "images a step, over all processes"})
+    batch_size: PositiveInt | None = field(
+        default=None,
+        metadata={"help": "images at a time and process (all by default); gradients are accumulated"},
     )
     timeout_minutes: PositiveFloat = field(
         default=60, metadata={"help": "how long processes wait for one another before the run ends"}

@@ -5,7 +5,6 @@ import json
 import logging
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -27,8 +26,7 @@ from .config import RunConfig
 from .metrics_log import MetricsLog, tracker_arguments
 from .optimization import describe_unless_finite
 from .reports import replace_text
-
-MAX_LEFT_OUT = 5  # steps in a row whose loss or gradient is not finite
+from .stopping import LeftOutSteps, StopSignals, TrainingStopped
 
 NEXT_COMMANDS = {  # of a run's project, with its model
     "masks": "efficientsam demo --model {model}",
@@ -42,14 +40,6 @@ NEXT_COMMANDS = {  # of a run's project, with its model
 }
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingStopped(RuntimeError):
-    """What ended a run after its start: one sentence for the user, and the exit code of the process."""
-
-    def __init__(self, message: str, code: int = 1):
-        super().__init__(message)
-        self.code = code
 
 
 def start_accelerator(config: RunConfig, fsdp: bool = False, **options) -> Accelerator:
@@ -124,15 +114,15 @@ class TrainingRun:
 
     def __init__(self, accelerator: Accelerator, config: RunConfig, project: str, streamed: bool = False):
         self.accelerator, self.config, self.project, self.streamed = accelerator, config, project, streamed
-        self.output_dir, self.signal, self.handlers, self.left_out = Path(config.output_dir), 0, {}, 0
+        self.output_dir, self.left_out = Path(config.output_dir), LeftOutSteps()
+        self.signals = StopSignals(shown=accelerator.is_main_process)
         self.checkpoints = Checkpoints(accelerator, self.output_dir / "checkpoints")
 
     def __enter__(self) -> "TrainingRun":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        self.signals.end()
         if error is None:
             if self.log is not None:
                 self.log.close()
@@ -143,7 +133,7 @@ class TrainingRun:
             # (pytorch/pytorch issue 56297). Those of the loop's function are gone with it.
             self.accelerator.free_memory()
             self.accelerator.end_training()
-        elif self.log is not None and isinstance(error, FloatingPointError | OSError | SaveError | ValueError):
+        elif self.log is not None and isinstance(error, OSError | SaveError | ValueError):
             raise TrainingStopped(last_line(error)) from error
         elif self.log is not None and isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
             raise TrainingStopped(
@@ -179,17 +169,8 @@ class TrainingRun:
             )
         log.start(done, self.project, dataclasses.asdict(self.config))
         self.log, self.saved = log, time.monotonic()
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.signals.start()
         return done
-
-    def _stop(self, number: int, frame: Any) -> None:
-        """Notes a signal for `is_save_due`."""
-        if number == self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-        if self.accelerator.is_main_process:
-            print("\nThe run stops once this step is saved; Ctrl-C stops it at once.", file=sys.stderr)
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether what happens every so many steps happens now; it does after the last."""
@@ -201,25 +182,18 @@ class TrainingRun:
         process with its own loss `[]` and images.
 
         Raises:
-            FloatingPointError: for the last of `MAX_LEFT_OUT` such steps in a row, or of the run.
+            TrainingStopped: see `LeftOutSteps`.
         """
         problem = describe_unless_finite(self.accelerator, loss, grad_norm, images)
-        self.left_out = self.left_out + 1 if problem else 0
-        if problem and (self.left_out == MAX_LEFT_OUT or step == self.steps):
-            raise FloatingPointError(
-                f"The loss of step {step} is {problem}, as were {self.left_out} in a row. They changed nothing; train "
-                "with a lower --learning_rate into a new --output_dir, or remove these images."
-            )
-        if problem and self.accelerator.is_main_process:
-            logger.warning("The loss of step %s is %s; the step is left out.", step, problem)
+        self.left_out.note(step, problem, step == self.steps, self.accelerator.is_main_process)
 
     def is_save_due(self, step: int) -> bool:
         """Whether model and checkpoint are to be saved after a step: by number, by time, or as the run is to stop. The
         same on every process, on each of which it is called."""
         late = 0 < 60 * self.config.save_minutes < time.monotonic() - self.saved
-        now = torch.tensor([[late, self.signal]], device=self.accelerator.device)
-        late, self.signal = self.accelerator.gather(now).amax(0).tolist()
-        return self.is_due(step, self.config.save_steps) or bool(late or self.signal)
+        now = torch.tensor([[late, self.signals.number]], device=self.accelerator.device)
+        late, self.signals.number = self.accelerator.gather(now).amax(0).tolist()
+        return self.is_due(step, self.config.save_steps) or bool(late or self.signals.number)
 
     def save(self, step: int) -> None:
         """
@@ -231,12 +205,8 @@ class TrainingRun:
         self.log.plot()
         self.checkpoints.save(step)
         self.saved = time.monotonic()
-        if self.signal and step < self.steps:
-            name = signal.Signals(self.signal).name
-            raise TrainingStopped(
-                f"Stopped by {name} after step {step}, which is saved; start again with the same options to go on.",
-                128 + self.signal,
-            )
+        if self.signals.number and step < self.steps:
+            raise self.signals.stopped(step, "start again with the same options to go on")
 
 
 def check_same_run(config: RunConfig, num_processes: int, streamed: bool) -> None:

@@ -56,7 +56,22 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class MaskDataConfig(AnnotationConfig):
+class CropConfig:
+    """What of an image becomes the model's input."""
+
+    image_size: PositiveInt | None = field(
+        default=None, metadata={"help": "side of the model input in pixels; by default that of the model"}
+    )
+    crop_scale: PositiveRatio = field(
+        default=0.3, metadata={"help": "smallest part of an image's area that a crop keeps"}
+    )
+    color_jitter: NotNegativeFloat = field(
+        default=0.2, metadata={"help": "strength of brightness, contrast, saturation changes"}
+    )
+
+
+@dataclass(frozen=True)
+class MaskDataConfig(AnnotationConfig, CropConfig):
     """Which masks are trained on, and how their images are augmented."""
 
     train: list[str] = field(
@@ -78,16 +93,7 @@ class MaskDataConfig(AnnotationConfig):
     every: PositiveInt = field(
         default=1, metadata={"help": "take only every so many-th image of json files or a dataset"}
     )
-    image_size: PositiveInt | None = field(
-        default=None, metadata={"help": "side of the model input in pixels; by default that of the model"}
-    )
-    crop_scale: PositiveRatio = field(
-        default=0.3, metadata={"help": "smallest part of an image's area that a crop keeps"}
-    )
     flip: bool = field(default=True, metadata={"help": "half of the images are mirrored"})
-    color_jitter: NotNegativeFloat = field(
-        default=0.2, metadata={"help": "strength of brightness, contrast, saturation changes"}
-    )
     max_masks: PositiveInt = field(default=12, metadata={"help": "masks an image and step"})
     prompts_per_mask: PositiveInt = field(default=1, metadata={"help": "prompts for each mask, each drawn anew"})
 
