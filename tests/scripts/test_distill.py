@@ -2,12 +2,14 @@
 
 import hashlib
 
+import backbones
 import numpy as np
 import pytest
 import tiny
 import torch
 from PIL import Image
 from script_runs import assert_close, assert_equal, curve, fork, load_script, refuse, run, stopped_after
+from transformers import AutoBackbone
 
 from hf_efficientsam import EfficientSamModel
 from hf_efficientsam.inference.loading import load_model
@@ -143,6 +145,20 @@ def test_features_of_any_vision_model_are_reconstructed(recipe, images, tmp_path
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
     _, loading = EfficientSamModel.from_pretrained(tmp_path / "run" / "model", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
+
+
+@pytest.mark.parametrize("target", ["embeddings", "features"])
+def test_an_encoder_of_convolutions_learns_both(recipe, images, teacher, target, tmp_path):
+    torch.manual_seed(0)
+    AutoBackbone.from_config(backbones.configs()["convnext"]).save_pretrained(tmp_path / "convnext")
+    given = ["--config", recipe, "--images", images, "--teacher", teacher, "--encoder", tmp_path / "convnext"]
+    run("distill", *given, "--target", target, "--output_dir", tmp_path / "run")
+    losses = [row["loss"] for row in curve(tmp_path / "run")]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    student, loading = EfficientSamModel.from_pretrained(tmp_path / "run" / "model", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert student.config.vision_config.image_size == SIZE
+    assert student.get_image_embeddings(torch.zeros(1, 3, SIZE, SIZE)).shape == (1, 256, 4, 4)
 
 
 def test_wrong_options_are_refused(arguments):
