@@ -92,7 +92,7 @@ def status_html(session: Session, problem: str = "") -> str:
     size = f"{session.width} x {session.height} pixels"
     parts = [size + (" (reduced from {} x {})".format(*session.reduced_from) if session.reduced_from else "")]
     parts += [f"read in {session.encode_seconds:.1f} s"]
-    parts += [f"answer in {session.answer_seconds:.1f} s"] if session.answer_seconds is not None else []
+    parts += [f"answer in {session.answer_seconds:.2f} s"] if session.answer_seconds is not None else []
     problem = f' <span class="error">{html.escape(problem)}</span>' if problem else ""
     return f'<p class="hint" role="status">{" · ".join(parts)}{problem}</p>'
 
