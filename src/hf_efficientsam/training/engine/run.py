@@ -231,6 +231,13 @@ def check_same_run(config: RunConfig, num_processes: int, streamed: bool) -> Non
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     if changed := [name for name in now if name not in free and before.get(name) != now[name]]:
+        if changed == ["num_processes"] and "num_processes" in before:
+            before, now = before["num_processes"], now["num_processes"]
+            raise ValueError(
+                f"{folder} holds a run of {before} processes, whose number decides who reads which images of a stream: "
+                f"with {now}, some would come twice and others not at all. Start {before}, or train its model on into "
+                "a new --output_dir."
+            )
         raise ValueError(
             f"{folder} holds a run with another {', '.join(changed)}; choose a new --output_dir, or delete that one."
         )
