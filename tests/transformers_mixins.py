@@ -7,8 +7,8 @@ They are in no installed package but in transformers' source distribution; pytes
     pip install parameterized
     TRANSFORMERS_SOURCE=transformers-5.23.0 pytest tests/transformers_mixins.py
 
-On two CPU cores that takes four minutes: 639 tests and 4721 subtests pass, and 452 are skipped by the mixins themselves
-(accelerators, packages that are not installed, text, what a model does not have).
+On two CPU cores that takes four minutes: 639 tests and 4721 subtests pass, and 452 are skipped by the mixins
+themselves (accelerators, packages that are not installed, text, what a model does not have).
 
 `BY_DESIGN` names the tests that do not apply, with the reason. In every run of the suite `test_modeling_common.py`
 and `test_processing_common.py` check the same in a form that needs no source distribution.

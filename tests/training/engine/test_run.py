@@ -70,7 +70,7 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
     (tmp_path / "config.json").unlink()
     check(streamed=True)
     check(streamed=True, save_steps=2)
-    with pytest.raises(ValueError, match="a run of 1 processes.* with 2, some would come twice.* Start 1, or train"):
+    with pytest.raises(ValueError, match=r"a run of 1 processes.* with 2, some would come twice.* Start 1, or train"):
         check(processes=2, streamed=True)
     with pytest.raises(ValueError, match="another num_workers, batch_size, num_processes; choose"):
         check(2, True, batch_size=2, num_workers=1)

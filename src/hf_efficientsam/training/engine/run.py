@@ -234,7 +234,7 @@ def check_same_run(config: RunConfig, num_processes: int, streamed: bool) -> Non
         if changed == ["num_processes"] and "num_processes" in before:
             before, now = before["num_processes"], now["num_processes"]
             raise ValueError(
-                f"{folder} holds a run of {before} processes, whose number decides who reads which images of a stream: "
+                f"{folder} holds a run of {before} processes, whose number decides who reads which images: "
                 f"with {now}, some would come twice and others not at all. Start {before}, or train its model on into "
                 "a new --output_dir."
             )
