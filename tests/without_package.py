@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hf_efficientsam.export.publish import NOT_INSTALLED  # publishing makes the same check
+from hf_efficientsam.export.standalone import NOT_INSTALLED  # publishing makes the same check
 
 
 def run_without_package(script: str, *arguments, modules_cache: Path) -> None:

@@ -21,6 +21,7 @@ from hf_efficientsam.cli.app import app
 from hf_efficientsam.export import publish
 from hf_efficientsam.export.model_card import Provenance, training_card
 from hf_efficientsam.export.package_wheel import PACKAGE, WHEEL_NAME, build_wheel
+from hf_efficientsam.export.standalone import verify_standalone
 
 REPORT = {
     "model": "tiny",
@@ -302,7 +303,7 @@ def test_other_answers_are_not_uploaded(checkpoint, tmp_path):
     weights["classifier.bias"] += 1
     save_file(weights, made.folder / "saliency" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="someone/tiny would give other saliency without this package than"):
-        publish.verify(checkpoint, made)
+        verify_standalone(checkpoint, made.name, made.folder)
 
 
 @pytest.mark.slow

@@ -148,7 +148,7 @@ class Provenance:
 
 
 def needed_transformers() -> str:
-    """As pip takes it, such as `"transformers>=5.17"`."""
+    """As pip takes it, such as `"transformers>=5.21"`."""
     return f'"{next(one for one in metadata.requires("hf-efficientsam") if one.startswith("transformers"))}"'
 
 
