@@ -40,13 +40,13 @@ checkpoint: $(CLEARED) runs/salient/instances.json
 	  --select_weights $(TEACHER) --output_dir runs/s_512_1
 	accelerate launch --mixed_precision bf16 training/finetune_masks.py --config training/recipes/bundled/s_512_2_last_layers.yaml $(MASKS) \
 	  --model runs/s_512_1/model --output_dir runs/s_512_2
-	accelerate launch training/finetune_masks.py --config training/recipes/bundled/calibration.yaml --train $(COCO) \
-	  --model runs/s_512_2/model --output_dir runs/calibrated
-	accelerate launch training/train_saliency.py --config training/recipes/bundled/6_saliency.yaml --model runs/calibrated/model \
+	accelerate launch --mixed_precision bf16 training/finetune_masks.py --config training/recipes/bundled/s_512_3_six_layers.yaml $(MASKS) \
+	  --model runs/s_512_2/model --output_dir runs/s_512_3
+	accelerate launch training/train_saliency.py --config training/recipes/bundled/6_saliency.yaml --model runs/s_512_3/model \
 	  $(SALIENCY) --output_dir runs/saliency
-	python training/bundle_checkpoint.py --model runs/calibrated/model --saliency runs/saliency/model $(THRESHOLDS) \
+	python training/bundle_checkpoint.py --model runs/s_512_3/model --saliency runs/saliency/model $(THRESHOLDS) \
 	  --annotations $(DATA)/coco-val-dev/instances_val.json --salient $(DATA)/saliency \
-	  --curves runs/s_512_1 runs/s_512_2 runs/calibrated runs/saliency
+	  --curves runs/s_512_1 runs/s_512_2 runs/s_512_3 runs/saliency
 
 # Only a new saliency head for the checkpoint that is there.
 SALIENCY = --train runs/salient/instances.json --val $(DATA)/saliency/val

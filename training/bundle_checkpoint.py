@@ -33,7 +33,7 @@ from hf_efficientsam.training.engine.run import run_script
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 SALIENCY_BEGIN, SALIENCY_END = "<!-- saliency: begin -->", "<!-- saliency: end -->"
 RESULTS = Path(__file__).parent / "results"
-TRAINED_LAYERS = 3  # the last ones of the encoder, as in recipes/bundled/
+TRAINED_LAYERS = 6  # the last ones of the encoder, as in recipes/bundled/
 
 
 @dataclass(frozen=True)

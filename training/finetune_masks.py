@@ -157,6 +157,10 @@ def check(config: MasksConfig) -> None:
             "--save_lora saves what is added to --model; give that, and leave out --encoder, --background_points and "
             "--mask_prompts, which change it."
         )
+    if config.cells and (config.focal_weight or config.bce_weight):
+        raise ValueError(
+            "--cells has no focal loss and no plain cross-entropy; leave --focal_weight and --bce_weight at 0."
+        )
     check_cache(config)
 
 

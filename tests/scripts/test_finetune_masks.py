@@ -470,6 +470,7 @@ def test_a_bad_config_is_refused(tmp_path, text, sentence):
         (["--images", "elsewhere"], "give the folder of the images (`--images`)"),
         (["--shards", "absent.tar"], "Give --train COCO-style json files or folders, or --dataset, or --shards."),
         (["--trackers", "paper"], "There is no tracker paper here"),
+        (["--cells", 6, "--focal_weight", 20], "--cells has no focal loss and no plain cross-entropy"),
     ],
 )
 def test_what_cannot_train_is_refused(arguments, tmp_path, options, sentence):

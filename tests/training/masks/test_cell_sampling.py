@@ -10,7 +10,9 @@ from hf_efficientsam.training.masks.cell_sampling import (
     choose_cells,
     decode_cells,
     split_into_cells,
+    total_cell_loss,
 )
+from hf_efficientsam.training.masks.losses import MaskLossConfig
 
 GRID = (8, 8)
 
@@ -142,3 +144,12 @@ def test_the_mean_loss_of_the_sampled_decoder_is_near_the_full_one(prompted):
     sampled = torch.stack([losses(choose_cells(occupied(masks), 40, noise(seed))) for seed in range(draws)])
     error = (sampled.mean() - full.mean()).abs()
     assert error < 4.5 * sampled.mean((1, 2, 3)).std() / draws**0.5 + 0.01 * full.mean()
+
+
+def test_the_loss_of_cells_heeds_its_weights():
+    parts = {"bce": torch.full((1, 1, 4), 2.0), "dice": torch.full((1, 1, 4), 0.5), "iou": torch.full((1, 1, 4), 0.75)}
+    given = parts, torch.full((1, 1, 4), 0.25), torch.tensor([[True]]), torch.tensor([[True]])
+    plain = total_cell_loss(*given)["loss"]
+    assert plain.item() == pytest.approx(1.5 * (2 / 4 * 2.0 + 0.5) + 0.25)  # candidates and half of the single mask
+    weights = MaskLossConfig(dice_weight=2.0, iou_weight=8.0, balanced_bce_weight=0.0)
+    assert total_cell_loss(*given, weights=weights)["loss"].item() == pytest.approx(1.5 * 2 * 0.5 + 8 * 0.25)

@@ -24,7 +24,9 @@ from hf_efficientsam.model.modeling_efficientsam import (
     EfficientSamTwoWayLayer,
 )
 
-BCE_WEIGHT, SINGLE_WEIGHT = 0.5, 0.5  # of the cross-entropy beside dice; of the single mask beside the candidates
+from .losses import MaskLoss, MaskLossConfig
+
+SINGLE_WEIGHT = 0.5  # of the single mask beside the candidates
 BCE_LIMIT = 20.0  # a cross-entropy above this is cut off: a small object would drown all others
 NEAR_RATIO = 0.6  # of the K cells, at most this part is around the object if there are enough others
 
@@ -216,6 +218,7 @@ def total_cell_loss(
     is_box: torch.Tensor,
     valid: torch.Tensor,
     num_prompts: torch.Tensor | float | None = None,
+    weights: MaskLossConfig | MaskLoss = MaskLossConfig(),  # noqa: B008 (it is frozen)
 ) -> dict[str, torch.Tensor]:
     """
     The loss of a round from the losses of its masks.
@@ -228,6 +231,8 @@ def total_cell_loss(
         scores: predicted IoUs, of the same shape.
         is_box, valid: `[B, Q]` bool; prompts that are not valid are padding.
         num_prompts: what the sum is divided by, as in `MaskLoss`.
+        weights: of dice and of the predicted IoUs' error as they are; a quarter of the cross-entropy's, because here
+            it is divided by twice the object's area.
 
     Returns:
         `loss`, and without gradient its parts under the names of `MaskLoss`, of which `focal` is 0.
@@ -237,9 +242,15 @@ def total_cell_loss(
     def mean(values: torch.Tensor) -> torch.Tensor:
         return torch.where(valid, values, 0).sum() / divisor
 
-    each = BCE_WEIGHT * parts["bce"].clamp(max=BCE_LIMIT) + parts["dice"]
+    bce_weight = weights.balanced_bce_weight / 4
+    each = bce_weight * parts["bce"].clamp(max=BCE_LIMIT) + weights.dice_weight * parts["dice"]
     single, candidates = each[..., 0], each[..., 1:]
     masks = torch.where(is_box, candidates.mean(-1), candidates.amin(-1)) + SINGLE_WEIGHT * single
     iou = mean((scores - parts["iou"]).square().mean(-1))
     means = {name: mean(parts[name].mean(-1)).detach() for name in ("dice", "bce")}
-    return {"loss": mean(masks) + iou, "focal": torch.zeros_like(iou), **means, "iou": iou.detach()}
+    return {
+        "loss": mean(masks) + weights.iou_weight * iou,
+        "focal": torch.zeros_like(iou),
+        **means,
+        "iou": iou.detach(),
+    }

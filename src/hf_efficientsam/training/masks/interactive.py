@@ -207,7 +207,7 @@ class InteractiveSegmentation(nn.Module):
         logits, scores = decode_cells(decoder, image, positions, tokens, multiplicity, cells)
         parts = cell_losses(logits, cells.gather(targets), cells.weight, targets.sum((-2, -1)))
         is_box = (prompt["input_boxes"] != MISSING_BOX).any(-1)
-        return total_cell_loss(parts, scores, is_box, valid, num_prompts)
+        return total_cell_loss(parts, scores, is_box, valid, num_prompts, self.loss)
 
     def later_rounds(self, clicks: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor | None]:
         """For each round after the first the random numbers `[B, Q]` of its click, or None for one without."""
