@@ -36,7 +36,9 @@ CODE = {
     "image_processing_efficientsam.py",
     "image_reading_efficientsam.py",
     "mask_decoder_fast_efficientsam.py",
+    "mask_decoder_shared_efficientsam.py",
     "mask_operations_efficientsam.py",
+    "modeling_auto_vision_efficientsam.py",
     "modeling_efficientsam.py",
     "modeling_vision_efficientsam.py",
     "processing_efficientsam.py",
@@ -180,7 +182,10 @@ def test_saved_classifier_needs_no_package(tmp_path):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     own = {"modeling_classification_efficientsam.py"}
-    decoder = {"mask_decoder_fast_efficientsam.py", "modeling_efficientsam.py"}
+    decoder = {one for one in CODE if one.startswith("mask_decoder")} | {
+        "modeling_auto_vision_efficientsam.py",
+        "modeling_efficientsam.py",
+    }
     unused = {"processing_efficientsam.py", "prompts_efficientsam.py"} | decoder
     assert {path.name for path in folder.glob("*.py")} == CODE - unused | own
     image = np.arange(50 * 70 * 3, dtype=np.uint8).reshape(50, 70, 3)
