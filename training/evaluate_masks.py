@@ -255,7 +255,11 @@ def save_results(
 ) -> None:
     """`numbers` as they are; of `by_model` the model's own if there is one only."""
     named = dict(zip(config.model, predictors, strict=True))
-    weights = {name: checkpoint_fingerprint(one.model, one.processor.image_processor) for name, one in named.items()}
+    weights = {
+        # The processors of other models than ours are image processors.
+        name: checkpoint_fingerprint(one.model, getattr(one.processor, "image_processor", one.processor))
+        for name, one in named.items()
+    }
     by_model |= {"input_size": {name: one.input_size() for name, one in named.items()}, "model_sha256": weights}
     asked = {"annotations": config.annotations, "shards": config.shards}
     report = {

@@ -13,10 +13,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file
 
 from hf_efficientsam.model.configuration_efficientsam import EfficientSamConfig
-from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.modeling_saliency import EfficientSamSaliencyHead
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
@@ -115,7 +115,7 @@ def check_complete(name: str, loaded: dict) -> None:
         raise ValueError(f"{name} lacks {len(missing)} of the model's weights, such as {min(missing)}.")
 
 
-def checkpoint_fingerprint(model: EfficientSamModel, image_processor: EfficientSamImageProcessor) -> str:
+def checkpoint_fingerprint(model: PreTrainedModel, image_processor: Any) -> str:
     """SHA-256 of what results depend on, wherever it lies: weights, configuration and preprocessing."""
     ignored = {"_name_or_path", "transformers_version", "dtype", "auto_map", "architectures"}
     ignored |= {"max_image_pixels"}  # decides which images are refused, not what the others become

@@ -1,7 +1,7 @@
 """How images become the input of a promptable model, and its logits masks of those images."""
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +111,10 @@ class PlainImageProcessor:
                 logits = F.interpolate(logits, (self.size, self.size), mode="bilinear")[..., :height, :width]
             results.append(F.interpolate(logits, tuple(original_sizes[i]), mode="bilinear") > 0)
         return results
+
+    def to_dict(self) -> dict:
+        """What results depend on."""
+        return {"size": self.size, "format": asdict(self.format), "resample": int(self.resample)}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """The files that the processor was read from."""
