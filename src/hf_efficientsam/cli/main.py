@@ -4,6 +4,8 @@ Ctrl+C ends it at once, with one line and exit code 130: also while torch and tr
 torch computes, which holds up Python's own handling of it until the computation is over.
 """
 
+import atexit
+import gc
 import os
 import signal
 import socket
@@ -40,6 +42,7 @@ def main() -> None:
     sent.setblocking(False)
     signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=watch, args=[received], daemon=True).start()
+    atexit.register(gc.freeze)  # else Python's end takes a second, to look for garbage among all that was imported
     try:
         from .app import app
 
