@@ -191,7 +191,7 @@ def training_function(config: SamiConfig, run: TrainingRun) -> None:
         if average is not None:
             average.update_parameters(student)
         run.log.add(step, images=config.global_batch_size, loss=loss, lr=lr)
-        if run.is_due(step, config.image_steps) and not run.left_out:  # what is not finite has no colours
+        if run.is_due(step, config.image_steps) and not run.left_out.in_a_row:  # what is not finite has no colours
             run.log.add_image(step, draw(student, batch, target, grid), "reconstruction")
         if run.is_save_due(step):
             # On every process: FSDP gathers the weights from all of them.

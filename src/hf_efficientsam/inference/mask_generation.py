@@ -282,7 +282,7 @@ class EfficientSamMaskGenerator:
         left, top, right, bottom = crop_box
         points = torch.from_numpy((grid * input_size[::-1]).astype(np.float32)).to(self.model.device)
         shared = self.model.share_image(embedding)
-        waiting = torch.from_numpy(coarse_to_fine(grid)) if self.adaptive else torch.arange(len(grid))
+        waiting = torch.from_numpy(coarse_to_fine(grid)) if self.adaptive else torch.arange(len(grid), device="cpu")
         budget = math.ceil(ADAPTIVE_SHARE * len(grid)) if self.adaptive else len(grid)
         boxes = torch.empty(0, 4, dtype=torch.int64, device=self.model.device)
         found, keep, ranks = [], [], embedding.new_empty(0)
