@@ -9,6 +9,8 @@ Peers:
 - plain: the same weights with softmax attention written out, as the official code does; for the decoder each prompt
   with an image of its own, all six prompt slots, transposed convolutions (`everything.decode_plainly`).
 - SAM (ViT-B), SAM 2 (Hiera-tiny), EdgeTAM (RepViT): transformers' own, with random weights. EdgeTAM needs timm.
+- full: a training step of the mask decoder with 16 prompts and a frozen encoder, which is run each time, and one round
+  on all cells of the image; ours has the encoder's output at hand and decodes `CELLS` cells a prompt.
 - onnxruntime, OpenVINO: the exported encoder, in the same number of threads.
 
 On a GPU the encoder in bfloat16 for 1, 8 and 64 images, and compiled, comes on top, with its share of the peak.
@@ -38,7 +40,12 @@ from transformers.models.sam.modeling_sam import SamVisionModel
 from hf_efficientsam import EfficientSamConfig, EfficientSamModel
 from hf_efficientsam.export.onnx_export import export_encoder
 from hf_efficientsam.inference.onnx_predictor import open_session, open_with_openvino
+from hf_efficientsam.training.data.synthetic import random_ellipses
+from hf_efficientsam.training.masks.feature_views import encode_frozen
+from hf_efficientsam.training.masks.interactive import InteractiveSegmentation, PromptConfig
+from hf_efficientsam.training.masks.losses import MaskLoss
 
+CELLS = 96  # a prompt in training steps, as in the recipes of the bundled checkpoint
 WIDTHS = {"ti": (192, 3), "s": (384, 6)}  # of the encoder, and its heads
 
 
@@ -152,6 +159,31 @@ def exported(args: argparse.Namespace) -> None:
         print_rows(f"encoder in {name}, {args.size} x {args.size}", row, name, notes)
 
 
+def training(args: argparse.Namespace) -> None:
+    model = new_model(args.shape, args.size, "sdpa").train()
+    model.vision_encoder.embeddings.requires_grad_(False)
+    model.vision_encoder.layers.requires_grad_(False)
+    options = PromptConfig(correction_probability=0)  # one round, as on some cells
+    task, shared = InteractiveSegmentation(model, MaskLoss(), options), torch.Generator().manual_seed(0)
+    pixel_values = torch.randn(1, 3, args.size, args.size)
+    masks = random_ellipses(torch.rand(1, 16, 4), args.size, options.smallest_ellipse)
+    batch = (pixel_values, masks, torch.ones(1, 16, dtype=torch.bool), torch.rand(1, 16, options.noise_size), shared)
+    hidden_states = encode_frozen(model.vision_encoder, pixel_values, last_layers=0)
+
+    @torch.enable_grad()
+    def step(**known) -> None:
+        task(*batch, **known)["loss"].backward()
+        model.zero_grad()
+
+    ways = {
+        "ours": functools.partial(step, hidden_states=hidden_states, num_cells=CELLS),
+        "ours on all cells": functools.partial(step, hidden_states=hidden_states),
+        "full": step,
+    }
+    seconds = args.measure(ways, "training step")
+    print_rows(f"training step of the mask decoder, 16 prompts, {args.size} x {args.size}", seconds, "ours", {})
+
+
 def everything(args: argparse.Namespace) -> None:
     options = ["--points-per-side", "8", "--repeats", str(args.repeats), "--image-size", str(args.size)]
     _, result = compare_everything(parse_everything([*options, *["--cpu-time"] * args.cpu_time]))
@@ -198,6 +230,7 @@ ROWS = {
     "encoder": encoder,
     "exported": exported,
     "decoder": decoder,
+    "training": training,
     "everything": everything,
     "memory": memory,
     "gpu": gpu,
