@@ -156,7 +156,7 @@ def main(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Cut objects out of pictures with EfficientSAM: point at them, or draw a box around them."""
+    """Cut objects out of images with EfficientSAM: point at them, or draw a box around them."""
     from transformers import logging as transformers_logging  # takes seconds, and --version does not need it
 
     transformers_logging.set_verbosity_error()

@@ -37,7 +37,7 @@ def demo_command(
     """
     Serve a web page where objects are cut out with the mouse, until Ctrl+C.
 
-    The page uses no network beside its own. Pictures stay in this computer's memory, each visitor's apart from all
+    The page uses no network beside its own. Images stay in this computer's memory, each visitor's apart from all
     others', and are forgotten after an hour.
     """
     try:
