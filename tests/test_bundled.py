@@ -71,7 +71,7 @@ def benchmark(folder):
 
 
 def publish_command(folder):
-    with patch.object(publish, "verify"):
+    with patch.object(publish, "verify_standalone"):
         return command("publish", "bundled", "org/name")(folder)
 
 

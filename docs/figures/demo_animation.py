@@ -23,8 +23,8 @@ MAX_BYTES = 600_000
 BROWSER = "/usr/bin/chromium"
 VIEWPORT = {"width": 1280, "height": 720}
 OUTPUT_WIDTH = 880
-EXAMPLE, EXAMPLE_SIZE = "bus", (640, 427)
-BUS_BOX, TRUCK_BOX = (192, 134, 476, 292), (544, 172, 634, 222)  # x1, y1, x2, y2 in pixels of the example
+EXAMPLE, EXAMPLE_SIZE = "elephant", (426, 640)
+ELEPHANT_BOX, RIDER_BOX = (34, 281, 300, 616), (92, 180, 160, 284)  # x1, y1, x2, y2 in pixels of the example
 
 # Screenshots do not show the mouse pointer, so the page draws one.
 POINTER = """
@@ -146,9 +146,9 @@ def main() -> None:
         recorder = Recorder(page)
         recorder.shoot(1000)
         recorder.click("Box", role="tab", version_changes=False)
-        recorder.drag_box(*BUS_BOX)
-        recorder.drag_box(*TRUCK_BOX)
-        recorder.name_object("truck")
+        recorder.drag_box(*ELEPHANT_BOX)
+        recorder.drag_box(*RIDER_BOX)
+        recorder.name_object("rider")
         browser.close()
     recorder.save(OUTPUT)
     size = OUTPUT.stat().st_size

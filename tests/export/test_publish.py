@@ -55,7 +55,7 @@ def checkpoint(tiny_model, tmp_path_factory) -> Path:
 @pytest.fixture
 def unproved(monkeypatch):
     """Spares the time of the second process where it has nothing to say."""
-    monkeypatch.setattr(publish, "verify", lambda directory, repository: None)
+    monkeypatch.setattr(publish, "verify_standalone", lambda directory, name, folder: None)
 
 
 class FakeHub:
@@ -118,7 +118,7 @@ def test_published_twice_is_the_same_and_needs_no_package(checkpoint, tmp_path, 
     elsewhere = tmp_path / "elsewhere" / "tiny"
     shutil.copytree(checkpoint, elsewhere)
     monkeypatch.chdir(elsewhere.parent)
-    monkeypatch.setattr(publish, "verify", lambda directory, repository: None)
+    monkeypatch.setattr(publish, "verify_standalone", lambda directory, name, folder: None)
     assert call("tiny", "someone/tiny", "--output", second)[0] == 0
     assert read_files(first) == read_files(second)
     assert not any(str(checkpoint.parent).encode() in content for content in read_files(first).values())

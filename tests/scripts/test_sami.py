@@ -47,6 +47,7 @@ from hf_efficientsam import (
 from hf_efficientsam.training import engine
 from hf_efficientsam.training.engine.config import parse_config
 from hf_efficientsam.training.engine.optimization import parameter_groups
+from hf_efficientsam.training.sami import teacher_views
 
 # Epochs have 2 steps of 8 images, the run has 7 steps: checkpoints lie within epochs and between them.
 IMAGES = 20
@@ -454,7 +455,7 @@ def sami() -> ModuleType:
 
 
 def test_every_option_is_read(sami):
-    paths = [TRAINING / "sami.py", *Path(engine.__path__[0]).glob("*.py")]
+    paths = [TRAINING / "sami.py", Path(teacher_views.__file__), *Path(engine.__path__[0]).glob("*.py")]
     source = "".join(path.read_text() for path in paths).replace("self.epochs", "config.epochs")
     source = source.replace("self.warmup_epochs", "config.warmup_epochs")
     unread = [f.name for f in dataclasses.fields(sami.SamiConfig) if f"config.{f.name}" not in source]
