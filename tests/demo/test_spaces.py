@@ -22,6 +22,7 @@ import pytest
 from chromium import chromium
 from huggingface_hub import SpaceCard
 from PIL import ExifTags, Image
+from playwright.sync_api import expect
 from pycocotools import mask as coco_mask
 from scipy.ndimage import binary_dilation
 from typer.testing import CliRunner
@@ -326,7 +327,7 @@ def test_a_search_shows_how_far_it_is_runs_once_and_can_be_stopped(visit):
     find.dblclick()
     page.get_by_role("progressbar", name="Find everything").wait_for()
     for name in ("Find everything", "Mask", "Other picture"):
-        assert page.get_by_role("button", name=name, exact=True).is_disabled()
+        expect(page.get_by_role("button", name=name, exact=True)).to_be_disabled()
     stop.click()
     page.locator("#status").get_by_text("Stopped; nothing was changed.").wait_for()
     page.wait_for_function("[...document.querySelectorAll('button')].find((b) => b.innerText === 'Stop').disabled")
