@@ -17,6 +17,10 @@ def test_serving_leaves_signals_and_environment_as_they_were(monkeypatch):
 
         def launch(self, **options):
             seen.append((os.environ["GRADIO_TEMP_DIR"], signal.getsignal(signal.SIGTERM)))
+            return None, "http://127.0.0.1:7860", None  # the app, its address, its public link
+
+        def block_thread(self):
+            pass
 
     class Page:
         def __init__(self, demo):
