@@ -1,5 +1,6 @@
 """The command itself: version, help, and a process of its own."""
 
+import gc
 import json
 import os
 import signal
@@ -102,3 +103,14 @@ def test_ctrl_c_while_the_command_starts(photo):
     threading.Timer(2, process.send_signal, [signal.SIGINT]).start()
     _, said = process.communicate(timeout=300)
     assert process.returncode == 130 and said.splitlines()[-1] == "efficientsam: stopped by Ctrl+C"
+
+
+def test_a_process_without_garbage_collection_stays_without_it():
+    gc.disable()
+    try:
+        run("info", "--help")
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    run("info", "--help")
+    assert gc.isenabled()

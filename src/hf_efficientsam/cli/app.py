@@ -78,11 +78,13 @@ class Commands(typer.core.TyperGroup):
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
     """For imports: what they make stays, and to look through all of it again and again takes a fifth of their time."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager
