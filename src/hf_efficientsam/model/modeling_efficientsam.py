@@ -468,7 +468,8 @@ class EfficientSamMaskDecoder(nn.Module):
             scale = 2 ** len(self.upscaling.convs)
             return iou_scores.new_empty(*iou_scores.shape, *(scale * side for side in grid_size)), iou_scores
         if can_decode_fast(self, image, kwargs.get("output_attentions")):
-            if tokens.shape[1] >= LEAST_PROMPTS and can_share_image(self, image):
+            # The number of prompts is asked last: in compiled code each question about it makes a graph of its own.
+            if can_share_image(self, image) and tokens.shape[1] >= LEAST_PROMPTS:
                 return self.predict_shared(*inputs, grid_size, multimask_output)
             return FastMaskDecoder(self).predict(*inputs, grid_size, multimask_output)
 
