@@ -8,6 +8,7 @@ import io
 import json
 import multiprocessing.connection
 import os
+import random
 import shutil
 import signal
 import socket
@@ -57,6 +58,15 @@ def clean_environment() -> dict[str, str]:
     """That of this process, for one of one thread without a GPU and without trackio's settings."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TRACKIO_")}
     return inherited | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+
+
+def free_port() -> int:
+    """A port for a process that is started next. It lies below those that systems give to whoever asks for any port
+    (32768 and more), so no other process is given it in between."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 # Processes of their own are forked from one that has imported the libraries and done nothing else: so they neither
@@ -115,8 +125,7 @@ def fork_function(
 ) -> subprocess.CompletedProcess:
     """A function in one process, or in several that form a group. If one fails, the others are ended."""
     environment = clean_environment() | dict(environment)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # for the imports of the process that is forked
         started = []
