@@ -94,7 +94,7 @@ def test_undo_redo_and_clear(session):
         lambda: session.add_point(0.5, 0.5),
         lambda: session.add_point(0.1, 0.1, label=0),
         lambda: session.choose(1 - session.current.chosen),
-        lambda: session.rename("a  dog"),
+        lambda: session.rename("a  dog", 0),
         lambda: session.add_corner(0.2, 0.2),
         session.clear,
     ):
@@ -116,13 +116,14 @@ def test_undo_redo_and_clear(session):
 
 def test_several_objects(session):
     session.add_point(0.2, 0.2)
-    session.rename("dog")
+    session.rename("dog", 0)
     session.select(1)
     assert session.current is None
-    session.rename("nothing is marked")
+    session.rename("nothing is there", 1)
     session.add_point(0.8, 0.8)
-    session.rename("cat")
     session.select(0)
+    session.rename("cat", 1)  # its name arrives after the next click
+    assert session.scene.current == 0
     session.add_point(0.3, 0.3)
     assert [len(one.points) for one in session.objects] == [2, 1]
     assert session.result().labels == ["dog", "cat"]
@@ -189,7 +190,7 @@ def test_files_open_again(session, image):
     with pytest.raises(ValueError, match="nothing to download yet"):
         file_of(session, "mask")
     session.set_box(0.1, 0.1, 0.5, 0.5)
-    session.rename("dog")
+    session.rename("dog", 0)
     session.select(1)
     session.add_point(0.8, 0.8)
     files = {kind: file_of(session, kind) for kind in FORMATS}

@@ -36,6 +36,7 @@ SWITCHES = ["--disable-gpu", "--use-fake-device-for-media-stream", "--use-fake-u
 BUS, BUS_BOX = ROOT / "examples" / "bus.jpg", (192, 127, 477, 293)
 DESK = {"viewport": {"width": 1280, "height": 820}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
+expect.set_options(timeout=30_000)
 
 
 # ------------------------------------------------------------------------------------------------ server and browser
@@ -121,7 +122,7 @@ def spot(page, x: float, y: float) -> dict:
 
 @contextmanager
 def answer(page):
-    """Waits for the answer to what is done inside."""
+    """Waits until the picture shows the answer to what is done inside. Other parts may follow a moment later."""
     version = page.locator(".stage").get_attribute("data-version")
     yield
     page.wait_for_function("old => document.querySelector('.stage').dataset.version !== old", arg=version)
@@ -166,12 +167,19 @@ def shown(page) -> np.ndarray:
     return picture(base64.b64decode(source.split(",")[1]))
 
 
-def copy_code(page) -> str:
+def copy_code(page, *parts: str) -> str:
+    """The code from the clipboard, as soon as `parts` are in it."""
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     if not page.locator(".cm-content").is_visible():
         page.get_by_text("Python for this result").click()
-    page.get_by_role("button", name="Copy").first.click()
-    return page.evaluate("navigator.clipboard.readText()")
+    deadline = time.monotonic() + 60
+    while True:
+        page.get_by_role("button", name="Copy").first.click()
+        code = page.evaluate("navigator.clipboard.readText()")
+        if all(part in code for part in parts):
+            return code
+        assert time.monotonic() < deadline, code
+        page.wait_for_timeout(100)
 
 
 def screenshot(page, name: str) -> None:
@@ -205,9 +213,8 @@ def test_a_click_shows_the_models_mask_where_it_is(visit, predictor):
     marks[205:235, 385:415] = True  # the point itself
     assert np.median(change[mask & ~marks]) > 25
     assert np.median(change[~binary_dilation(mask, iterations=8)]) < 4
-    captions = page.locator("#candidates small").all_inner_texts()
-    assert captions == [f"score {max(0, score):.2f}" for score in scores]
-    assert "640 x 427 pixels · read in" in page.locator("#status").inner_text()
+    expect(page.locator("#candidates small")).to_have_text([f"score {max(0, score):.2f}" for score in scores])
+    expect(page.locator("#status")).to_contain_text("640 x 427 pixels · read in", use_inner_text=True)
     screenshot(page, "points")
 
 
@@ -220,8 +227,7 @@ def test_background_points(visit, predictor):
     click(page, 600, 400)
     page.get_by_role("radio", name="on the object").check()
     click(page, 450, 220, modifiers=["Shift"])
-    code = copy_code(page)
-    assert "point_coords=[[330, 210], [60, 40], [600, 400], [450, 220]], point_labels=[1, 0, 0, 0]" in code
+    copy_code(page, "point_coords=[[330, 210], [60, 40], [600, 400], [450, 220]], point_labels=[1, 0, 0, 0]")
 
 
 def test_boxes_undo_redo_and_candidates(visit, predictor):
@@ -229,7 +235,7 @@ def test_boxes_undo_redo_and_candidates(visit, predictor):
     pick_example(page).wait_for()
     mode(page, "Box")
     click(page, *BUS_BOX[:2])
-    assert page.locator("#candidates img").count() == 0
+    expect(page.locator("#candidates img")).to_have_count(0)
     click(page, *BUS_BOX[2:])
     boxed = picture(download(page, "Mask")[1]) == 255
     screenshot(page, "box")
@@ -237,23 +243,23 @@ def test_boxes_undo_redo_and_candidates(visit, predictor):
     assert min((boxed != mask).mean() for mask in masks) < 5e-3  # corners are a pixel or so apart
 
     drag(page, 200, 140, 470, 280)  # another object, which changes nothing of the first
-    assert page.locator("#objects button").count() == 2
+    expect(page.locator("#objects button")).to_have_count(2)
     both = picture(download(page, "Label map")[1])
     assert both.max() == 2 and (both > 0)[boxed].all()
     press(page, "Undo")
-    assert page.locator("#objects button").count() == 1
+    expect(page.locator("#objects button")).to_have_count(1)
     assert ((picture(download(page, "Mask")[1]) == 255) == boxed).all()
     press(page, "Redo")
-    assert page.get_by_role("button", name="Redo", exact=True).is_disabled()
+    expect(page.get_by_role("button", name="Redo", exact=True)).to_be_disabled()
     press(page, "Undo")
     worst = int(np.argmin(scores))
     with answer(page):
         page.locator("#candidates button").nth(worst).click()
-    assert page.locator("#candidates button").nth(worst).get_attribute("aria-pressed") == "true"
+    expect(page.locator("#candidates button").nth(worst)).to_have_attribute("aria-pressed", "true")
     chosen = picture(download(page, "Mask")[1]) == 255
     assert (chosen != boxed).any() and (chosen != masks[worst]).mean() < 5e-3
     press(page, "Clear")
-    assert "Click on the object that you want" in page.locator("#objects").inner_text()
+    expect(page.locator("#objects")).to_contain_text("Click on the object that you want", use_inner_text=True)
     press(page, "Undo")
     assert ((picture(download(page, "Mask")[1]) == 255) == chosen).all()
 
@@ -268,14 +274,17 @@ def test_several_named_objects_in_every_format_and_the_code(visit, tmp_path_fact
         name.press("Enter")
     press(page, "New object")
     click(page, 100, 80)
-    assert page.locator("#objects button").count() == 2
+    expect(page.locator("#objects button")).to_have_count(2)
+    name.fill("door")
+    press(page, "New object")  # ends the naming, too
+    expect(page.locator("#objects")).to_contain_text("door")
 
     files = {button: download(page, button)[1] for button in ("Mask", "Cut-out", "Label map", "COCO", "RLE")}
     assert list(tmp_path_factory.getbasetemp().glob("gradio*/efficientsam_*/*/bus_mask.png"))  # as long as it runs
     coco, rle = json.loads(files["COCO"]), json.loads(files["RLE"])
     masks = np.stack([coco_mask.decode(one["segmentation"]) for one in rle["objects"]]).astype(bool)
-    assert [one["label"] for one in rle["objects"]] == ["bus", "object"]
-    assert [one["name"] for one in coco["categories"]] == ["bus", "object"]
+    assert [one["label"] for one in rle["objects"]] == ["bus", "door"]
+    assert [one["name"] for one in coco["categories"]] == ["bus", "door"]
     assert [one["segmentation"] for one in coco["annotations"]] == [one["segmentation"] for one in rle["objects"]]
     assert ((picture(files["Mask"]) == 255) == masks.any(axis=0)).all()
     assert ((picture(files["Cut-out"])[..., 3] == 255) == masks.any(axis=0)).all()
@@ -283,13 +292,13 @@ def test_several_named_objects_in_every_format_and_the_code(visit, tmp_path_fact
 
     monkeypatch.chdir(BUS.parent)
     scope = {}
-    exec(copy_code(page), scope)
+    exec(copy_code(page, "[100, 80]"), scope)
     assert all(same(mask, other) for mask, other in zip(scope["masks"], masks, strict=True))
     with answer(page):
         page.locator("#objects button").first.click()
-    assert name.input_value() == "bus"
+    expect(name).to_have_value("bus")
     press(page, "Remove")
-    assert page.locator("#objects button").count() == 1
+    expect(page.locator("#objects button")).to_have_count(1)
 
 
 def test_everything_and_salient_objects(visit):
@@ -297,20 +306,19 @@ def test_everything_and_salient_objects(visit):
     pick_example(page).wait_for()
     mode(page, "Everything")
     press(page, "Find everything")
-    count = page.locator("#objects button").count()
     labels = picture(download(page, "Label map")[1])
-    assert 0 < labels.max() <= count
+    assert 0 < labels.max() <= page.locator("#objects button").count()
     rows, columns = np.nonzero(labels == labels.max())
     middle = len(rows) // 2
     click(page, columns[middle], rows[middle])  # marks that object
-    assert page.locator("#objects button").nth(labels.max() - 1).get_attribute("aria-pressed") == "true"
+    expect(page.locator("#objects button").nth(labels.max() - 1)).to_have_attribute("aria-pressed", "true")
     screenshot(page, "everything")
-    assert "EfficientSamMaskGenerator" in copy_code(page)
+    copy_code(page, "EfficientSamMaskGenerator")
 
     mode(page, "Main objects")
     press(page, "Find what stands out")
-    assert "SalientPrompter" in copy_code(page)
-    assert "salient object" in page.locator("#objects").inner_text()
+    copy_code(page, "SalientPrompter")
+    expect(page.locator("#objects")).to_contain_text("salient object", use_inner_text=True)
     screenshot(page, "salient")
     assert page.get_by_role("tab", name="Text").count() == 0  # it needs a detector
 
@@ -331,10 +339,11 @@ def test_a_search_shows_how_far_it_is_runs_once_and_can_be_stopped(visit):
     stop.click()
     page.locator("#status").get_by_text("Stopped; nothing was changed.").wait_for()
     page.wait_for_function("[...document.querySelectorAll('button')].find((b) => b.innerText === 'Stop').disabled")
-    assert find.is_enabled() and page.locator("#objects button").count() == 1
+    expect(find).to_be_enabled()
+    expect(page.locator("#objects button")).to_have_count(1)
     page.wait_for_timeout(1500)  # a second search would still run
     assert int(page.locator(".stage").get_attribute("data-version")) == int(version) + 1
-    assert not page.get_by_role("progressbar").is_visible()
+    expect(page.get_by_role("progressbar")).not_to_be_visible()
 
 
 def test_nothing_moves_and_nothing_can_be_pressed_that_has_no_effect(visit):
@@ -354,7 +363,8 @@ def test_nothing_moves_and_nothing_can_be_pressed_that_has_no_effect(visit):
     drag(page, *BUS_BOX)
     places.append(page.locator(".stage").bounding_box())
     assert all(place == frame for place in places)
-    assert {name for name, button in buttons.items() if button.is_disabled()} == {"Redo", "Stop"}
+    for name, button in buttons.items():
+        expect(button).to_be_enabled(enabled=name not in ("Redo", "Stop"))
 
 
 def test_the_mask_under_the_mouse_is_shown_before_a_click(visit, predictor):
@@ -378,7 +388,7 @@ def test_the_mask_under_the_mouse_is_shown_before_a_click(visit, predictor):
     mode(page, "Box")
     page.locator(".stage").hover(position=spot(page, 300, 200))
     page.wait_for_timeout(500)
-    assert not preview.is_visible()
+    expect(preview).not_to_be_visible()
 
 
 def test_no_click_is_lost_while_something_else_is_computed(visit):
@@ -391,10 +401,7 @@ def test_no_click_is_lost_while_something_else_is_computed(visit):
     places = [[300 + 20 * i, 200] for i in range(4)]
     for place in places:
         page.locator(".stage").click(position=spot(page, *place))
-    deadline = time.monotonic() + 60
-    while "point_labels=[1, 1, 1, 1]" not in (code := copy_code(page)):
-        assert time.monotonic() < deadline, code
-    assert all(str(place) in code for place in places)
+    copy_code(page, "point_labels=[1, 1, 1, 1]", *map(str, places))
 
 
 def test_without_a_mouse(visit):
@@ -409,11 +416,11 @@ def test_without_a_mouse(visit):
         page.keyboard.press("Enter")
     with answer(page):
         page.keyboard.press("b")
-    assert "point_coords=[[336, 226], [336, 226]], point_labels=[1, 0]" in copy_code(page)
+    copy_code(page, "point_coords=[[336, 226], [336, 226]], point_labels=[1, 0]")
     page.get_by_role("button", name="Undo", exact=True).focus()
     with answer(page):
         page.keyboard.press("Enter")
-    assert "point_labels=[1])" in copy_code(page)
+    copy_code(page, "point_labels=[1])")
 
 
 def test_uploads_good_broken_and_too_large(visit, tmp_path):
@@ -429,7 +436,7 @@ def test_uploads_good_broken_and_too_large(visit, tmp_path):
     ):
         page.locator('input[type="file"]').first.set_input_files(path)
         page.get_by_text(sentence).first.wait_for()
-        assert not page.locator(".stage").is_visible()
+        expect(page.locator(".stage")).not_to_be_visible()
         page.get_by_text("Drop Image Here").wait_for()  # for another
 
     Image.open(BUS).resize((3200, 2000)).save(tmp_path / "reduced.jpg")
@@ -443,11 +450,11 @@ def test_uploads_good_broken_and_too_large(visit, tmp_path):
     Image.open(BUS).rotate(90, expand=True).save(turned, exif=exif, quality=95)
     page.locator('input[type="file"]').first.set_input_files(turned)
     page.locator(".stage").wait_for()
-    assert "640 x 427" in page.locator("#status").inner_text()
+    expect(page.locator("#status")).to_contain_text("640 x 427", use_inner_text=True)
     assert np.abs(shown(page).astype(float) - np.asarray(Image.open(BUS))).mean() < 6
     page.get_by_role("button", name="Other picture").click()
     page.locator("#examples").wait_for()
-    assert not page.locator(".stage").is_visible()
+    expect(page.locator(".stage")).not_to_be_visible()
 
 
 def test_camera_and_clipboard(visit):
@@ -461,7 +468,7 @@ def test_camera_and_clipboard(visit):
     page.locator(".stage").wait_for()
     with answer(page):
         page.locator(".stage").click()
-    assert page.locator("#candidates img").count() == 3
+    expect(page.locator("#candidates img")).to_have_count(3)
 
     page.get_by_role("button", name="Other picture").click()
     page.evaluate(
@@ -481,12 +488,12 @@ def test_two_visitors_do_not_see_each_other(visit):
     pick_example(first, "bus").wait_for()
     pick_example(second, "elephant").wait_for()
     click(first, 330, 210)
-    assert first.locator("#objects button").count() == 1
-    assert "Click on the object that you want" in second.locator("#objects").inner_text()
-    assert "640 x 427" in first.locator("#status").inner_text()
-    assert "426 x 640" in second.locator("#status").inner_text()
+    expect(first.locator("#objects button")).to_have_count(1)
+    expect(second.locator("#objects")).to_contain_text("Click on the object that you want", use_inner_text=True)
+    expect(first.locator("#status")).to_contain_text("640 x 427", use_inner_text=True)
+    expect(second.locator("#status")).to_contain_text("426 x 640", use_inner_text=True)
     assert picture(download(first, "Mask")[1]).shape == (427, 640)
-    assert second.get_by_role("button", name="Mask", exact=True).is_disabled()
+    expect(second.get_by_role("button", name="Mask", exact=True)).to_be_disabled()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -522,7 +529,7 @@ def test_a_phone(visit, scheme):
             at = place and spot(page, *place)
             points = [{"x": frame["x"] + at["x"], "y": frame["y"] + at["y"]}] if at else []
             client.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-    assert page.locator("#objects button").count() == 2
+    expect(page.locator("#objects button")).to_have_count(2)
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(float, background[4:-1].split(",")[:3])) < 200) == (scheme == "dark")
     if scheme == "light":

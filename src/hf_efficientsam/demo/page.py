@@ -49,6 +49,8 @@ PICK_JS = """element.addEventListener("click", (event) => {
   const chip = event.target.closest("button");
   if (chip) trigger("pick", { index: Number(chip.dataset.index) });
 });"""
+NAMED_JS = """(session, name) => [
+  session, name, Number(document.querySelector("#objects [aria-pressed=true]")?.dataset.index ?? -1)]"""
 DOWNLOAD_HTML = '<a href="${value.file.url}" download="${value.file.orig_name}"></a>'
 DOWNLOAD_JS = 'watch("value", () => element.querySelector("a").click());'
 PREVIEW_JS = """watch("value", () => document.querySelector(".stage").dispatchEvent(
@@ -190,6 +192,7 @@ class Page:
             self.new = gr.Button("New object", size="sm", min_width=80)
             self.remove = gr.Button("Remove", size="sm", min_width=80)
         self.name = gr.Textbox(label="Name of the selected object", max_lines=1)
+        self.named = gr.Number(visible=False, precision=0)
         self.candidates = gr.HTML(js_on_load=PICK_JS, apply_default_css=False, elem_id="candidates")
 
     def build_downloads(self) -> None:
@@ -288,8 +291,9 @@ class Page:
             self.remove: Session.remove,
         }.items():
             self.on(button.click, change)
-        self.on(self.name.submit, Session.rename, [self.name])
-        self.on(self.name.blur, Session.rename, [self.name])
+        self.name.submit(None, js="() => document.activeElement.blur()")  # which sends the name, once
+        # A click that ends the naming may be answered first: the name says whose it is.
+        self.on(self.name.blur, Session.rename, [self.name, self.named], js=NAMED_JS)
 
     def connect_slow(self, event: Callable, work: Callable, inputs: Sequence, outputs) -> None:
         """

@@ -143,9 +143,11 @@ class Session:
         if here := [i for i in areas if self.objects[i].mask()[row, column]]:
             self.select(min(here, key=areas.get))
 
-    def rename(self, name: str) -> None:
-        if self.current is not None and (name := " ".join(name.split())[:40]):
-            self._step(self._with(replace(self.current, name=name), self.scene.current))
+    def rename(self, name: str, index: int) -> None:
+        """Names object `index`, if there is such an object."""
+        if 0 <= index < len(self.objects) and (name := " ".join(name.split())[:40]):
+            named = self._with(replace(self.objects[index], name=name), index)
+            self._step(replace(named, current=self.scene.current, corner=self.scene.corner))
 
     def remove(self) -> None:
         index = self.scene.current
