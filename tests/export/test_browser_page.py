@@ -83,8 +83,10 @@ def served(folder: Path, headers: dict[str, str] = {}):  # noqa: B006
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as server:
         threading.Thread(target=server.serve_forever).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/"
+        finally:
+            server.shutdown()
 
 
 @contextmanager
@@ -177,14 +179,11 @@ def mask_of(page) -> np.ndarray:
     return cutout(page)[..., 3] == 255
 
 
-def shown(page) -> int:
-    """The number of pixels that are drawn over the picture."""
-    return page.evaluate(
-        """() => {
-          const { data } = overlay.getContext("2d").getImageData(0, 0, overlay.width, overlay.height);
-          return data.filter((value, i) => i % 4 === 3 && value).length;
-        }"""
-    )
+# The number of pixels that are drawn over the picture.
+SHOWN = """() => {
+  const { data } = overlay.getContext("2d").getImageData(0, 0, overlay.width, overlay.height);
+  return data.filter((value, i) => i % 4 === 3 && value).length;
+}"""
 
 
 def best(predictor, *arguments, **prompt) -> np.ndarray:
@@ -233,14 +232,13 @@ def test_a_visit(browser, address, predictors):
     predictor = predictors["bus"]
     with visit(browser, address) as page:
         assert "640 x 427 pixels · encoded in" in pick_example(page)
-        assert not shown(page)
+        assert not page.evaluate(SHOWN)
         place = spot(page, 400, 220)
         page.locator("#stage").hover(position=place)
         page.wait_for_function("document.querySelector('#status').innerText.includes('mask in')")
-        assert shown(page) and page.get_by_role("button", name="Download cut-out").is_disabled()
+        assert page.evaluate(SHOWN) and page.get_by_role("button", name="Download cut-out").is_disabled()
         page.mouse.move(0, 0)
-        page.wait_for_timeout(100)
-        assert not shown(page)
+        page.wait_for_function(f"!({SHOWN})()")
 
         click(page, 400, 220)
         assert mask_iou(mask_of(page), best(predictor, [[400, 220]], [1])) > 0.98

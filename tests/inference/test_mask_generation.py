@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -435,37 +432,3 @@ def test_adaptive_search_orders_masks_by_confidence_times_stability_in_every_cro
 
 
 # ------------------------------------------------------------------------------------------------ memory
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_points():
-    """Peak memory of a process that searches 256 and of one that searches 4096 points."""
-    code = """
-import resource, sys
-sys.path.insert(0, sys.argv[2])
-import numpy as np, torch
-from PIL import Image
-from tiny import model_for_mask_generation
-from hf_efficientsam import EfficientSamImageProcessor
-from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
-torch.set_num_threads(1)
-generator = EfficientSamMaskGenerator(
-    model_for_mask_generation(),
-    EfficientSamImageProcessor(size=256),
-    int(sys.argv[1]),
-    256,
-    pred_iou_thresh=0,
-    stability_score_thresh=0,
-)
-records = generator.generate(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
-print(len(records), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-"""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
-    peaks = {}
-    for side in (16, 64):
-        command = [sys.executable, "-c", code, str(side), str(Path(__file__).parents[1])]
-        output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout
-        count, peaks[side] = map(float, output.split())
-        assert count > 0
-    # 4096 points have 12,288 candidates, 200 MB of logits.
-    assert peaks[64] < peaks[16] + 40, peaks

@@ -1,4 +1,4 @@
-"""Large images are worked on in parts."""
+"""Large images, and many points, are worked on in parts."""
 
 import os
 import subprocess
@@ -17,23 +17,24 @@ from hf_efficientsam.inference import amg, drawing, mask_bounds, results
 from hf_efficientsam.inference.results import RleMasks, mask_rles
 from hf_efficientsam.model import image_processing_efficientsam, mask_operations_efficientsam
 
-CODE = """
-import resource, sys
+# `ru_maxrss` of a process begins with what the process that started it had.
+PEAK = """
+import re, sys
+from pathlib import Path
 sys.path.insert(0, sys.argv[1])
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+"""
+CODE = """
 import numpy as np, tiny
 processor = tiny.processor(256)
 image = np.zeros((4000, 5000, 3), dtype=np.uint8)
 image[1000:3000, 1000:4000] = 200
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
 processor(image)
 print(peak() - before)
 """
 SEGMENT = """
-import resource, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
 import tiny
 from PIL import Image
 from hf_efficientsam import EfficientSamPredictor
@@ -41,35 +42,42 @@ from hf_efficientsam.inference.segment_files import Segmenter
 segmenter = Segmenter(EfficientSamPredictor(tiny.model(), tiny.processor()), True)
 Image.new("RGB", (2500, 2000)).save(sys.argv[2])
 boxes = [{"points": [], "labels": [], "box": [100.0, 100.0, 1500.0, 1500.0 - i]} for i in range(24)]
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 segmenter(Path(sys.argv[2]), boxes[:1], None, None)
 before = peak()
 segmenter(Path(sys.argv[2]), boxes, None, None)
 print(peak() - before)
 """
-
-
 STABILITY = """
-import resource, sys
-sys.path.insert(0, sys.argv[1])
 import tiny, torch
 from hf_efficientsam.model.mask_operations_efficientsam import calculate_stability_score, resize_masks
 torch.set_num_threads(1)
 logits = tiny.random(1, 1, 16, 16) - 0.5
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 calculate_stability_score(resize_masks(logits, (100, 100), None)[0], 0.0, 0.1)
 masks = resize_masks(logits, (4000, 5000), None)[0]
 before = peak()
 calculate_stability_score(masks, 0.0, 0.1)
 print(peak() - before)
 """
+SEARCH = """
+import numpy as np, tiny, torch
+from hf_efficientsam import EfficientSamImageProcessor, EfficientSamMaskGenerator
+torch.set_num_threads(1)
+generator = EfficientSamMaskGenerator(
+    tiny.model_for_mask_generation(),
+    EfficientSamImageProcessor(size=256),
+    int(sys.argv[2]),
+    256,
+    pred_iou_thresh=0,
+    stability_score_thresh=0,
+)
+assert generator.generate(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
+print(peak())
+"""
 
 
 def printed_by(code: str, *arguments) -> float:
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
-    command = [sys.executable, "-c", code, str(Path(__file__).parents[1]), *map(str, arguments)]
+    command = [sys.executable, "-c", PEAK + code, str(Path(__file__).parents[1]), *map(str, arguments)]
     return float(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout)
 
 
@@ -89,6 +97,12 @@ def test_masks_of_many_objects_are_not_kept_as_pixels(tmp_path):
 def test_the_pixels_of_a_stable_mask_are_counted_without_eight_bytes_each():
     """These would take 153 MiB."""
     assert printed_by(STABILITY) < 80
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_points():
+    """4096 points have 12,288 candidates, 200 MB of logits."""
+    assert printed_by(SEARCH, 64) < printed_by(SEARCH, 16) + 40
 
 
 def peak_bytes(call) -> int:

@@ -102,10 +102,10 @@ def test_pils_limit_outlives_readers_in_threads(tmp_path):
     def read(*steps):
         read_image(tmp_path / "a.png", 10**9, lambda image: [step() for step in steps])
 
-    first = threading.Thread(target=read, args=(first_reads.set, lambda: second_reads.wait(9)))
+    first = threading.Thread(target=read, args=(first_reads.set, lambda: second_reads.wait(60)))
     first.start()
-    assert first_reads.wait(9)
-    second = threading.Thread(target=read, args=(second_reads.set, lambda: first_is_done.wait(9)))
+    assert first_reads.wait(60)
+    second = threading.Thread(target=read, args=(second_reads.set, lambda: first_is_done.wait(60)))
     second.start()
     first.join()
     first_is_done.set()

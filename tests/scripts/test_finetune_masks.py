@@ -315,10 +315,12 @@ def test_the_encoder_learns_more_slowly_and_its_first_layers_most(tiny_model):
 
 def test_half_precision_keeps_the_masks(arguments, whole, tmp_path):
     half = {"ACCELERATE_MIXED_PRECISION": "bf16"}
-    done = fork("finetune_masks", *arguments, "--output_dir", tmp_path / "run", environment=half)
+    done = fork("finetune_masks", *arguments, "--steps", 1, "--output_dir", tmp_path / "run", environment=half)
     assert done.returncode == 0, done.stderr
-    for ours, theirs in zip(curve(tmp_path / "run"), curve(whole), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.05) and ours["loss"] != theirs["loss"]
+    # Later steps start from other weights, and the IoU's loss is of masks after the threshold.
+    first = (curve(folder)[0] for folder in (tmp_path / "run", whole))
+    ours, theirs = ({name: row[name] for name in ("focal", "dice", "bce")} for row in first)
+    assert ours == pytest.approx(theirs, abs=1e-3) and ours != theirs
 
 
 def changed(folder, tiny_model) -> set[str]:

@@ -14,6 +14,7 @@ import tiny
 from commands import assert_refused, noise, run
 from fastapi.testclient import TestClient
 from pycocotools import mask as coco_mask
+from script_runs import free_port
 
 from hf_efficientsam import EfficientSamMaskGenerator, EfficientSamPredictor
 from hf_efficientsam.inference.formats.polygons import mask_of_polygons
@@ -230,12 +231,15 @@ def test_openapi_documents_paths_problems_and_fields(client):
 
 @pytest.mark.slow
 def test_the_command_serves_and_stops(checkpoint):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port)):
         assert_refused(run("serve", "--model", checkpoint, "--port", port), f"port {port} of 127.0.0.1", "--port")
     command = [sys.executable, "-m", "hf_efficientsam.cli.main", "serve", "--model", checkpoint, "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == f"Serving {checkpoint} at http://127.0.0.1:{port}\n"
-        assert json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60))["status"] == "ok"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130 and process.stderr.read() == "efficientsam: stopped by Ctrl+C\n"
+        try:
+            assert process.stdout.readline() == f"Serving {checkpoint} at http://127.0.0.1:{port}\n"
+            assert json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=300))["status"] == "ok"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(300) == 130 and process.stderr.read() == "efficientsam: stopped by Ctrl+C\n"
+        finally:
+            process.kill()

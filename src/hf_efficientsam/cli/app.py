@@ -6,6 +6,7 @@ called or asked for its help: `--help` and `--version` of the whole do not wait 
 """
 
 import gc
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,10 @@ class Commands(typer.core.TyperGroup):
     Finds each command in its module, and reports wrong input, and what the operating system refuses, in one sentence
     instead of a traceback.
     """
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.commands = dict.fromkeys(COMMANDS)  # typer suggests one of these names for one that is mistyped
 
     def list_commands(self, ctx):
         return list(COMMANDS)
@@ -103,6 +108,7 @@ def wrong_usage_as_sentence() -> Iterator[None]:
 def describe_usage_error(error: UsageError) -> str:
     """The option, what was given, and what may be given."""
     message = " ".join(error.format_message().split())
+    message = re.sub(r"\. (Did you mean .*\?)", lambda found: f" ({found[1].lower()})", message)  # one sentence
     if not hasattr(error.__cause__, "errors"):  # pydantic's, with which typer checks values
         return message[:1].lower() + message[1:]
     first = error.__cause__.errors()[0]

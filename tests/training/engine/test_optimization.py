@@ -118,5 +118,17 @@ def test_layer_decay_counts_from_the_last_layer_of_the_encoder():
         assert {encoder_lr_scale(name, 12, 0.8, encoder_scale) for name in others} == {1}
 
 
+@pytest.mark.parametrize("decay", [0.5, 0.999])
+def test_the_average_leaves_weights_that_stay_as_they_are_to_the_last_bit(decay):
+    model = nn.Linear(8, 50)
+    nn.init.normal_(model.weight, std=1e20)
+    with torch.no_grad():
+        model.weight[:3] = torch.tensor([-0.0, 0.0, 1e-42])[:, None]
+    before, average = model.weight.detach().clone(), weight_average(model, decay)
+    for _ in range(12):
+        average.update_parameters(model)
+    assert torch.equal(average.module.weight.view(torch.int32), before.view(torch.int32))
+
+
 def test_without_a_decay_there_is_no_average():
     assert weight_average(nn.Linear(1, 1), 0) is None

@@ -83,14 +83,16 @@ def warmed_up(schedule: LambdaLR, warmup_steps: int) -> LambdaLR:
 def weight_average(model: nn.Module, decay: float) -> AveragedModel | None:
     """
     An exponential moving average of the weights, as timm and others have it: of a young run, only of its last tenth,
-    so that the start is not remembered longer than it deserves. None for a decay of 0.
+    so that the start is not remembered longer than it deserves. Weights that are not trained stay as they are, to the
+    last bit. None for a decay of 0.
     """
     if decay == 0:
         return None
 
     def update(averages: list[torch.Tensor], weights: list[torch.Tensor], updates: torch.Tensor) -> None:
         weight = 1 - min(decay, (1 + int(updates)) / (10 + int(updates)))
-        torch._foreach_lerp_(averages, weights, weight)
+        # Not `lerp`: it makes 0.0 of -0.0, and hashes of frozen weights would differ.
+        torch._foreach_sub_(averages, torch._foreach_sub(averages, weights), alpha=weight)
 
     return AveragedModel(model, multi_avg_fn=update)
 
