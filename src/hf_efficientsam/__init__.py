@@ -21,16 +21,15 @@ if TYPE_CHECKING:  # for editors and type checkers; `MODULES` below says the sam
     from .inference.prompters.saliency import SalientPrompter
     from .inference.prompters.text import TextPrompter
     from .inference.results import SegmentationResult
+    from .model.configuration_backbone_efficientsam import EfficientSamBackboneConfig
     from .model.configuration_efficientsam import (
-        EfficientSamAutoVisionConfig,
-        EfficientSamBackboneConfig,
         EfficientSamConfig,
         EfficientSamMaskDecoderConfig,
         EfficientSamPromptEncoderConfig,
-        EfficientSamSaliencyConfig,
-        EfficientSamSamiConfig,
-        EfficientSamVisionConfig,
     )
+    from .model.configuration_saliency import EfficientSamSaliencyConfig
+    from .model.configuration_sami import EfficientSamSamiConfig
+    from .model.configuration_vision_efficientsam import EfficientSamAutoVisionConfig, EfficientSamVisionConfig
     from .model.image_processing_efficientsam import EfficientSamImageProcessor
     from .model.modeling_backbone_efficientsam import EfficientSamBackbone
     from .model.modeling_classification_efficientsam import EfficientSamForImageClassification
@@ -71,24 +70,32 @@ __all__ = [
 ]
 
 MODULES = {
+    "EfficientSamAutoVisionConfig": "model.configuration_vision_efficientsam",
     "EfficientSamBackbone": "model.modeling_backbone_efficientsam",
+    "EfficientSamBackboneConfig": "model.configuration_backbone_efficientsam",
+    "EfficientSamConfig": "model.configuration_efficientsam",
     "EfficientSamForImageClassification": "model.modeling_classification_efficientsam",
     "EfficientSamForPreTraining": "model.modeling_sami",
     "EfficientSamImageProcessor": "model.image_processing_efficientsam",
+    "EfficientSamMaskDecoderConfig": "model.configuration_efficientsam",
     "EfficientSamMaskGenerator": "inference.mask_generation",
     "EfficientSamModel": "model.modeling_efficientsam",
     "EfficientSamOnnxPredictor": "inference.onnx_predictor",
     "EfficientSamPreTrainedModel": "model.modeling_vision_efficientsam",
     "EfficientSamPredictor": "inference.predictor",
     "EfficientSamProcessor": "model.processing_efficientsam",
+    "EfficientSamPromptEncoderConfig": "model.configuration_efficientsam",
+    "EfficientSamSaliencyConfig": "model.configuration_saliency",
     "EfficientSamSaliencyHead": "model.modeling_saliency",
+    "EfficientSamSamiConfig": "model.configuration_sami",
+    "EfficientSamVisionConfig": "model.configuration_vision_efficientsam",
     "EfficientSamVisionModel": "model.modeling_vision_efficientsam",
     "RoughPrompter": "inference.prompters.rough",
     "SalientPrompter": "inference.prompters.saliency",
     "SegmentationResult": "inference.results",
     "TextPrompter": "inference.prompters.text",
     "bundled_checkpoint": "inference.loading",
-} | {name: "model.configuration_efficientsam" for name in __all__ if name.endswith("Config")}
+}
 
 
 def __getattr__(name: str):

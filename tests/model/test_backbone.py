@@ -355,7 +355,7 @@ def test_auto_classes(tmp_path, monkeypatch):
     assert type(AutoImageProcessor.from_pretrained(tmp_path)) is EfficientSamImageProcessor
     assert model.config.auto_map == {
         "AutoBackbone": "modeling_backbone_efficientsam.EfficientSamBackbone",
-        "AutoConfig": "configuration_efficientsam.EfficientSamBackboneConfig",
+        "AutoConfig": "configuration_backbone_efficientsam.EfficientSamBackboneConfig",
     }
     # transformers asks the Hub even about a folder, whether timm's should be loaded in its place
     monkeypatch.setattr("huggingface_hub.HfApi.repo_exists", lambda *args, **kwargs: True)

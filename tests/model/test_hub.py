@@ -31,8 +31,12 @@ from hf_efficientsam import (
     bundled_checkpoint,
 )
 
-CODE = {
+CONFIGURATIONS = {
     "configuration_efficientsam.py",
+    "configuration_sami.py",
+    "configuration_vision_efficientsam.py",
+}
+CODE = CONFIGURATIONS | {
     "image_processing_efficientsam.py",
     "image_reading_efficientsam.py",
     "mask_decoder_fast_efficientsam.py",
@@ -44,8 +48,7 @@ CODE = {
     "processing_efficientsam.py",
     "prompts_efficientsam.py",
 }
-SAMI_CODE = {
-    "configuration_efficientsam.py",
+SAMI_CODE = CONFIGURATIONS | {
     "modeling_sami.py",
     "modeling_vision_efficientsam.py",
 }
@@ -217,7 +220,7 @@ def test_saved_folder_uses_the_package_where_installed(tmp_path, monkeypatch):
 def test_sami_model_is_saved_with_its_own_entry(tmp_path, monkeypatch):
     tiny.sami_model().save_pretrained(tmp_path)
     assert read_json(tmp_path / "config.json")["auto_map"] == {
-        "AutoConfig": "configuration_efficientsam.EfficientSamSamiConfig",
+        "AutoConfig": "configuration_sami.EfficientSamSamiConfig",
         "AutoModelForPreTraining": "modeling_sami.EfficientSamForPreTraining",
     }
     monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked whether to trust remote code"))
@@ -230,7 +233,7 @@ def test_vision_model_is_saved_with_its_own_entry(tmp_path):
     vision = EfficientSamVisionModel(tiny.model().config.vision_config)
     vision.save_pretrained(tmp_path)
     assert read_json(tmp_path / "config.json")["auto_map"] == {
-        "AutoConfig": "configuration_efficientsam.EfficientSamVisionConfig",
+        "AutoConfig": "configuration_vision_efficientsam.EfficientSamVisionConfig",
         "AutoModel": "modeling_vision_efficientsam.EfficientSamVisionModel",
     }
     assert type(AutoModel.from_pretrained(tmp_path)) is EfficientSamVisionModel

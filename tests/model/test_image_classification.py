@@ -170,7 +170,7 @@ def test_round_trip_by_auto_class(tmp_path, pixel_values):
     model = make(classifier_pooling="cls", **NAMES)
     model.save_pretrained(tmp_path)
     assert model.config.auto_map == {
-        "AutoConfig": "configuration_efficientsam.EfficientSamVisionConfig",
+        "AutoConfig": "configuration_vision_efficientsam.EfficientSamVisionConfig",
         "AutoModelForImageClassification": "modeling_classification_efficientsam.EfficientSamForImageClassification",
     }
     loaded, info = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)

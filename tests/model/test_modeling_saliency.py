@@ -12,11 +12,14 @@ from hf_efficientsam.model.modeling_saliency import saliency_loss
 
 CODE = {
     "configuration_efficientsam.py",
+    "configuration_saliency.py",
+    "configuration_sami.py",
+    "configuration_vision_efficientsam.py",
     "modeling_saliency.py",
     "modeling_vision_efficientsam.py",
 }
 ENTRIES = {
-    "AutoConfig": "configuration_efficientsam.EfficientSamSaliencyConfig",
+    "AutoConfig": "configuration_saliency.EfficientSamSaliencyConfig",
     "AutoModel": "modeling_saliency.EfficientSamSaliencyHead",
 }
 # Loads a head's folder and writes its logits.

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from hf_efficientsam.export.convert import convert
 from hf_efficientsam.export.metrics_report import is_of_another, metrics_as_text, read_metrics
 from hf_efficientsam.inference.loading import checkpoint_fingerprint, find_checkpoint, load_model
-from hf_efficientsam.model.configuration_efficientsam import EfficientSamAutoVisionConfig
+from hf_efficientsam.model.configuration_vision_efficientsam import EfficientSamAutoVisionConfig
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
 

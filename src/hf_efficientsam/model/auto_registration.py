@@ -14,13 +14,11 @@ from types import ModuleType
 
 
 def register_configurations(auto: ModuleType) -> None:
-    from .configuration_efficientsam import (
-        EfficientSamBackboneConfig,
-        EfficientSamConfig,
-        EfficientSamSaliencyConfig,
-        EfficientSamSamiConfig,
-        EfficientSamVisionConfig,
-    )
+    from .configuration_backbone_efficientsam import EfficientSamBackboneConfig
+    from .configuration_efficientsam import EfficientSamConfig
+    from .configuration_saliency import EfficientSamSaliencyConfig
+    from .configuration_sami import EfficientSamSamiConfig
+    from .configuration_vision_efficientsam import EfficientSamVisionConfig
 
     for config in (
         EfficientSamConfig,
@@ -53,7 +51,9 @@ def register_models(auto: ModuleType) -> None:
 
 
 def register_image_processor(auto: ModuleType) -> None:
-    from .configuration_efficientsam import EfficientSamBackboneConfig, EfficientSamConfig, EfficientSamVisionConfig
+    from .configuration_backbone_efficientsam import EfficientSamBackboneConfig
+    from .configuration_efficientsam import EfficientSamConfig
+    from .configuration_vision_efficientsam import EfficientSamVisionConfig
     from .image_processing_efficientsam import EfficientSamImageProcessor
 
     for config in (EfficientSamConfig, EfficientSamVisionConfig, EfficientSamBackboneConfig):

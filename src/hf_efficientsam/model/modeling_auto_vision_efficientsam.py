@@ -13,7 +13,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from .configuration_efficientsam import EfficientSamAutoVisionConfig, EfficientSamVisionConfig
+from .configuration_vision_efficientsam import EfficientSamAutoVisionConfig, EfficientSamVisionConfig
 from .modeling_vision_efficientsam import (
     EfficientSamPreTrainedModel,
     EfficientSamVisionEncoder,

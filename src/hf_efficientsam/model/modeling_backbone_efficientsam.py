@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BackboneOutput
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
-from .configuration_efficientsam import EfficientSamBackboneConfig
+from .configuration_backbone_efficientsam import EfficientSamBackboneConfig
 from .modeling_vision_efficientsam import EfficientSamPreTrainedModel, EfficientSamTokenEncoder, EfficientSamVisionNeck
 
 

@@ -7,7 +7,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
-from .configuration_efficientsam import EfficientSamVisionConfig
+from .configuration_vision_efficientsam import EfficientSamVisionConfig
 from .modeling_vision_efficientsam import EfficientSamPreTrainedModel, EfficientSamTokenEncoder
 
 

@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_efficientsam import EfficientSamSaliencyConfig
+from .configuration_saliency import EfficientSamSaliencyConfig
 from .modeling_vision_efficientsam import (
     EfficientSamMLP,
     EfficientSamPreTrainedModel,

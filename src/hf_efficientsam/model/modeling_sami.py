@@ -21,7 +21,8 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_efficientsam import EfficientSamSamiConfig, EfficientSamVisionConfig
+from .configuration_sami import EfficientSamSamiConfig
+from .configuration_vision_efficientsam import EfficientSamVisionConfig
 from .modeling_vision_efficientsam import (
     EfficientSamMLP,
     EfficientSamPatchEmbeddings,

@@ -21,7 +21,8 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_efficientsam import EfficientSamConfig, EfficientSamVisionConfig
+from .configuration_efficientsam import EfficientSamConfig
+from .configuration_vision_efficientsam import EfficientSamVisionConfig
 
 
 @dataclass

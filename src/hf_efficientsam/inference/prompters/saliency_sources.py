@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from hf_efficientsam.model.configuration_efficientsam import EfficientSamSaliencyConfig
+from hf_efficientsam.model.configuration_saliency import EfficientSamSaliencyConfig
 from hf_efficientsam.model.modeling_saliency import EfficientSamSaliencyHead
 
 from ..loading import bundled_checkpoint, is_bundled, load_head, load_own_head, loading, read_config

@@ -11,11 +11,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from hf_efficientsam.inference.loading import read_config, resolve_name
-from hf_efficientsam.model.configuration_efficientsam import (
+from hf_efficientsam.model.configuration_efficientsam import EfficientSamConfig, around_backbone
+from hf_efficientsam.model.configuration_vision_efficientsam import (
     EfficientSamAutoVisionConfig,
-    EfficientSamConfig,
     EfficientSamVisionConfig,
-    around_backbone,
 )
 from hf_efficientsam.model.modeling_auto_vision_efficientsam import EfficientSamAutoVisionEncoder
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel

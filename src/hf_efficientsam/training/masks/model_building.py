@@ -7,7 +7,8 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
 from hf_efficientsam.inference.loading import load_model
-from hf_efficientsam.model.configuration_efficientsam import EfficientSamAutoVisionConfig, EfficientSamConfig
+from hf_efficientsam.model.configuration_efficientsam import EfficientSamConfig
+from hf_efficientsam.model.configuration_vision_efficientsam import EfficientSamAutoVisionConfig
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
