@@ -16,7 +16,6 @@ training/accelerate/ddp.yaml and multi_node.yaml.
 
 import dataclasses
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +62,7 @@ from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
 from hf_efficientsam.training.engine.optimization import (
     adamw,
     clip_gradients,
-    encoder_lr_scale,
-    parameter_groups,
+    layer_wise_groups,
     warmed_up,
     weight_average,
 )
@@ -180,8 +178,7 @@ def get_optimizer(
     config: ClassificationConfig, model: EfficientSamForImageClassification, steps: int, warmup_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     layers = model.config.num_hidden_layers
-    scales = {"num_layers": layers, "layer_decay": config.layer_decay, "encoder_scale": config.encoder_lr_scale}
-    groups = parameter_groups(model, config.learning_rate, config.weight_decay, partial(encoder_lr_scale, **scales))
+    groups = layer_wise_groups(model, config, layers, config.weight_decay)
     optimizer = adamw(groups)
     return optimizer, warmed_up(get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps), warmup_steps)
 

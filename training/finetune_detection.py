@@ -34,7 +34,6 @@ except RuntimeError as error:
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -85,8 +84,7 @@ from hf_efficientsam.training.engine.loaders import epoch_loader, step_batches
 from hf_efficientsam.training.engine.optimization import (
     adamw,
     clip_gradients,
-    encoder_lr_scale,
-    parameter_groups,
+    layer_wise_groups,
     warmed_up,
     weight_average,
 )
@@ -261,9 +259,7 @@ def get_optimizer(
     config: DetectionConfig, detector: MaskDetector, steps: int, warmup_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     layers = detector.backbone.config.num_hidden_layers
-    scales = {"num_layers": layers, "layer_decay": config.layer_decay, "encoder_scale": config.encoder_lr_scale}
-    scale = partial(encoder_lr_scale, **scales)
-    groups = parameter_groups(detector, config.learning_rate, config.weight_decay, scale)
+    groups = layer_wise_groups(detector, config, layers, config.weight_decay)
     optimizer = adamw(groups)
     return optimizer, warmed_up(get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps), warmup_steps)
 

@@ -18,7 +18,6 @@ training/accelerate/ddp.yaml and multi_node.yaml.
 
 import dataclasses
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,6 @@ from transformers import PreTrainedModel, get_scheduler
 
 from hf_efficientsam import EfficientSamProcessor, EfficientSamSaliencyHead
 from hf_efficientsam.inference.drawing import draw_masks, image_table
-from hf_efficientsam.inference.loading import find_checkpoint, load_own_head
 from hf_efficientsam.model.mask_operations_efficientsam import boxes_from_masks
 from hf_efficientsam.training.engine.checkpoints import replaced_folder
 from hf_efficientsam.training.engine.config import (
@@ -52,8 +50,7 @@ from hf_efficientsam.training.engine.optimization import (
     adamw,
     clip_gradients,
     count_layers,
-    encoder_lr_scale,
-    parameter_groups,
+    layer_wise_groups,
     warmed_up,
     weight_average,
 )
@@ -70,13 +67,18 @@ from hf_efficientsam.training.masks.batch import (
     open_masks,
 )
 from hf_efficientsam.training.masks.distillation import MaskTeacher
-from hf_efficientsam.training.masks.feature_views import cache_views
+from hf_efficientsam.training.masks.feature_views import CachedViews, cache_views
 from hf_efficientsam.training.masks.input_formats import InputFormat, PlainImageProcessor
 from hf_efficientsam.training.masks.interactive import InteractiveSegmentation, PromptConfig
 from hf_efficientsam.training.masks.lora import merged, save_lora
 from hf_efficientsam.training.masks.losses import MaskLoss, MaskLossConfig
 from hf_efficientsam.training.masks.metrics import most_confident
-from hf_efficientsam.training.masks.model_building import MaskModelConfig, build_model, build_processor
+from hf_efficientsam.training.masks.model_building import (
+    MaskModelConfig,
+    build_model,
+    build_processor,
+    kept_saliency_head,
+)
 from hf_efficientsam.training.masks.trained_parts import TrainedPartsConfig, choose_trained
 from hf_efficientsam.training.masks.validation import Validation, ValidationConfig, evaluation_mode
 
@@ -243,8 +245,7 @@ def get_optimizer(
     layers = count_layers(model)
     if config.layer_decay != 1 and not layers:
         raise ValueError("--layer_decay: the encoder has no numbered layers; leave it out.")
-    scales = {"num_layers": layers, "layer_decay": config.layer_decay, "encoder_scale": config.encoder_lr_scale}
-    groups = parameter_groups(model, config.learning_rate, config.weight_decay, partial(encoder_lr_scale, **scales))
+    groups = layer_wise_groups(model, config, layers, config.weight_decay)
     optimizer = adamw(groups)
     kind, warmup_steps = config.schedule, min(config.warmup_steps, steps // 3)
     kind = "constant_with_warmup" if kind == "constant" else kind
@@ -256,19 +257,6 @@ def step_chance(seed: int, step: int) -> tuple[float, torch.Generator]:
     seed = int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
     generator = torch.Generator().manual_seed(seed)
     return torch.rand((), generator=generator).item(), generator
-
-
-def kept_saliency_head(config: MasksConfig, model: PreTrainedModel) -> EfficientSamSaliencyHead | None:
-    """The saliency head of --model, which belongs to its encoder, if that stays as it is; else says what to do."""
-    has_none = config.model is None or is_peer(config.model)
-    head = None if has_none else load_own_head(find_checkpoint(config.model))
-    changed = config.encoder is not None or any(one.requires_grad for one in model.vision_encoder.parameters())
-    if head is not None and changed:
-        PartialState().print(
-            f"The saliency head of {config.model} does not fit an encoder that is trained or replaced, and is left "
-            f"out; afterwards train one with training/train_saliency.py --model {config.output_dir}/model."
-        )
-    return None if changed else head
 
 
 def save_model(
@@ -318,6 +306,31 @@ def validate(validation: Validation, model: PreTrainedModel, config: MasksConfig
     return is_best
 
 
+def open_caches(
+    config: MasksConfig,
+    model: PreTrainedModel,
+    teacher: MaskTeacher | None,
+    data: MaskTrainingSet | MaskViews | StreamedMasks,
+    run: TrainingRun,
+) -> tuple[CachedViews | None, CachedViews | None]:
+    """What the encoder's frozen layers and the teacher make of the images, each if the options ask for it."""
+    folder = Path(config.cache_dir or run.output_dir / "embeddings")
+    embeddings = teacher_features = None
+    if config.cache_embeddings:
+        last_layers = config.train_last_layers or 0
+        embeddings = cache_views(model, data, folder, last_layers, run.accelerator, config.num_workers)
+    if teacher is not None:
+        teacher_features = teacher.cache_views(data, folder / "teacher", run.accelerator, config.num_workers)
+    return embeddings, teacher_features
+
+
+def count_prompts(batches: list[Batch], accelerator: Accelerator) -> torch.Tensor:
+    """What a batch's sum over prompts is divided by, so that a step's loss is the mean over the prompts of all batches
+    and processes: accelerate divides by the number of both."""
+    num_prompts = torch.stack([batch.valid.sum() for batch in batches]).sum().to(accelerator.device)
+    return accelerator.reduce(num_prompts) / (len(batches) * accelerator.num_processes)
+
+
 def training_function(config: MasksConfig, run: TrainingRun) -> None:
     accelerator = run.accelerator
     segmenter = build_model(config, config.image_size, config.seed)
@@ -327,10 +340,10 @@ def training_function(config: MasksConfig, run: TrainingRun) -> None:
     loader, epoch_steps, steps = get_loader(config, input_format, accelerator)
     validation = Validation(config, processor, accelerator, config.num_workers) if config.validation else None
     choose_trained(segmenter, config)
-    saliency_head = kept_saliency_head(config, segmenter)
+    saliency_head = kept_saliency_head(config, segmenter, config.output_dir)
     last_layers = config.train_last_layers or 0
     teacher = None if config.teacher is None else MaskTeacher(config.teacher, accelerator.device)
-    task = InteractiveSegmentation(segmenter, MaskLoss(*config.loss_weights), config, last_layers, teacher)
+    task = InteractiveSegmentation(segmenter, MaskLoss(config), config, last_layers, teacher)
     optimizer, scheduler = get_optimizer(config, task.model, steps)
     task, optimizer = accelerator.prepare(task, optimizer)
     average = weight_average(segmenter, config.ema_decay)
@@ -342,18 +355,13 @@ def training_function(config: MasksConfig, run: TrainingRun) -> None:
             save_model(averaged, processor, config, run.output_dir / name, saliency_head)
 
     embeddings = teacher_features = None
-    folder = Path(config.cache_dir or run.output_dir / "embeddings")
-    if config.cache_embeddings and done < steps:
-        embeddings = cache_views(segmenter, loader.dataset, folder, last_layers, accelerator, config.num_workers)
-    if teacher is not None and done < steps:
-        teacher_features = teacher.cache_views(loader.dataset, folder / "teacher", accelerator, config.num_workers)
+    if done < steps:
+        embeddings, teacher_features = open_caches(config, segmenter, teacher, loader.dataset, run)
     sampled_steps = steps - round(config.all_cells_ratio * steps) if config.cells else 0
     task.train()
     for step, batches in step_batches(accelerator, loader, done, steps, epoch_steps):
         batches, losses = list(batches), []
-        # A mean over the masks of all batches and processes: accelerate divides by the number of both.
-        num_prompts = torch.stack([batch.valid.sum() for batch in batches]).sum().to(accelerator.device)
-        num_prompts = accelerator.reduce(num_prompts) / (len(batches) * accelerator.num_processes)
+        num_prompts = count_prompts(batches, accelerator)
         for batch in batches:
             batch = batch.to(accelerator.device, non_blocking=True)
             chance, generator = step_chance(config.seed, step - 1)

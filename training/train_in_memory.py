@@ -17,7 +17,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,7 +39,7 @@ from hf_efficientsam.training.engine.config import (
     parse_config,
 )
 from hf_efficientsam.training.engine.encoder_weights import select_encoder
-from hf_efficientsam.training.engine.optimization import encoder_lr_scale, parameter_groups, weight_average
+from hf_efficientsam.training.engine.optimization import adamw, layer_wise_groups, warmed_up, weight_average
 from hf_efficientsam.training.engine.reports import write_report
 from hf_efficientsam.training.engine.run import check_device, run_script
 from hf_efficientsam.training.engine.stopping import LeftOutSteps, StopSignals
@@ -191,9 +190,7 @@ def build_student(config: InMemoryConfig, teacher: EfficientSamModel) -> Efficie
 
 def get_optimizer(config: InMemoryConfig, model: EfficientSamModel) -> torch.optim.Optimizer:
     layers = model.config.vision_config.num_hidden_layers
-    scales = {"num_layers": layers, "layer_decay": config.layer_decay, "encoder_scale": config.encoder_lr_scale}
-    groups = parameter_groups(model, config.learning_rate, config.weight_decay, partial(encoder_lr_scale, **scales))
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+    return adamw(layer_wise_groups(model, config, layers, config.weight_decay))
 
 
 def fit(
@@ -223,10 +220,8 @@ def fit(
     def part_of_time() -> float:
         return min(1.0, (summary.seconds() - started) / max(until - started, 1.0))
 
-    def rate(step: int) -> float:
-        return min(1.0, (step + 1) / config.warmup_steps) * (1 + math.cos(math.pi * part_of_time())) / 2
-
-    scheduler, step, measured = LambdaLR(optimizer, rate), 0, 1
+    cosine = LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * part_of_time())) / 2)
+    scheduler, step, measured = warmed_up(cosine, config.warmup_steps), 0, 1
     model.train()
     left_out = LeftOutSteps()
     while step == 0 or (part_of_time() < 1 and not signals.number):
@@ -285,7 +280,7 @@ def train_prompts(
     measure: Callable[[EfficientSamModel], None],
     signals: StopSignals,
 ) -> EfficientSamModel:
-    task = InteractiveSegmentation(model, MaskLoss(*config.loss_weights), config)
+    task = InteractiveSegmentation(model, MaskLoss(config), config)
     generator, shared = (
         torch.Generator(data.device).manual_seed(config.seed),
         torch.Generator().manual_seed(config.seed),

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -13,7 +14,7 @@ from hf_efficientsam.training.masks.distillation import (
     take_over_decoder,
 )
 from hf_efficientsam.training.masks.interactive import InteractiveSegmentation, PromptConfig
-from hf_efficientsam.training.masks.losses import MaskLoss, dice_loss, focal_loss
+from hf_efficientsam.training.masks.losses import SAM_LOSS, MaskLoss, dice_loss, focal_loss
 from hf_efficientsam.training.masks.metrics import most_confident
 
 SIZE = tiny.SIZE
@@ -54,7 +55,7 @@ def test_dice_and_focal_loss_of_two_pixels_by_hand():
 
 def test_edgesams_loss_is_dice_and_plain_cross_entropy():
     logits, target = torch.tensor([[[[[2.0, -1.0]]]]]), torch.tensor([[[[1.0, 0.0]]]])
-    loss = MaskLoss(focal_weight=0, dice_weight=5, iou_weight=0, bce_weight=5)
+    loss = MaskLoss(replace(SAM_LOSS, focal_weight=0, dice_weight=5, iou_weight=0, bce_weight=5))
     result = loss(logits, torch.zeros(1, 1, 1), target, torch.tensor([[True]]))
     p = [1 / (1 + math.exp(-2)), 1 / (1 + math.exp(1))]
     bce = -(math.log(p[0]) + math.log(1 - p[1])) / 2

@@ -1,9 +1,10 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from hf_efficientsam.training.masks.losses import MaskLoss, balance_weights
+from hf_efficientsam.training.masks.losses import SAM_LOSS, MaskLoss, balance_weights
 
 
 def example(batch=2, prompts=3, candidates=3, size=8, seed=0):
@@ -30,7 +31,7 @@ def test_worked_by_hand():
     # The object is the upper row; its enlarged box is the image, so all the background is near and shares one half.
     bce = (cross_entropy[0] + cross_entropy[1]) / 4 + (cross_entropy[2] + cross_entropy[3]) / 4
     iou = (0.9 - 1 / 3) ** 2  # predicted: pixels 0 and 2, true: 0 and 1
-    result = MaskLoss(balanced_bce_weight=3, iou_weight=2)(
+    result = MaskLoss(replace(SAM_LOSS, balanced_bce_weight=3, iou_weight=2))(
         logits[None, None, None], torch.tensor([[[0.9]]]), target[None, None], torch.ones(1, 1, dtype=torch.bool)
     )
     for name, expected in {"focal": focal, "dice": dice, "bce": bce, "iou": iou}.items():
@@ -42,7 +43,7 @@ def test_worked_by_hand():
 def test_a_perfect_prediction_costs_nothing():
     _, _, targets, valid = example()
     logits = (targets.float() * 200 - 100)[:, :, None]
-    result = MaskLoss(balanced_bce_weight=1)(logits, torch.ones(2, 3, 1), targets, valid)
+    result = MaskLoss(replace(SAM_LOSS, balanced_bce_weight=1))(logits, torch.ones(2, 3, 1), targets, valid)
     assert result["loss"].item() == pytest.approx(0, abs=1e-5)
 
 
@@ -52,7 +53,7 @@ def test_the_best_candidate_is_trained_and_every_score(weights):
     logits *= torch.tensor([0.1, 1.0, 4.0])[:, None, None]  # timid to bold, so that the parts disagree on the best
     logits.requires_grad_(), scores.requires_grad_()
     focal, dice, bce = weights
-    loss = MaskLoss(focal_weight=focal, dice_weight=dice, balanced_bce_weight=bce)
+    loss = MaskLoss(replace(SAM_LOSS, focal_weight=focal, dice_weight=dice, balanced_bce_weight=bce))
     result = loss(logits, scores, targets, valid)
     result["loss"].backward()
 
@@ -93,7 +94,7 @@ def test_padding_counts_for_nothing():
 def test_nothing_but_padding_has_a_zero_gradient():
     logits, scores, targets, valid = example()
     logits.requires_grad_()
-    result = MaskLoss(balanced_bce_weight=1)(logits, scores, targets, ~valid)
+    result = MaskLoss(replace(SAM_LOSS, balanced_bce_weight=1))(logits, scores, targets, ~valid)
     result["loss"].backward()
     assert result["loss"] == 0 and not logits.grad.any()
 
@@ -157,6 +158,6 @@ def test_balanced_loss_prefers_the_object_to_the_empty_mask():
     valid, scores = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, 1)
 
     def bce(logits):
-        return MaskLoss(balanced_bce_weight=1)(logits, scores, target, valid)["bce"].item()
+        return MaskLoss(replace(SAM_LOSS, balanced_bce_weight=1))(logits, scores, target, valid)["bce"].item()
 
     assert bce(loose) < 0.5 * bce(empty)

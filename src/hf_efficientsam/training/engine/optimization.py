@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -10,6 +11,8 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
+
+from .config import LearningRateConfig
 
 
 def parameter_groups(
@@ -67,6 +70,19 @@ def encoder_lr_scale(name: str, num_layers: int, layer_decay: float, encoder_sca
     if not re.search(r"\bvision_encoder\.", name) or ".neck." in name:
         return 1.0
     return layer_decay ** layer_depth(name, num_layers) * encoder_scale
+
+
+def layer_wise_groups(
+    model: nn.Module, config: LearningRateConfig, num_layers: int, weight_decay: float
+) -> list[dict]:
+    """`parameter_groups` of a model whose encoder has `num_layers` layers, with the rates of `encoder_lr_scale`."""
+    scale = partial(
+        encoder_lr_scale,
+        num_layers=num_layers,
+        layer_decay=config.layer_decay,
+        encoder_scale=config.encoder_lr_scale,
+    )
+    return parameter_groups(model, config.learning_rate, weight_decay, scale)
 
 
 def warmed_up(schedule: LambdaLR, warmup_steps: int) -> LambdaLR:

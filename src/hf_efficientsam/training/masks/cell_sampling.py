@@ -24,7 +24,7 @@ from hf_efficientsam.model.modeling_efficientsam import (
     EfficientSamTwoWayLayer,
 )
 
-from .losses import MaskLoss, MaskLossConfig
+from .losses import MaskLossConfig
 
 SINGLE_WEIGHT = 0.5  # of the single mask beside the candidates
 BCE_LIMIT = 20.0  # a cross-entropy above this is cut off: a small object would drown all others
@@ -218,7 +218,7 @@ def total_cell_loss(
     is_box: torch.Tensor,
     valid: torch.Tensor,
     num_prompts: torch.Tensor | float | None = None,
-    weights: MaskLossConfig | MaskLoss = MaskLossConfig(),  # noqa: B008 (it is frozen)
+    weights: MaskLossConfig = MaskLossConfig(),  # noqa: B008 (it is frozen)
 ) -> dict[str, torch.Tensor]:
     """
     The loss of a round from the losses of its masks.

@@ -150,24 +150,11 @@ class InteractiveSegmentation(nn.Module):
         if synthetic:
             masks = random_ellipses(ellipse, pixel_values.shape[-1], self.options.smallest_ellipse)
         with torch.set_grad_enabled(not synthetic and torch.is_grad_enabled()):
-            if hidden_states is None:
-                embeddings = self.adapter.embed(pixel_values)
-            else:
-                known = encode_rest(self.model.vision_encoder, hidden_states, self.last_layers)
-                embeddings = {"image_embeddings": known}
-        if num_cells:
-            prompt = self.first_prompt(masks, kind, box, clicks)
-            return self.sampled_round(
-                **embeddings,
-                prompt=prompt,
-                masks=masks,
-                valid=valid,
-                noise=noise,
-                num_prompts=num_prompts,
-                num_cells=num_cells,
-            )
-        targets, answered = loss_targets(masks, self.options.loss_stride), valid
+            embeddings = self.embed(pixel_values, hidden_states)
         prompt = self.first_prompt(masks, kind, box, clicks)
+        if num_cells:
+            return self.sampled_round(embeddings, prompt, masks, valid, noise, num_prompts, num_cells)
+        targets, answered = loss_targets(masks, self.options.loss_stride), valid
         multimask = single_mask >= self.options.single_mask_probability
         later = self.later_rounds(corrections, generator) if correct < self.options.correction_probability else []
         parts, output = [], None
@@ -183,9 +170,15 @@ class InteractiveSegmentation(nn.Module):
             parts.append(result)
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
+    def embed(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """The image embeddings that the decoder takes, from the pixels or from what the frozen layers made of them."""
+        if hidden_states is None:
+            return self.adapter.embed(pixel_values)
+        return {"image_embeddings": encode_rest(self.model.vision_encoder, hidden_states, self.last_layers)}
+
     def sampled_round(
         self,
-        image_embeddings: torch.Tensor,
+        embeddings: dict[str, torch.Tensor],
         prompt: dict[str, torch.Tensor],
         masks: torch.Tensor,
         valid: torch.Tensor,
@@ -194,6 +187,7 @@ class InteractiveSegmentation(nn.Module):
         num_cells: int,
     ) -> dict[str, torch.Tensor]:
         """The losses of a round in which each prompt is decoded on some cells; see `forward`."""
+        image_embeddings = embeddings["image_embeddings"]
         grid_size = image_embeddings.shape[-2:]
         decoder = self.model.mask_decoder
         doublings = len(decoder.upscaling.convs)
@@ -207,7 +201,7 @@ class InteractiveSegmentation(nn.Module):
         logits, scores = decode_cells(decoder, image, positions, tokens, multiplicity, cells)
         parts = cell_losses(logits, cells.gather(targets), cells.weight, targets.sum((-2, -1)))
         is_box = (prompt["input_boxes"] != MISSING_BOX).any(-1)
-        return total_cell_loss(parts, scores, is_box, valid, num_prompts, self.loss)
+        return total_cell_loss(parts, scores, is_box, valid, num_prompts, self.loss.weights)
 
     def later_rounds(self, clicks: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor | None]:
         """For each round after the first the random numbers `[B, Q]` of its click, or None for one without."""

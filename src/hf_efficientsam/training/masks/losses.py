@@ -16,7 +16,7 @@ from .metrics import filled_box, mask_iou
 class MaskLossConfig:
     """The weights of the loss's parts."""
 
-    # Loss. SAM's is 20 : 1 : 1 without cross-entropy; a new decoder then stays at the empty mask for very long.
+    # SAM's are 20 : 1 : 1 without cross-entropy, with which a new decoder predicts empty masks for very long.
     focal_weight: NotNegativeFloat = field(default=0.0, metadata={"help": "weight of the focal loss"})
     dice_weight: NotNegativeFloat = field(default=1.0, metadata={"help": "weight of the dice loss"})
     iou_weight: NotNegativeFloat = field(default=1.0, metadata={"help": "weight of the IoU head's squared error"})
@@ -27,38 +27,26 @@ class MaskLossConfig:
         default=0.0, metadata={"help": "weight of the plain cross-entropy; EdgeSAM has 5, and 5 for dice"}
     )
 
-    @property
-    def loss_weights(self) -> tuple[float, float, float, float, float]:
-        """As `MaskLoss` takes them."""
-        return self.focal_weight, self.dice_weight, self.iou_weight, self.balanced_bce_weight, self.bce_weight
+
+# Segment Anything's (arXiv 2304.02643); the defaults above are for a new decoder.
+SAM_LOSS = MaskLossConfig(focal_weight=20.0, balanced_bce_weight=0.0)
+FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # of the focal loss, as in arXiv 1708.02002
 
 
 class MaskLoss(nn.Module):
     """Focal + dice + cross-entropy on the best of M candidates, squared error of the IoU head on all of them.
 
-    Focal and dice follow SAM (20 : 1, IoU 1). With them alone a fresh decoder stays at empty masks for long; a
-    `balanced_bce_weight` for the first part of training leads out of there, see `balance_weights`. Dice with a
-    `bce_weight`, 5 each, is EdgeSAM's loss against a teacher's masks (arXiv 2312.06660).
+    Focal and dice follow SAM (20 : 1, IoU 1). With them alone a new decoder predicts empty masks for very long; with a
+    `balanced_bce_weight` it does not, see `balance_weights`. Dice with a `bce_weight`, 5 each, is EdgeSAM's loss
+    against a teacher's masks (arXiv 2312.06660).
+
+    Args:
+        weights: of the parts; by default SAM's.
     """
 
-    def __init__(
-        self,
-        focal_weight: float = 20.0,
-        dice_weight: float = 1.0,
-        iou_weight: float = 1.0,
-        balanced_bce_weight: float = 0.0,
-        bce_weight: float = 0.0,
-        focal_alpha: float = 0.25,
-        focal_gamma: float = 2.0,
-    ):
+    def __init__(self, weights: MaskLossConfig = SAM_LOSS):
         super().__init__()
-        self.focal_weight = focal_weight
-        self.dice_weight = dice_weight
-        self.iou_weight = iou_weight
-        self.balanced_bce_weight = balanced_bce_weight
-        self.bce_weight = bce_weight
-        self.focal_alpha = focal_alpha
-        self.focal_gamma = focal_gamma
+        self.weights = weights
 
     def forward(
         self,
@@ -99,33 +87,36 @@ class MaskLoss(nn.Module):
 
     def _prompt_losses(self, logits: torch.Tensor, scores: torch.Tensor, target: torch.Tensor) -> dict:
         """logits [N,M,h,w], scores [N,M], target [N,H,W] -> `loss`, its parts and `best`, each [N]."""
-        weights = balance_weights(target) if self.balanced_bce_weight else None
+        pixel_weights = balance_weights(target) if self.weights.balanced_bce_weight else None
         with torch.no_grad():
             candidates = _resize_logits(logits, target.shape[-2:])
             ious = mask_iou(candidates > 0, target[:, None] > 0.5)
-            best = self._mask_losses(candidates, target, weights)["loss"].argmin(1)
+            best = self._mask_losses(candidates, target, pixel_weights)["loss"].argmin(1)
         # Only the chosen candidate is computed again with gradients: a third of the memory and of the backward pass.
         chosen = _resize_logits(logits[torch.arange(len(best), device=best.device), best][:, None], target.shape[-2:])
-        losses = {name: part[:, 0] for name, part in self._mask_losses(chosen, target, weights).items()}
+        losses = {name: part[:, 0] for name, part in self._mask_losses(chosen, target, pixel_weights).items()}
         losses["iou"] = (scores - ious).square().mean(1)
-        losses["loss"] = losses["loss"] + self.iou_weight * losses["iou"]
+        losses["loss"] = losses["loss"] + self.weights.iou_weight * losses["iou"]
         return {**losses, "best": best}
 
     def _mask_losses(
-        self, logits: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None
+        self, logits: torch.Tensor, target: torch.Tensor, pixel_weights: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        """logits [N,M,H,W], target and weights [N,H,W] -> [N,M] each: the parts and their weighted sum `loss`."""
+        """logits [N,M,H,W], target, pixel_weights [N,H,W] -> [N,M] each: the parts, and `loss`, their weighted sum."""
         target = target[:, None]
         probability = logits.sigmoid()
         cross_entropy = F.softplus(logits) - logits * target
-        focal = focal_loss(probability, cross_entropy, target, self.focal_alpha, self.focal_gamma)
+        focal = focal_loss(probability, cross_entropy, target, FOCAL_ALPHA, FOCAL_GAMMA)
         dice = dice_loss(probability, target)
-        bce = torch.zeros_like(dice) if weights is None else (cross_entropy * weights[:, None]).sum((-2, -1))
-        loss = self.focal_weight * focal + self.dice_weight * dice + self.balanced_bce_weight * bce
-        if self.bce_weight:
+        bce = torch.zeros_like(dice)
+        if pixel_weights is not None:
+            bce = (cross_entropy * pixel_weights[:, None]).sum((-2, -1))
+        weights = self.weights
+        loss = weights.focal_weight * focal + weights.dice_weight * dice + weights.balanced_bce_weight * bce
+        if weights.bce_weight:
             plain = cross_entropy.mean((-2, -1))
-            loss = loss + self.bce_weight * plain
-            bce = plain if weights is None else bce
+            loss = loss + weights.bce_weight * plain
+            bce = plain if pixel_weights is None else bce
         return {"focal": focal, "dice": dice, "bce": bce, "loss": loss}
 
 

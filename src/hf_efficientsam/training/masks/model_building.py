@@ -3,14 +3,16 @@
 import copy
 from dataclasses import dataclass, field
 
+from accelerate import PartialState
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
-from hf_efficientsam.inference.loading import load_model
+from hf_efficientsam.inference.loading import find_checkpoint, load_model, load_own_head
 from hf_efficientsam.model.configuration_efficientsam import EfficientSamConfig
 from hf_efficientsam.model.configuration_vision_efficientsam import EfficientSamAutoVisionConfig
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
+from hf_efficientsam.model.modeling_saliency import EfficientSamSaliencyHead
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
 from hf_efficientsam.training.engine.config import PositiveInt
 from hf_efficientsam.training.engine.encoder_weights import (
@@ -173,3 +175,18 @@ def replace_encoder(model: EfficientSamModel, name: str, image_size: int | None 
     if theirs != ours:
         raise ValueError(f"--encoder {name} gives {theirs} channels and --model takes {ours}; choose another.")
     model.vision_encoder, model.config.vision_config = encoder, encoder.config
+
+
+def kept_saliency_head(
+    config: MaskModelConfig, model: PreTrainedModel, output_dir: str
+) -> EfficientSamSaliencyHead | None:
+    """The saliency head of --model, which belongs to its encoder, if that stays as it is; else says what to do."""
+    has_none = config.model is None or is_peer(config.model)
+    head = None if has_none else load_own_head(find_checkpoint(config.model))
+    changed = config.encoder is not None or any(one.requires_grad for one in model.vision_encoder.parameters())
+    if head is not None and changed:
+        PartialState().print(
+            f"The saliency head of {config.model} does not fit an encoder that is trained or replaced, and is left "
+            f"out; afterwards train one with training/train_saliency.py --model {output_dir}/model."
+        )
+    return None if changed else head
