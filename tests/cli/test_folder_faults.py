@@ -139,6 +139,40 @@ def test_the_limit_of_pixels_is_no_part_of_what_a_result_was_made_from(photos, o
     assert len(records[0]) == 3 and records[0] == records[1]
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_overlay_of_other_options_goes_and_is_not_taken_for_one_of_these(photos, out, model, command, tmp_path):
+    other = tiny.save(tmp_path / "other", tiny.model_for_mask_generation(2), tiny.processor())
+    with_overlay, without = {"everything": ([], ["--no-overlay"]), "segment": (["--overlay", out / "overlays"], [])}[
+        command
+    ]
+    overlay = out / "overlays" / {"everything": "a.jpg", "segment": "a.png"}[command]
+    COMMANDS[command](photos, out, *with_overlay, model=model)
+    first = overlay.read_bytes()
+    COMMANDS[command](photos, out, *without, model=other)
+    assert not overlay.exists()
+    COMMANDS[command](photos, out, *with_overlay, model=other)
+    assert overlay.read_bytes() != first
+
+
+def test_masks_of_objects_that_are_no_more_go_unless_somebody_has_changed_them(photos, out, model):
+    boxes = [[10, 5, 50, 35], [0, 0, 30, 30], [5, 5, 40, 30]]
+    segment(photos, out, "--only-listed", model=model, lines=[{"image": "b.jpg", "boxes": boxes}])
+    assert {"b_1.png", "b_2.png", "b_3.png"} <= all_files(out)
+    noise(seed=3).save(out / "b_3.png")
+    segment(photos, out, "--only-listed", model=model, lines=[{"image": "b.jpg", "boxes": boxes[:1]}])
+    assert all_files(out) == {"b.png", "b.json", "b_3.png"}
+
+
+def test_a_dataset_has_the_image_that_was_segmented_though_size_and_time_of_another_are_as_good(photos, out, model):
+    noise(seed=1).save(photos / "a.bmp")
+    (photos / "a.png").unlink()
+    segment(photos, out, "--format", "yolo", model=model)
+    noise(seed=2).save(photos / "a.bmp")
+    os.utime(photos / "a.bmp", (0, 0))
+    segment(photos, out, "--format", "yolo", model=model)
+    assert (out / "yolo/images/a.bmp").read_bytes() == (photos / "a.bmp").read_bytes()
+
+
 # ------------------------------------------------------------------------------------------------ names
 
 

@@ -49,6 +49,17 @@ def test_a_broken_file_is_named(tmp_path, monkeypatch, read, name):
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
+@pytest.mark.filterwarnings("ignore:image file could not be identified")
+def test_an_avif_is_found_and_named_where_pillow_cannot_read_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.AvifImagePlugin.SUPPORTED", False)
+    Image.preinit()
+    monkeypatch.delitem(Image.EXTENSION, ".avif", raising=False)
+    (tmp_path / "a.AVIF").write_bytes(HEIC.replace(b"heic", b"avif"))
+    assert [str(name) for name in find_images(tmp_path, [])] == ["a.AVIF"]
+    with pytest.raises(ImageError, match=r"a\.AVIF: an AVIF image, which is read only with Pillow 11\.3 or later"):
+        image_to_array(tmp_path / "a.AVIF")
+
+
 def test_heic_is_read_with_pillow_heif(monkeypatch):
     fake = SimpleNamespace(HeifImageFile=lambda file: Image.new("RGB", (len(file.read()), 1), "red"))
     monkeypatch.setitem(sys.modules, "pillow_heif", fake)
@@ -59,7 +70,11 @@ def test_a_folder_has_heic_images_and_no_hidden_ones(tmp_path):
     for name in ("a.png", "b.HEIC", "._a.png", ".hidden/c.png", "sub/d.avif", "sub/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert [path.as_posix() for path in find_images(tmp_path, [])] == ["a.png", "b.HEIC", "sub/d.avif"]
+    (tmp_path / "e.png").symlink_to(tmp_path / "gone")
+    (tmp_path / "sub" / "above").symlink_to(tmp_path)
+    (tmp_path / "linked").symlink_to(tmp_path / "sub")
+    found = ["a.png", "b.HEIC", "e.png", "linked/d.avif", "sub/d.avif"]
+    assert [path.as_posix() for path in find_images(tmp_path, [])] == found
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG"])

@@ -1,14 +1,16 @@
 """Runs over the images of a folder that can be stopped at any time and go on where they stopped.
 
 Each image is a [`FolderJob`]. Its record, a JSON file, is written after all other results, so a record means that the
-image is done. It says what the results were made from: a job whose record says the same is not run again.
+image is done. It says what the results were made from, and which they are: a job whose record says the same is not run
+again, and one that is takes away those of before that it does not make any more.
 """
 
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -94,9 +96,9 @@ class FolderJob(ABC):
         """The record of an earlier run, if it answers the same question from the same, and all files are there."""
         try:
             record = json.loads(self.record_file.read_bytes())
-            same = self.is_answered_by(record, segmenter) and all(
-                file.is_file() for file in self.result_files(segmenter)
-            )
+            files = {self._name_of(file): file for file in self.result_files(segmenter)}
+            is_whole = files.keys() <= record["files"].keys() and all(map(Path.is_file, files.values()))
+            same = is_whole and self.is_answered_by(record, segmenter)
             if same and record["made_from"] == self.made_from(segmenter):
                 return self.restate(record, segmenter)
         except (OSError, ValueError, KeyError, TypeError):
@@ -108,12 +110,34 @@ class FolderJob(ABC):
         made_from = self.made_from(segmenter)  # an image that is replaced from now on does not match the record
         record, files = self.compute(segmenter)
         record["made_from"] = made_from
+        record["files"] = {self._name_of(file): hashlib.sha256(content).hexdigest() for file, content in files.items()}
+        outdated = self._outdated(files)
         # An image is done once its record is there, so an outdated one goes first. The folder of records comes before
         # any result, as it marks a folder of results as our own.
         self.record_file.parent.mkdir(parents=True, exist_ok=True)
         self.record_file.unlink(missing_ok=True)
+        for file in outdated:
+            file.unlink()
         write_files({**files, self.record_file: json.dumps(record).encode()})
         return record
+
+    def _name_of(self, file: Path) -> str:
+        """Of a result, relative to the record."""
+        return Path(os.path.relpath(file, self.record_file.parent)).as_posix()
+
+    def _outdated(self, files: Iterable[Path]) -> list[Path]:
+        """Results of an earlier run that are not among these, if they are as it left them."""
+        kept = set(map(self._name_of, files))
+        try:
+            before = json.loads(self.record_file.read_bytes())["files"].items()
+            paths = {self.record_file.parent / name: digest for name, digest in before if name not in kept}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return []
+        return [
+            path
+            for path, digest in paths.items()
+            if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
+        ]
 
 
 def check_results_folder(results: Path, images: Path) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from hf_efficientsam.model.image_reading_efficientsam import (
+    AVIF_SUFFIXES,
     HEIF_SUFFIXES,
     ImageError,
     open_image,
@@ -66,16 +67,38 @@ def as_model_sees(image: Any, image_processor) -> Image.Image:
     return to_pil_image(image_processor.process_image(image))
 
 
+def find_files(folder: str | Path) -> list[Path]:
+    """
+    What is no folder in a folder and its subfolders, linked ones too, sorted; without hidden files (macOS writes
+    `._a.jpg` beside `a.jpg`) and hidden folders (Jupyter's `.ipynb_checkpoints`).
+    """
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        above = os.path.realpath(parent) + os.sep
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not above.startswith(os.path.realpath(os.path.join(parent, name)) + os.sep)
+        ]  # a link to a folder above would lead around for ever
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
 def find_images(folder: Path, results: list[Path]) -> list[Path]:
     """
-    Images in a folder and its subfolders, relative to it and sorted, without hidden ones (macOS writes `._a.jpg`
-    beside `a.jpg`) and those in the folders of `results`. HEIC is found whether or not it can be read here.
+    Images of `find_files`, relative to the folder, without those in the folders of `results`. HEIC, AVIF and broken
+    links are found, too, whether or not they can be read here.
     """
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN} | HEIF_SUFFIXES
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    endings |= HEIF_SUFFIXES | AVIF_SUFFIXES
     folder, results = folder.resolve(), [result.resolve() for result in results]
-    paths = (path for path in sorted(folder.rglob("*")) if not any(path.is_relative_to(result) for result in results))
-    names = (path.relative_to(folder) for path in paths if path.suffix.lower() in endings and path.is_file())
-    return [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    return [
+        path.relative_to(folder)
+        for path in find_files(folder)
+        if path.suffix.lower() in endings
+        and (path.is_file() or not path.exists())
+        and not any(path.is_relative_to(result) for result in results)
+    ]
 
 
 def encode_image(image: Image.Image, path: Path) -> bytes:
@@ -154,6 +177,7 @@ __all__ = [
     "encode_image",
     "encode_mask",
     "errors_about",
+    "find_files",
     "find_images",
     "pil_limit_lifted",
     "read_image",

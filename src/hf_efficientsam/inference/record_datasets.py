@@ -124,8 +124,9 @@ def write_yolo(images: RecordedImages, output: Path) -> None:
         labels = output / "labels" / image.name.with_name(image.name.name + ".txt")
         classes = [numbers[label] for label in image.labels]
         files = {labels: yolo_file(image.polygons(), classes, image.width, image.height).encode()}
-        if not is_copy(copy, image.file):
-            files[copy] = image.file.read_bytes()
+        content = image.file.read_bytes()
+        if not copy.is_file() or copy.read_bytes() != content:
+            files[copy] = content
         write_files(files)
         written |= {copy, labels}
     for file in [*(output / "images").rglob("*"), *(output / "labels").rglob("*.txt")]:
@@ -135,14 +136,6 @@ def write_yolo(images: RecordedImages, output: Path) -> None:
     settings += f"names: {json.dumps(images.categories)}\n"  # a list in json is one in yaml
     classes = "".join(f"{label}\n" for label in images.categories)
     write_files({output / "classes.txt": classes.encode(), output / "data.yaml": settings.encode()})
-
-
-def is_copy(copy: Path, file: Path) -> bool:
-    """Whether a copy is there, as far as size and time tell."""
-    if not copy.is_file():
-        return False
-    is_later = os.path.getmtime(copy) >= os.path.getmtime(file)
-    return is_later and os.path.getsize(copy) == os.path.getsize(file)
 
 
 def write_labelme(images: RecordedImages, output: Path) -> None:

@@ -20,7 +20,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MAX_IMAGE_PIXELS = 178_956_970  # where PIL itself takes a file for a decompression bomb
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
-HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
+HEIF_SUFFIXES = {".heic", ".heif", ".heics", ".heifs", ".hif"}
+AVIF_BRANDS, AVIF_SUFFIXES = {b"avif", b"avis"}, {".avif", ".avifs"}
 URL_SCHEMES = ("http://", "https://", "data:image/")
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,8 @@ def _identify(file: BinaryIO) -> Image.Image:
     except UnidentifiedImageError:
         file.seek(4)
         start = file.read(8)
+        if start[:4] == b"ftyp" and start[4:] in AVIF_BRANDS:
+            raise ImageError("an AVIF image, which is read only with Pillow 11.3 or later; upgrade it.") from None
         if start[:4] != b"ftyp" or start[4:] not in HEIF_BRANDS:
             raise ValueError("its format is unknown") from None
     try:

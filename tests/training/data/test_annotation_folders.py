@@ -12,7 +12,7 @@ from PIL import Image
 
 from hf_efficientsam import SegmentationResult
 from hf_efficientsam.inference.results import boxes_from_masks_np
-from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
+from hf_efficientsam.training.data.coco import AnnotationConfig, CocoMasks, decode_rles
 from hf_efficientsam.training.data.folder_masks import FolderMasks, open_annotations
 
 HEIGHT, WIDTH = 60, 80
@@ -127,13 +127,38 @@ def test_without_data_yaml_all_images_are_read_and_boxes_counted(tmp_path, caplo
     assert decode_rles(data[0].rles).sum() == pytest.approx(0.8 * 0.8 / 2 * WIDTH * HEIGHT, rel=0.03)
 
 
-def test_yolo_labels_of_a_turned_photograph_are_of_the_upright_one(tmp_path):
+@pytest.mark.parametrize("kind", ["yolo", "labelme"])
+def test_of_annotations_without_a_size_nothing_tells_the_frame_of_a_turned_photograph(tmp_path, kind, caplog):
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = 6  # what is stored at the top is at the right
     write_image(tmp_path / "images/a.jpg", exif=exif)
-    write(tmp_path / "labels/a.txt", "0 0 0 1 0 1 0.25 0 0.25\n")
-    [mask] = decode_rles(open_annotations(tmp_path)[0].rles)
-    assert mask.shape == (WIDTH, HEIGHT) and mask[: WIDTH // 4].all() and not mask[WIDTH // 4 :].any()
+
+    def read(frame: str | None, width: int, height: int):
+        points = [[0, 0], [width, 0], [width, height / 4], [0, height / 4]]
+        shape = {"label": "a", "shape_type": "polygon", "points": points}
+        write(tmp_path / "a.json", {"imagePath": "images/a.jpg", "shapes": [shape]})
+        caplog.clear()
+        data = open_annotations(tmp_path, reading=AnnotationConfig(mask_frame=frame))
+        return decode_rles(data[0].rles)[0]
+
+    if kind == "yolo":
+        write(tmp_path / "labels/a.txt", "0 0 0 1 0 1 0.25 0 0.25\n")
+    for frame in (None, "upright"):
+        mask = read(frame, HEIGHT, WIDTH)
+        assert mask.shape == (WIDTH, HEIGHT) and mask[: WIDTH // 4].all() and not mask[WIDTH // 4 :].any()
+        assert ("Give --mask_frame" in caplog.text) == (frame is None)
+    mask = read("stored", WIDTH, HEIGHT)
+    assert mask.shape == (WIDTH, HEIGHT) and mask[:, -HEIGHT // 4 :].all() and not mask[:, : -HEIGHT // 4].any()
+    assert "EXIF" not in caplog.text
+
+
+def test_labels_of_no_image_are_counted_and_hidden_folders_left_alone(tmp_path, caplog):
+    for name in ("images/a.jpg", "images/.ipynb_checkpoints/a-checkpoint.jpg"):
+        write_image(tmp_path / name)
+    for name in ("a", "b", "sub/c", ".hidden/d"):
+        write(tmp_path / f"labels/{name}.txt", f"0 {TRIANGLE}\n")
+    assert len(open_annotations(tmp_path)) == 1
+    assert "2 files of labels are of no image and are left out" in caplog.text and "sub/c.txt" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,7 @@ def image(id, name="a.png", **more):
         ([image(7), image(7, "b.png")], [], "has the image id 7 more than once"),
         ([image(7), image("7", "b.png")], [], "has the image id 7 more than once"),
         ([image(7), image(8), image(9, "./a.png")], [], r"has the image a\.png more than once"),
+        ([image(7, "s/a.png"), image(8, "s\\a.png")], [], "has the image s/a.png more than once"),
         (
             [image(7)],
             [annotation([], 1), annotation([], 2), annotation([], "1")],
@@ -261,7 +262,7 @@ def image(id, name="a.png", **more):
         ([image(7)], [annotation([], 1, 8), annotation([], 2, 9)], r"annotation 1, 2 of .* does not list \(8, 9\)"),
         ([image(7)], [{"id": 1, "segmentation": []}], r"annotation 1 of .* does not list \(None\)"),
     ],
-    ids=["image id", "image id as text", "file name", "annotation id", "unknown images", "no image"],
+    ids=["image id", "image id as text", "file name", "backslash", "annotation id", "unknown images", "no image"],
 )
 def test_what_is_ambiguous_is_refused_and_named(tmp_path, images, annotations, sentence):
     path = write(tmp_path, [], content={"images": images, "annotations": annotations})
@@ -278,10 +279,21 @@ def test_what_is_ambiguous_is_refused_and_named(tmp_path, images, annotations, s
         (image("x", "sub\\b.png"), annotation(square_as("polygon"), image_id="x")),
         (image(7), annotation(square_as("polygon")[0])),
         (image(7), annotation([[2, 1], [6, 1], [6, 4], [2, 4]])),
+        (image(7), annotation([[[2, 1], [6, 1], [6, 4], [2, 4]], [[2, 1], [6, 1], [6, 4]]])),
         (image(7), annotation([square_as("compressed"), square_as("uncompressed")])),
         (image(7), annotation(square_as("polygon"), iscrowd="0")),
     ],
-    ids=["id as text", "image_id as text", "sizes as text", "backslash", "one polygon", "corners", "RLEs", "iscrowd"],
+    ids=[
+        "id as text",
+        "image_id as text",
+        "sizes as text",
+        "backslash",
+        "one polygon",
+        "corners",
+        "polygons of corners",
+        "RLEs",
+        "iscrowd",
+    ],
 )
 def test_what_tools_write_in_other_ways_is_read(tmp_path, record, entry):
     path = write(tmp_path, [], content={"images": [record], "annotations": [entry]})

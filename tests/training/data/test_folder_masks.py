@@ -77,8 +77,10 @@ def test_a_cut_out_is_where_it_is_opaque(tmp_path):
 def test_a_soft_edge_is_cut_at_half_its_brightness_and_that_is_said_once(tmp_path, caplog):
     large = Image.fromarray(BOX * 255).resize((200, 100), Image.Resampling.NEAREST)
     soft = [large.filter(ImageFilter.GaussianBlur(radius)) for radius in (1, 2)]
+    soft.append(Image.fromarray(np.asarray(soft[0]).astype(np.uint16) * 257))
     dataset = FolderMasks(write(tmp_path, soft, size=(200, 100)))
-    assert caplog.text.count("soft edges") == 1 and "0.png" in caplog.text and "1.png" in caplog.text
+    assert caplog.text.count("soft edges") == 1 and all(f"{number}.png" in caplog.text for number in range(3))
+    assert len(dataset) == 3
     for sample in dataset:
         (mask,) = decode_rles(sample.rles)
         assert np.abs(mask.astype(int) - (np.asarray(large) > 0)).sum() < 40, "but for the corners"
@@ -88,10 +90,14 @@ def test_what_is_missing_or_does_not_fit_is_named_at_the_start(tmp_path, caplog)
     caplog.set_level("INFO")
     write(tmp_path, [BOX, 0 * BOX, OTHER])
     (tmp_path / "images" / "notes.txt").write_text("no image")
+    (tmp_path / "images" / ".hidden").mkdir()
+    Image.new("RGB", (20, 10)).save(tmp_path / "images" / ".hidden" / "3.jpg")
+    Image.fromarray(BOX).save(tmp_path / "masks" / "4.png")
     dataset = FolderMasks(tmp_path)
     assert [sample.image_id for sample in dataset] == [0, 2]
     assert "2 images with 2 masks; left out: 1 images with an empty mask." in caplog.text
     assert "3 images; left out: 1 files ending in .txt." in caplog.text
+    assert "masks: 1 files are of no image and are left out, such as 4" in caplog.text
     for number in (0, 1):
         Image.new("L", (21, 10), 255).save(tmp_path / "masks" / f"{number}.png")
     with pytest.raises(ValueError, match=r"(?s)\(2\):.*0\.png does not .* 20 x 10 pixels.* 21 x 10.*1\.png does not"):
@@ -119,6 +125,34 @@ def test_what_is_missing_or_does_not_fit_is_named_at_the_start(tmp_path, caplog)
         FolderMasks(tmp_path)
     with pytest.raises(ValueError, match="There is no image"):
         FolderMasks(tmp_path / "elsewhere")
+
+
+def test_a_palette_of_greys_means_its_greys(tmp_path):
+    mask = Image.fromarray(1 - BOX)
+    mask.putpalette([255] * 3 + [0] * 3)  # white comes first
+    (sample,) = FolderMasks(write(tmp_path, [mask]))
+    assert (decode_rles(sample.rles) == BOX[None]).all()
+
+
+def test_a_jpeg_is_read_as_black_and_white_or_refused(tmp_path):
+    write(tmp_path, [BOX, BOX])
+    for number, mask in enumerate((BOX * 255, BOX * 100 + OTHER * 255)):
+        (tmp_path / "masks" / f"{number}.png").unlink()
+        Image.fromarray(mask).resize((200, 100), Image.Resampling.NEAREST).save(tmp_path / f"masks/{number}.jpg")
+        Image.new("RGB", (200, 100)).save(tmp_path / f"images/{number}.jpg")
+    with pytest.raises(ValueError, match=r"(?s)\(1\):\s+\S+1\.jpg: a mask is a JPEG, whose values are not exact"):
+        FolderMasks(tmp_path)
+    for kind in ("images", "masks"):
+        (tmp_path / kind / "1.jpg").unlink()
+    (sample,) = FolderMasks(tmp_path)
+    (mask,) = decode_rles(sample.rles)
+    assert np.abs(mask[5::10, 5::10].astype(int) - BOX).sum() == 0
+
+
+def test_colours_that_run_into_each_other_are_refused(tmp_path):
+    soft = Image.fromarray(colors(BOX, OTHER)).resize((200, 100)).filter(ImageFilter.GaussianBlur(2))
+    with pytest.raises(ValueError, match=r"0\.png: a mask's colours run into each other"):
+        FolderMasks(write(tmp_path, [soft], size=(200, 100)))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

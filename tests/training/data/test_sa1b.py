@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools import mask as rle_codec
 from tars import write_shard
 
-from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
+from hf_efficientsam.training.data.coco import AnnotationConfig, CocoMasks, decode_rles
 from hf_efficientsam.training.data.sa1b import Sa1bShards
 
 SQUARE = np.zeros((6, 8), np.uint8)
@@ -32,7 +32,7 @@ def described(image_id, size, segmentations):
     """SA-1B's json, with all that it has."""
     annotations = [
         {
-            "id": 100 * image_id + i,
+            "id": 100 * int(image_id) + i,
             "segmentation": segmentation,
             "bbox": [2, 1, 4, 3],
             "area": -1,  # is not read
@@ -98,8 +98,19 @@ def test_counts_may_be_compressed_or_not_and_small_masks_are_left_out(tmp_path):
 def test_masks_are_of_the_upright_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side
-    path = write(tmp_path, described(1, (8, 6), [compressed(SQUARE)]), jpg((6, 8), exif=exif))
+    path = write(tmp_path, described("1", ("8", 6.0), [compressed(SQUARE)]), jpg((6, 8), exif=exif))
     assert dict(Sa1bShards([path]).read(0))["sa_1"].image.size == (8, 6)
+
+
+def test_where_nothing_tells_the_frame_of_masks_an_option_does_or_a_warning(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    path = write(tmp_path, described(1, (8, 6), [compressed(SQUARE)]), jpg(exif=exif))
+    with pytest.warns(UserWarning, match=r"turns or mirrors sa_1\.jpg .*give --mask_frame upright or stored"):
+        sample = dict(Sa1bShards([path]).read(0))["sa_1"]
+    assert np.array_equal(decode_rles(sample.rles), SQUARE[None])
+    sample = dict(Sa1bShards([path], reading=AnnotationConfig(mask_frame="stored")).read(0))["sa_1"]
+    assert np.array_equal(decode_rles(sample.rles), SQUARE[None, ::-1, ::-1])
 
 
 def test_source_of_a_signed_url(tmp_path):

@@ -78,6 +78,9 @@ def broken(folder, change):
         (folder / "labels" / "b.png").unlink()
     elif change == "no image":
         (folder / "labels" / "b.png").write_bytes(b"no image")
+    elif change == "jpeg":
+        Image.open(folder / "labels" / "b.png").save(folder / "labels" / "b.jpg")
+        (folder / "labels" / "b.png").unlink()
     elif change == "one class":
         (folder / "labels.json").write_text(json.dumps(NAMES[:1]))
     elif change == "no names":
@@ -104,7 +107,8 @@ def broken(folder, change):
         ("one class", "must have 2 to 255 classes, and has 1."),
         ("no names", "needs a labels.json"),
         ("no list", "must be a list of names."),
-        (("RGB", (40, 32)), "b.png is RGB of 40 x 32 pixels; labels are 8-bit"),
+        (("RGB", (40, 32)), "b.png is RGB in PNG; labels are 8-bit"),
+        ("jpeg", "b.jpg is L in JPEG; labels are 8-bit, one value a pixel, and no JPEG"),
         (
             ("L", (20, 32)),
             "b.png does not fit its image: it is 40 x 32 pixels, its masks are 20 x 32",

@@ -17,7 +17,9 @@ import yaml
 from PIL import Image
 from pycocotools import mask as rle_codec
 
-from .reading import IMAGE_SUFFIXES, listed, logger, read_header, read_headers, refuse_shared
+from hf_efficientsam.inference.image_files import find_files
+
+from .reading import IMAGE_SUFFIXES, Header, listed, logger, read_header, read_headers, refuse_shared
 
 SETTINGS = ("data.yaml", "data.yml")
 SLACK = 0.01  # of relative coordinates beyond the image's edge, as Ultralytics allows
@@ -28,16 +30,17 @@ def is_annotation_folder(path: Path) -> bool:
     return path.is_dir() or path.suffix.lower() in (".yaml", ".yml")
 
 
-def read_folder(path: Path, images: str | Path | None, split: str) -> tuple[dict, Path]:
+def read_folder(path: Path, images: str | Path | None, split: str, mask_frame: str | None) -> tuple[dict, Path]:
     """
     `images`, `annotations` and, where something names the classes, `categories` as COCO has them; and the folder that
-    each `file_name` is relative to.
+    each `file_name` is relative to. An image whose annotations come without its size has `own_size`, too.
 
     Args:
         path: `data.yaml`, or the folder that has it; or a folder with `images` and `labels`; or one with labelme's
             files.
         images: a folder in which labelme's images are, if they are not where its files say.
         split: the part of `data.yaml` to read, train or val.
+        mask_frame: the frame of annotations that come without a size, see `FrameConfig`.
 
     Raises:
         FileNotFoundError: for files that are not there.
@@ -50,37 +53,55 @@ def read_folder(path: Path, images: str | Path | None, split: str) -> tuple[dict
     else:
         raise FileNotFoundError(f"There is no annotation file {path}.")
     if settings is None and not all((path / name).is_dir() for name in ("images", "labels")):
-        return read_labelme(path, images), path if images is None else Path(images)
+        return read_labelme(path, images, mask_frame), path if images is None else Path(images)
     if images is not None:
         raise ValueError(f"{path} is a YOLO dataset, which says itself where its images are; leave --images out.")
     folder = path if settings is None else settings.parent
-    return read_yolo(folder, settings, split), folder
+    return read_yolo(folder, settings, split, mask_frame), folder
 
 
 # ------------------------------------------------------------------------------------------ YOLO
 
 
-def read_yolo(folder: Path, settings: Path | None, split: str) -> dict:
+def read_yolo(folder: Path, settings: Path | None, split: str, mask_frame: str | None) -> dict:
     """The images of a split, or all of them without settings; an image without a label file has no annotations."""
-    files, names = [str(folder / "images")], None
-    if settings is not None:
-        files, names = read_settings(settings, split)
-    files = [os.path.abspath(file) for place in files for file in image_files(place)]
+    places, names = ([str(folder / "images")], None) if settings is None else read_settings(settings, split)
+    files = [os.path.abspath(file) for place in places for file in image_files(place)]
     refuse_shared(((file, file) for file in files), f"Images of {folder} are listed twice")
     shared = [(labels, file) for file in files if (labels := label_file(file)).is_file()]
     refuse_shared(shared, f"Images of {folder} have one file of labels")
+    say_stray_labels(places, files, folder)
     headers = read_headers(files, str(folder))
     records, annotations = [], []
     for number, (file, header) in enumerate(zip(files, headers, strict=True), start=1):
-        width, height = header.size
-        name = os.path.relpath(file, folder)
-        records.append({"id": number, "file_name": name, "width": width, "height": height, "source": folder.name})
+        width, height = frame_size(header, mask_frame)
+        names_file = {"id": number, "file_name": os.path.relpath(file, folder), "source": folder.name}
+        records.append({**names_file, "width": width, "height": height, "own_size": True})
         for one in read_labels(label_file(file), width, height, names):
             annotations.append({"id": len(annotations) + 1, "image_id": number, **one})
     content = {"images": records, "annotations": annotations}
     if names is not None:
         content["categories"] = [{"id": number, "name": name} for number, name in names.items()]
     return content
+
+
+def frame_size(header: Header, mask_frame: str | None) -> tuple[int, int]:
+    """(width, height) of the frame that annotations without a size are in."""
+    return header.stored_size if mask_frame == "stored" else header.size
+
+
+def say_stray_labels(places: list[str], files: list[str], folder: Path) -> None:
+    """Counts files of labels that belong to none of these images, for places that are folders."""
+    found = {
+        labels
+        for place in filter(os.path.isdir, places)
+        for labels in find_files(label_file(os.path.join(os.path.abspath(place), "x")).parent)
+        if labels.suffix == ".txt" and labels.name != "classes.txt"
+    }
+    if strays := sorted(found - set(map(label_file, files))):
+        logger.warning(
+            "%s: %s files of labels are of no image and are left out: %s.", folder, len(strays), listed(strays)
+        )
 
 
 def read_settings(settings: Path, split: str) -> tuple[list[str], dict[int, str]]:
@@ -107,8 +128,7 @@ def read_settings(settings: Path, split: str) -> tuple[list[str], dict[int, str]
 def image_files(place: str) -> list[str]:
     """The images of a folder and its subfolders, or those that a text file lists."""
     if os.path.isdir(place):
-        files = (path for path in sorted(Path(place).rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not (found := [str(path) for path in files if not path.name.startswith(".")]):
+        if not (found := [str(path) for path in find_files(place) if path.suffix.lower() in IMAGE_SUFFIXES]):
             raise ValueError(f"There is no image ({', '.join(IMAGE_SUFFIXES)}) under {place}; check the folder.")
         return found
     lines = Path(place).read_text(encoding="utf-8").split("\n")
@@ -147,9 +167,9 @@ def read_labels(file: Path, width: int, height: int, names: dict[int, str] | Non
 # ------------------------------------------------------------------------------------------ labelme
 
 
-def read_labelme(folder: Path, images: str | Path | None) -> dict:
+def read_labelme(folder: Path, images: str | Path | None, mask_frame: str | None) -> dict:
     """The images of labelme's files in a folder and its subfolders; shapes of one label and group are one object."""
-    files = [file for file in sorted(folder.rglob("*.json")) if not file.name.startswith(".")]
+    files = [file for file in find_files(folder) if file.suffix == ".json"]
     contents = {file: content for file in files if (content := read_labelme_file(file)) is not None}
     if not contents:
         raise ValueError(
@@ -165,14 +185,16 @@ def read_labelme(folder: Path, images: str | Path | None) -> dict:
     for number, (file, content) in enumerate(contents.items(), start=1):
         image = found[file]
         try:
-            width, height = content.get("imageWidth"), content.get("imageHeight")
+            width, height, own_size = content.get("imageWidth"), content.get("imageHeight"), {}
             if not (isinstance(width, int) and isinstance(height, int)):
-                width, height = read_header(str(image)).size
+                width, height = frame_size(read_header(str(image)), mask_frame)
+                own_size = {"own_size": True}
             objects = read_shapes(content["shapes"], width, height)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError) as error:
             raise ValueError(f"{file} cannot be read ({error!r}); repair or remove it.") from error
         name = os.path.relpath(image, folder if images is None else images)
-        records.append({"id": number, "file_name": name, "width": width, "height": height, "source": folder.name})
+        names_file = {"id": number, "file_name": name, "source": folder.name}
+        records.append({**names_file, "width": width, "height": height, **own_size})
         annotations += [{"image_id": number, **one} for one in objects]
     numbers = {label: k for k, label in enumerate(sorted({one["label"] for one in annotations}), start=1)}
     for number, one in enumerate(annotations, start=1):

@@ -4,6 +4,7 @@ import os.path
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -96,7 +97,7 @@ class CocoMasks(Dataset):
         split: str = "train",
         check_images: bool = True,
     ):
-        content = self._open(annotations, images, reading.crowds, split)
+        content = self._open(annotations, images, reading.crowds, split, reading.mask_frame)
         self.categories, left_out, drawn = content.get("categories"), Counter(), defaultdict(list)
         for number, annotation in enumerate(content["annotations"]):
             if annotation["iscrowd"]:
@@ -129,13 +130,22 @@ class CocoMasks(Dataset):
         kept = f"{len(self.records)} images with {sum(map(len, self.rles))} masks"
         say_what_is_read(str(self.annotations), kept, left_out)
 
-    def _open(self, annotations: str | Path, images: str | Path | None, crowds: str, split: str) -> dict:
+    def _open(
+        self,
+        annotations: str | Path,
+        images: str | Path | None,
+        crowds: str,
+        split: str,
+        mask_frame: str | None = None,
+    ) -> dict:
         """The content of the json or folder, what is a crowd being settled."""
+        if mask_frame not in (*FRAMES, None):
+            raise ValueError(f"--mask_frame {mask_frame} is not known; choose {', '.join(FRAMES)}.")
         if crowds not in CROWDS:
             raise ValueError(f"--crowds {crowds} is not known; choose {', '.join(CROWDS)}.")
         self.annotations = Path(annotations)
         if is_annotation_folder(self.annotations):
-            content, self.images = read_folder(self.annotations, images, split)
+            content, self.images = read_folder(self.annotations, images, split, mask_frame)
         else:
             content = read_json(self.annotations)
             self.images = Path(images) if images is not None else find_folder(self.annotations, content["images"])
@@ -168,17 +178,17 @@ class CocoMasks(Dataset):
         self, records: list[dict], files: list[str], headers: list[Header], mask_frame: str | None
     ) -> list[int]:
         """The EXIF orientation that the masks of each image are stored in."""
-        if mask_frame not in (*FRAMES, None):
-            raise ValueError(f"--mask_frame {mask_frame} is not known; choose {', '.join(FRAMES)}.")
-        orientations, problems = [], []
+        orientations, problems, hidden = [], [], []
         for record, file, header in zip(records, files, headers, strict=True):
             try:
                 orientations.append(header.mask_orientation((record["width"], record["height"]), mask_frame))
             except ValueError:
                 problems.append(self._other_size(record, file, header.size))
+            if header.hides_frame or (header.orientation > 1 and "own_size" in record):
+                hidden.append(file)
         what = f"Masks of {self.annotations} belong to other versions of the images"
         refuse_if_any(problems, what)
-        warn_of_hidden_frames(files, headers, mask_frame, str(self.annotations))
+        warn_of_hidden_frames(hidden, mask_frame, str(self.annotations))
         return orientations
 
     def _other_size(self, record: dict, file: str, size: tuple[int, int]) -> str:
@@ -239,6 +249,10 @@ def turn_rle(rle: dict, orientation: int) -> dict:
     return encode_mask(TURNS[orientation](rle_codec.decode(rle)))
 
 
+def _is_corner(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2
+
+
 def to_rle(segmentation: list | dict, height: int, width: int) -> dict | None:
     """Any COCO segmentation -> compressed RLE, None where nothing is drawn.
 
@@ -249,8 +263,12 @@ def to_rle(segmentation: list | dict, height: int, width: int) -> dict | None:
             return rle_codec.merge([to_rle(part, height, width) for part in segmentation])
         if segmentation and all(isinstance(number, int | float) for number in segmentation):
             segmentation = [segmentation]  # one polygon that is no list of polygons
-        elif len(segmentation) > 2 and all(isinstance(part, list) and len(part) == 2 for part in segmentation):
-            segmentation = [[number for corner in segmentation for number in corner]]  # a list of corners
+        elif len(segmentation) > 2 and all(map(_is_corner, segmentation)):
+            segmentation = [segmentation]
+        segmentation = [
+            [number for corner in part for number in corner] if all(map(_is_corner, part)) else part
+            for part in segmentation
+        ]
         # Fewer than three corners enclose nothing, and pycocotools would take four numbers for a box.
         polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
         # pycocotools asks for endless memory where a corner is far away or, as some exports have it, NaN.

@@ -35,7 +35,7 @@ def read_json(path: Path) -> dict:
         _check_image(record, path)
     images, annotations = content["images"], content["annotations"]
     _refuse_twice("image id", (_plain_id(record["id"]) for record in images), path)
-    _refuse_twice("image", (os.path.normpath(file_names(record)[0]) for record in images), path)
+    _refuse_twice("image", (os.path.normpath(file_names(record)[0].replace("\\", "/")) for record in images), path)
     _refuse_twice("annotation id", (_plain_id(one["id"]) for one in annotations if _is_id(one.get("id"))), path)
     _match_ids(annotations, "image_id", images)
     _match_ids(annotations, "category_id", content.get("categories"))

@@ -249,8 +249,6 @@ def _read_annotation_lists(lists: dict[str, list], width: int, height: int) -> l
 
 def _mask_values(mask: Image.Image, width: int, height: int) -> np.ndarray:
     """The values [H,W] of a mask's image."""
-    if mask.format == "JPEG":
-        raise ValueError("a mask is a JPEG, whose values are not exact; save masks as PNG")
     if mask.size != (width, height):
         raise ValueError(f"a mask is {mask.width} x {mask.height} pixels, but the image is {width} x {height}")
     values = mask_values(mask)

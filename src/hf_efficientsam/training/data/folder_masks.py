@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from PIL import ImageOps
 from pycocotools import mask as rle_codec
 from torch.utils.data import Dataset
 
@@ -62,7 +61,8 @@ class FolderMasks(Dataset):
             except ValueError as error:
                 problems.append(f"{mask} does not fit its image: {error}")
         refuse_if_any(problems, f"Masks of {folder} belong to other versions of the images")
-        warn_of_hidden_frames(files, headers, reading.mask_frame, str(folder))
+        hidden = [file for file, header in zip(files, headers, strict=True) if header.hides_frame]
+        warn_of_hidden_frames(hidden, reading.mask_frame, str(folder))
         with ThreadPoolExecutor(READERS) as pool:
             read = list(pool.map(_read_mask, masks, orientations))
         refuse_if_any((one for one in read if isinstance(one, str)), f"Masks of {folder} cannot be read")
@@ -135,6 +135,8 @@ def find_partners(images: Path, keys: list[str], folder: Path) -> list[str]:
     files = [(os.path.splitext(file)[0], file) for file in (found.files if found else [])]
     refuse_shared((one for one in files if one[0] in wanted), f"Files under {folder} are of one image")
     partners = {stem: found.path(file) for stem, file in files}
+    if strays := partners.keys() - wanted:
+        logger.warning("%s: %s files are of no image and are left out, such as %s.", folder, len(strays), min(strays))
     if missing := [stem for stem in stems if stem not in partners]:
         raise ValueError(f"There is no {listed(f'{folder / stem}.png' for stem in missing)}; every image needs one.")
     return [partners[stem] for stem in stems]
@@ -144,8 +146,8 @@ def _read_mask(path: str, orientation: int) -> tuple[list[dict], bool] | str:
     """The upright RLE of each object and whether their edge is soft; what is wrong if it cannot be read."""
     try:
         with open_image(path) as opened:
-            values = mask_values(ImageOps.exif_transpose(opened))
-        upright = TURNS[orientation](values)
-        return [encode_mask(mask) for mask in all_objects(upright)], is_soft(values)
-    except ValueError as error:
-        return str(error) if isinstance(error, ImageError) else f"{path}: {error}"
+            values = mask_values(opened)
+            upright = TURNS[orientation](values)
+            return [encode_mask(mask) for mask in all_objects(upright)], is_soft(values)
+    except ImageError as error:
+        return str(error)

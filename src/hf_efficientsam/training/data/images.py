@@ -21,6 +21,8 @@ from PIL import Image, ImageOps
 from torch.utils import data
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from hf_efficientsam.inference.image_files import find_files
+
 from .augment import random_resized_crop
 from .reading import IMAGE_SUFFIXES, Header, decode_image, read_headers, say_what_is_read
 from .shards import Shards, Streamed, hash_lines, shared_number
@@ -72,7 +74,7 @@ class FolderImages:
     stays the same where all are moved together. Sorted by key.
 
     Args:
-        folders: searched recursively, through links too; hidden files are left out, and others, which are counted.
+        folders: searched as `find_files` does; other files are left out and counted.
 
     Raises:
         ValueError: for a folder that is not there or holds no image, and on access for a file that cannot be read.
@@ -84,12 +86,11 @@ class FolderImages:
         keys, others = set(), Counter()
         for folder in folders:
             found = set()
-            for parent, _, names in os.walk(folder, followlinks=True):
-                for name in names:
-                    if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                        found.add(Path(parent, name).relative_to(self.root).as_posix())
-                    elif not name.startswith("."):
-                        others[f"files ending in {os.path.splitext(name)[1] or 'nothing'}"] += 1
+            for path in find_files(folder):
+                if path.name.lower().endswith(IMAGE_SUFFIXES):
+                    found.add(path.relative_to(self.root).as_posix())
+                else:
+                    others[f"files ending in {path.suffix or 'nothing'}"] += 1
             if not found:
                 raise ValueError(f"There is no image ({', '.join(IMAGE_SUFFIXES)}) under {folder}; check the folder.")
             keys |= found

@@ -12,6 +12,8 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from hf_efficientsam.model.image_reading_efficientsam import (
+    AVIF_SUFFIXES,
+    HEIF_SUFFIXES,
     MAX_IMAGE_PIXELS,
     ImageError,
     image_to_array,
@@ -21,8 +23,8 @@ from hf_efficientsam.model.image_reading_efficientsam import (
 )
 
 IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif",
-    ".hif", ".jp2", ".pgm", ".ppm",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".pgm", ".ppm",
+    *sorted(HEIF_SUFFIXES | AVIF_SUFFIXES),
 )  # fmt: skip
 FRAMES = ("upright", "stored")  # in which masks of a photograph with an EXIF orientation may be drawn
 # How an array [H,W] becomes upright, by the EXIF orientation that it is stored in.
@@ -67,10 +69,13 @@ def decode_image(file: str | io.BytesIO, name: str) -> Image.Image:
 
 @dataclass(frozen=True)
 class Header:
-    """What an image file says before its pixels: (width, height) once upright, and the EXIF orientation, 1 to 8."""
+    """What an image file says before its pixels: (width, height) once upright, the EXIF orientation, 1 to 8, and PIL's
+    names of mode and format."""
 
     size: tuple[int, int]
     orientation: int = 1
+    mode: str = ""
+    format: str = ""
 
     @property
     def stored_size(self) -> tuple[int, int]:
@@ -100,7 +105,8 @@ def read_header(file: str | io.BytesIO, name: str | None = None) -> Header:
     """The header of an image file; ImageError with `name`, by default the path, if it is none."""
     with open_image(file, name) as opened:
         orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
-        return Header(upright_size(opened), orientation if orientation in TURNS else 1)
+        orientation = orientation if orientation in TURNS else 1
+        return Header(upright_size(opened), orientation, opened.mode, opened.format)
 
 
 def read_headers(files: Sequence[str], what: str, sizes: Sequence[tuple[int, int]] | None = None) -> list[Header]:
@@ -131,9 +137,8 @@ def read_headers(files: Sequence[str], what: str, sizes: Sequence[tuple[int, int
     return headers
 
 
-def warn_of_hidden_frames(files: Iterable[str], headers: Iterable[Header], frame: str | None, what: str) -> None:
+def warn_of_hidden_frames(hidden: list[str], frame: str | None, what: str) -> None:
     """Says which photographs have masks of which nothing tells in which frame they are, unless `frame` does."""
-    hidden = [file for file, header in zip(files, headers, strict=True) if header.hides_frame]
     if hidden and frame is None:
         logger.warning(
             "%s: an EXIF tag turns or mirrors %s, and nothing tells whether their masks are drawn on the upright "

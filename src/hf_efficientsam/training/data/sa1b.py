@@ -33,13 +33,14 @@ class Sa1bShards(Shards):
         super().__init__(shards)
         self.min_area, self.mask_frame = min_area, reading.mask_frame
         self.empty = CountedWarnings("Left out")
+        self.hidden = CountedWarnings("Taken to be, give --mask_frame upright or stored")
 
     def decode(self, record: dict) -> Sample:
         (image_name, encoded), (name, text) = record["members"]
         image_name, name = (f"{member} in {record['shard']}" for member in (image_name, name))
         try:
             content = json.loads(text)
-            size = content["image"]["width"], content["image"]["height"]
+            size = int(content["image"]["width"]), int(content["image"]["height"])
             image_id = int(content["image"]["image_id"])
             annotations = [(int(entry["id"]), entry["segmentation"]) for entry in content["annotations"]]
         except (KeyError, RecursionError, TypeError, ValueError) as error:
@@ -47,12 +48,15 @@ class Sa1bShards(Shards):
             raise ValueError(f"{name} cannot be read as SA-1B's json ({reason}).") from error
         image = decode_image(io.BytesIO(encoded), image_name)
         try:
-            orientation = read_header(io.BytesIO(encoded)).mask_orientation(size, self.mask_frame)
+            header = read_header(io.BytesIO(encoded))
+            orientation = header.mask_orientation(size, self.mask_frame)
         except ValueError:
             raise ValueError(
                 f"{image_name} is {image.width} x {image.height} pixels when upright, but its json says {size[0]} x "
                 f"{size[1]}."
             ) from None
+        if header.hides_frame and self.mask_frame is None:
+            self.hidden(f"An EXIF tag turns or mirrors {image_name}; are its masks upright?")
         rles, ids = [], []
         for annotation_id, segmentation in annotations:
             try:

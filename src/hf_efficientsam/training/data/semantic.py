@@ -116,8 +116,12 @@ class LabelledImages:
                 self.orientations.append(header.mask_orientation(label_header.size, mask_frame))
             except ValueError as error:
                 problems.append(f"{path} does not fit its image: {error}")
-        refuse_if_any(problems, f"Labels of {folder} are of other sizes than their images")
-        warn_of_hidden_frames(map(self.images.path, self.images.files), headers, mask_frame, str(folder))
+            if label_header.mode not in ("L", "P") or label_header.format == "JPEG":
+                kind = f"{label_header.mode} in {label_header.format}"
+                problems.append(f"{path} is {kind}; labels are 8-bit, one value a pixel, and no JPEG")
+        refuse_if_any(problems, f"Labels of {folder} do not fit")
+        hidden = [key for key, header in zip(self.images.files, headers, strict=True) if header.hides_frame]
+        warn_of_hidden_frames(hidden, mask_frame, str(folder))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -126,12 +130,9 @@ class LabelledImages:
         key, image = self.images[index]
         path = self.label_files[index]
         with open_image(path) as opened:
-            mode, values = opened.mode, TURNS[self.orientations[index]](np.array(ImageOps.exif_transpose(opened)))
-        if mode not in ("L", "P") or values.shape != (image.height, image.width):
-            raise ValueError(
-                f"{path} is {mode} of {values.shape[1]} x {values.shape[0]} pixels; labels are 8-bit, one value a "
-                f"pixel, of the image's {image.width} x {image.height}."
-            )
+            values = TURNS[self.orientations[index]](np.array(ImageOps.exif_transpose(opened)))
+        if values.shape != (image.height, image.width):
+            raise ValueError(f"{path} has changed since it was first looked at; put it back.")
         labels = self.meaning[values]
         if labels.min() < 0:
             value = values[labels < 0][0]
