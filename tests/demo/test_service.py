@@ -89,6 +89,7 @@ def test_what_takes_long_reports_how_far_it_is_and_is_stopped_without_a_change(d
     demo.act(session, find)
     ratios = [call.args[0] for call in progress.call_args_list]
     assert len(ratios) > 3 and ratios == sorted(ratios) and session.scene != before
+    assert "min_mask_region_area=3" in python_code(session)  # of 90 x 60 pixels
     session.undo()
     progress.side_effect = lambda ratio, desc: session.stopping.set()  # the visitor presses Stop
     assert "Stopped; nothing was changed." in status_of(demo.act(session, find)) and session.scene == before

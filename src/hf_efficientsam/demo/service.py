@@ -23,6 +23,7 @@ from .scene import Finding
 from .session import NothingFound, Session, no_report
 
 MAX_PIXELS_READ = 100_000_000  # of images that the page reduces
+SPECKS = 1400  # islands and holes smaller than this part of the image are no part of a found object
 
 
 class Stopped(ValueError):
@@ -142,6 +143,7 @@ class Demo:
             points_per_side=int(points_per_side),
             pred_iou_thresh=pred_iou_thresh,
             stability_score_thresh=stability_score_thresh,
+            min_mask_region_area=session.height * session.width // SPECKS,
         )
 
     def find_salient(self, session: Session, threshold: float, report: Callable = no_report) -> None:
@@ -270,7 +272,7 @@ class Demo:
         self, image: dict, points_per_side: float, pred_iou_thresh: float, stability_score_thresh: float
     ) -> dict:
         """
-        All objects, as a COCO dataset.
+        All objects, as a COCO dataset. Specks and holes in masks smaller than a 1400th of the image are removed.
 
         Args:
             image: the image's file.
