@@ -8,6 +8,7 @@ import typer
 from tqdm import tqdm
 
 from hf_efficientsam.inference.everything_files import (
+    EverythingJob,
     EverythingSegmenter,
     kept_records,
     plan_everything_jobs,
@@ -24,6 +25,7 @@ from .options import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    Format,
     FormatOption,
     JsonOption,
     MaxPixelsOption,
@@ -42,46 +44,58 @@ GENERATOR_DEFAULTS = {
 BY_DEFAULT = "By default what the checkpoint's config says, else segment-anything's"
 
 
+# Options of this command alone; the others are in options.py.
+ImagesArgument = Annotated[
+    Path, typer.Argument(parser=local_path, metavar="IMAGE_OR_DIR", help="An image, or a folder of images.")
+]
+ResultsOption = Annotated[Path, typer.Option(help="Folder for the results.")]
+PointsPerSideOption = Annotated[
+    int, typer.Option(help="Points along each side of the grid that is laid over the image.")
+]
+PointsPerBatchOption = Annotated[
+    int, typer.Option(help="Points that go through the model at a time; fewer need less memory.")
+]
+PredIouOption = Annotated[
+    float | None,
+    typer.Option(help=f"Keep masks whose quality the model puts above this; 0 keeps all. {BY_DEFAULT} (0.88)."),
+]
+StabilityOption = Annotated[
+    float | None,
+    typer.Option(help=f"Keep masks whose edge is clear, from 0 (all) to 1. {BY_DEFAULT} (0.95)."),
+]
+BoxNmsOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Of masks whose boxes overlap by a larger IoU keep the best only. By default 0.7; --adaptive: 0.9."
+    ),
+]
+AdaptiveOption = Annotated[
+    bool,
+    typer.Option(
+        "--adaptive/--exact",
+        help="Ask about a third of the points at most, none where a good mask is found already; or about all.",
+    ),
+]
+CropLayersOption = Annotated[
+    int, typer.Option(help="For small objects: layer i also looks at 4**i crops of the image.")
+]
+RegionAreaOption = Annotated[int, typer.Option(help="Fill holes and remove islands of fewer pixels in masks.")]
+DrawOption = Annotated[bool, typer.Option("--overlay/--no-overlay", help="Draw the masks over each image.")]
+
+
 @commands.command("everything", no_args_is_help=True)
 def everything_command(
-    image: Annotated[
-        Path, typer.Argument(parser=local_path, metavar="IMAGE_OR_DIR", help="An image, or a folder of images.")
-    ],
-    output: Annotated[Path, typer.Option(help="Folder for the results.")],
-    points_per_side: Annotated[
-        int, typer.Option(help="Points along each side of the grid that is laid over the image.")
-    ] = GENERATOR_DEFAULTS["points_per_side"],
-    points_per_batch: Annotated[
-        int, typer.Option(help="Points that go through the model at a time; fewer need less memory.")
-    ] = GENERATOR_DEFAULTS["points_per_batch"],
-    pred_iou_thresh: Annotated[
-        float | None,
-        typer.Option(help=f"Keep masks whose quality the model puts above this; 0 keeps all. {BY_DEFAULT} (0.88)."),
-    ] = None,
-    stability_score_thresh: Annotated[
-        float | None,
-        typer.Option(help=f"Keep masks whose edge is clear, from 0 (all) to 1. {BY_DEFAULT} (0.95)."),
-    ] = None,
-    box_nms_thresh: Annotated[
-        float | None,
-        typer.Option(
-            help="Of masks whose boxes overlap by a larger IoU keep the best only. By default 0.7; --adaptive: 0.9."
-        ),
-    ] = None,
-    adaptive: Annotated[
-        bool,
-        typer.Option(
-            "--adaptive/--exact",
-            help="Ask about a third of the points at most, none where a good mask is found already; or about all.",
-        ),
-    ] = GENERATOR_DEFAULTS["adaptive"],
-    crop_n_layers: Annotated[
-        int, typer.Option(help="For small objects: layer i also looks at 4**i crops of the image.")
-    ] = GENERATOR_DEFAULTS["crop_n_layers"],
-    min_mask_region_area: Annotated[
-        int, typer.Option(help="Fill holes and remove islands of fewer pixels in masks.")
-    ] = GENERATOR_DEFAULTS["min_mask_region_area"],
-    overlay: Annotated[bool, typer.Option("--overlay/--no-overlay", help="Draw the masks over each image.")] = True,
+    image: ImagesArgument,
+    output: ResultsOption,
+    points_per_side: PointsPerSideOption = GENERATOR_DEFAULTS["points_per_side"],
+    points_per_batch: PointsPerBatchOption = GENERATOR_DEFAULTS["points_per_batch"],
+    pred_iou_thresh: PredIouOption = None,
+    stability_score_thresh: StabilityOption = None,
+    box_nms_thresh: BoxNmsOption = None,
+    adaptive: AdaptiveOption = GENERATOR_DEFAULTS["adaptive"],
+    crop_n_layers: CropLayersOption = GENERATOR_DEFAULTS["crop_n_layers"],
+    min_mask_region_area: RegionAreaOption = GENERATOR_DEFAULTS["min_mask_region_area"],
+    overlay: DrawOption = True,
     formats: FormatOption = [],  # noqa: B006
     model: ModelOption = None,
     device: DeviceOption = Device.auto,
@@ -118,12 +132,25 @@ def everything_command(
         "crop_n_layers": crop_n_layers,
         "min_mask_region_area": min_mask_region_area,
     }
-    crop_progress = len(jobs) == 1 and crop_n_layers > 0
-    loaded = load_model(model, dtype, device, max_pixels)
     generator = EfficientSamMaskGenerator(
-        *loaded, points_per_batch=points_per_batch, output_mode="coco_rle", **options
+        *load_model(model, dtype, device, max_pixels),
+        points_per_batch=points_per_batch,
+        output_mode="coco_rle",
+        **options,
     )
-    segmenter = EverythingSegmenter(generator, options, crop_progress)
+    crop_progress = len(jobs) == 1 and crop_n_layers > 0
+    write_everything(EverythingSegmenter(generator, options, crop_progress), jobs, image, output, as_json, formats)
+
+
+def write_everything(
+    segmenter: EverythingSegmenter,
+    jobs: list[EverythingJob],
+    image: Path,
+    output: Path,
+    as_json: bool,
+    formats: list[Format],
+) -> None:
+    """Segments what is not done yet, reports on all images, and writes the dataset."""
     records, failures = run_jobs(
         jobs, segmenter, lambda record: None if as_json else tqdm.write(describe_annotations(record))
     )

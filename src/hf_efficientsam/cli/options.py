@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from hf_efficientsam.inference.folder_runs import check_results_folder
+from hf_efficientsam.inference.record_datasets import WRITERS
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
 
 
@@ -43,11 +44,7 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
-class Format(StrEnum):
-    coco = "coco"
-    yolo = "yolo"
-    labelme = "labelme"
-    label_studio = "label-studio"
+Format = StrEnum("Format", [(name, name) for name in WRITERS])
 
 
 ImageArgument = Annotated[Path, typer.Argument(parser=local_path, help="An image.")]

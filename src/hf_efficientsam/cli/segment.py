@@ -44,51 +44,62 @@ from .reports import describe_objects, report_folder, write_formats
 commands = new_commands()
 
 
+# Options of this command alone; the others are in options.py.
+InputArgument = Annotated[
+    Path, typer.Argument(parser=local_path, help="An image, or a folder of images (with --prompts).")
+]
+PointOption = Annotated[
+    list[str], typer.Option(metavar="X,Y", help="A point on the object. May be given several times.")
+]
+BackgroundOption = Annotated[
+    list[str], typer.Option(metavar="X,Y", help="A point that is not on the object. May be given several times.")
+]
+BoxOption = Annotated[
+    list[str],
+    typer.Option(metavar="X1,Y1,X2,Y2", help="A box around an object: left, top, right, bottom. May be repeated."),
+]
+SeparatePointsOption = Annotated[bool, typer.Option("--separate-points", help="Each point is an object of its own.")]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(help="PNG file for the mask; for a folder of images or with --format, a folder for the results."),
+]
+OverlaysOption = Annotated[
+    Path | None,
+    typer.Option(help="Image file for a picture with the masks drawn in; for a folder of images, another folder."),
+]
+AllMasksOption = Annotated[
+    bool, typer.Option("--all-masks", help="Give every candidate of each object, best first, not only the best.")
+]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option(
+        parser=local_path,
+        help='For a folder: a file of lines {"image": NAME, "points": ..., "labels": ..., "boxes": ...}.',
+    ),
+]
+OnlyListedOption = Annotated[
+    bool, typer.Option("--only-listed", help="Leave out images of the folder that the prompts file does not name.")
+]
+
+
 @commands.command("segment", no_args_is_help=True)
 def segment_command(
-    image: Annotated[
-        Path, typer.Argument(parser=local_path, help="An image, or a folder of images (with --prompts).")
-    ],
-    point: Annotated[
-        list[str], typer.Option(metavar="X,Y", help="A point on the object. May be given several times.")
-    ] = [],  # noqa: B006
-    background: Annotated[
-        list[str], typer.Option(metavar="X,Y", help="A point that is not on the object. May be given several times.")
-    ] = [],  # noqa: B006
-    box: Annotated[
-        list[str],
-        typer.Option(metavar="X1,Y1,X2,Y2", help="A box around an object: left, top, right, bottom. May be repeated."),
-    ] = [],  # noqa: B006
-    separate_points: Annotated[
-        bool, typer.Option("--separate-points", help="Each point is an object of its own.")
-    ] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="PNG file for the mask; for a folder of images or with --format, a folder for the results."),
-    ] = None,
-    overlay: Annotated[
-        Path | None,
-        typer.Option(help="Image file for a picture with the masks drawn in; for a folder of images, another folder."),
-    ] = None,
+    image: InputArgument,
+    point: PointOption = [],  # noqa: B006
+    background: BackgroundOption = [],  # noqa: B006
+    box: BoxOption = [],  # noqa: B006
+    separate_points: SeparatePointsOption = False,
+    output: OutputOption = None,
+    overlay: OverlaysOption = None,
     formats: FormatOption = [],  # noqa: B006
     model: ModelOption = None,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.float32,
     as_json: JsonOption = False,
-    all_masks: Annotated[
-        bool, typer.Option("--all-masks", help="Give every candidate of each object, best first, not only the best.")
-    ] = False,
+    all_masks: AllMasksOption = False,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            parser=local_path,
-            help='For a folder: a file of lines {"image": NAME, "points": ..., "labels": ..., "boxes": ...}.',
-        ),
-    ] = None,
-    only_listed: Annotated[
-        bool, typer.Option("--only-listed", help="Leave out images of the folder that the prompts file does not name.")
-    ] = False,
+    prompts: PromptsOption = None,
+    only_listed: OnlyListedOption = False,
 ) -> None:
     """
     Cut out objects that points and boxes show.
@@ -126,25 +137,18 @@ def segment_command(
     if image.is_dir():
         if point or background or box:
             raise ValueError(f"{image} is a folder; write its prompts into a file and pass it with --prompts.")
-        if prompts is None or output is None:
-            raise ValueError(
-                f"{image} is a folder; it needs a prompts file (--prompts) and a folder for results (--output)."
-            )
         entries = read_entries(image, prompts, separate_points, only_listed, output, overlay)
-        loaded = load_model(model, dtype, device, max_pixels)
-        segmenter = Segmenter(EfficientSamPredictor(*loaded), all_masks)
-        segment_folder(segmenter, image, entries, output, overlay, as_json, formats)
-        return
-    if prompts is not None or only_listed:
-        raise ValueError(f"{image} is no folder; give its prompts with --point, --background and --box.")
-    check_image_outputs(image, output, overlay, formats)
-    objects = parse_objects(point, background, box, separate_points)
-    read_image(image, max_pixels, upright_size)  # before the model is loaded
+    else:
+        if prompts is not None or only_listed:
+            raise ValueError(f"{image} is no folder; give its prompts with --point, --background and --box.")
+        check_image_outputs(image, output, overlay, formats)
+        objects = parse_objects(point, background, box, separate_points)
+        read_image(image, max_pixels, upright_size)  # before the model is loaded
     segmenter = Segmenter(EfficientSamPredictor(*load_model(model, dtype, device, max_pixels)), all_masks)
-    segment = segment_into_folder if formats else segment_file
-    record = segment(segmenter, image, objects, output, overlay)
-    write_formats(formats, output, output)
-    typer.echo(json.dumps(record) if as_json else describe_objects(record))
+    if image.is_dir():
+        segment_folder(segmenter, image, entries, output, overlay, as_json, formats)
+    else:
+        segment_image(segmenter, image, objects, output, overlay, as_json, formats)
 
 
 def parse_objects(point: list[str], background: list[str], box: list[str], separate_points: bool) -> list[dict]:
@@ -168,15 +172,40 @@ def parse_numbers(text: str, name: str, form: str) -> list[float]:
 
 
 def read_entries(
-    folder: Path, prompts: Path, separate_points: bool, only_listed: bool, output: Path, overlay: Path | None
+    folder: Path,
+    prompts: Path | None,
+    separate_points: bool,
+    only_listed: bool,
+    output: Path | None,
+    overlay: Path | None,
 ) -> dict:
     """The entries of a prompts file, after all checks that can be made before the model is loaded."""
+    if prompts is None or output is None:
+        raise ValueError(
+            f"{folder} is a folder; it needs a prompts file (--prompts) and a folder for results (--output)."
+        )
     results = [one for one in (output, overlay) if one is not None]
     for one in results:
         check_results_folder(one, folder)
     entries = read_prompts_file(prompts, separate_points)
     check_images_listed(folder, entries, prompts, only_listed, results)
     return entries
+
+
+def segment_image(
+    segmenter: Segmenter,
+    image: Path,
+    objects: list[dict],
+    output: Path | None,
+    overlay: Path | None,
+    as_json: bool,
+    formats: list[Format],
+) -> None:
+    """Segments one image, into files or with formats into a folder, and prints what was found."""
+    segment = segment_into_folder if formats else segment_file
+    record = segment(segmenter, image, objects, output, overlay)
+    write_formats(formats, output, output)
+    typer.echo(json.dumps(record) if as_json else describe_objects(record))
 
 
 def segment_folder(

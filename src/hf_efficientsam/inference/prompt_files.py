@@ -10,6 +10,8 @@ from pathlib import Path
 
 from .image_files import find_images
 
+PROMPTS = {"points": "points", "labels": "labels", "boxes": "box"}  # argument of the predictor -> key of an object
+
 
 def are_numbers(values, count: int) -> bool:
     """Whether `values` is a list of `count` finite numbers; whether they lie in the image is checked later."""
@@ -95,9 +97,7 @@ def check_objects(objects: list[dict], size: tuple[int, int], model, processor) 
     try:
         processor(
             original_sizes=[size[::-1]],
-            input_points=[[one["points"] for one in objects]],
-            input_labels=[[one["labels"] for one in objects]],
-            input_boxes=[[one["box"] for one in objects]],
+            **{f"input_{name}": [[one[key] for one in objects]] for name, key in PROMPTS.items()},
         )
     except ValueError as error:  # the processor numbers images and prompts, which says nothing here
         raise ValueError(re.sub(r"^Image \d+, prompt \d+: ", "", str(error))) from None

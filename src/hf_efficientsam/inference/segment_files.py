@@ -19,7 +19,7 @@ from .drawing import draw_masks
 from .folder_runs import FolderJob, JobSegmenter, check_not_of_another, name_results
 from .image_files import ImageError, encode_image, encode_mask, pil_limit_lifted, read_image, upright_size, write_files
 from .predictor import EfficientSamPredictor
-from .prompt_files import check_objects
+from .prompt_files import PROMPTS, check_objects
 from .records import image_record, mask_record
 from .results import RleMasks, SegmentationResult
 
@@ -143,9 +143,6 @@ class Segmenter(JobSegmenter):
         return image_record(str(path), self.predictor.original_size, self.name, objects=found), files
 
 
-PROMPTS = {"points": "points", "labels": "labels", "boxes": "box"}  # argument of the predictor -> key of an object
-
-
 def segment_file(
     segmenter: Segmenter, path: Path, objects: list[dict], output: Path | None, overlay: Path | None
 ) -> dict:
@@ -217,7 +214,7 @@ class SegmentJob(FolderJob):
         return segmenter.targets(self.output, len(self.objects), self.overlay)
 
     def is_answered_by(self, record: dict, segmenter: Segmenter) -> bool:
-        asked = [{key: one[key] for key in ("points", "labels", "box")} for one in record["objects"]]
+        asked = [{key: one[key] for key in PROMPTS.values()} for one in record["objects"]]
         masks = [mask for one in record["objects"] for mask in one["masks"] if mask["segmentation"]]
         written = [Path(mask["file"]).name for mask in masks]
         files = segmenter.targets(self.output, len(self.objects), None)
