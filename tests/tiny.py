@@ -9,7 +9,9 @@ for tests that train or export.
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model
 
@@ -132,6 +134,14 @@ def save(folder: Path, model: EfficientSamModel, processor: EfficientSamProcesso
     """A checkpoint of both in `folder`, which is returned."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    return folder
+
+
+def save_images(folder: Path, count: int, width: int, height: int) -> Path:
+    """So many images of soft colours, each a pixel wider than the one before, in `folder`, which is returned."""
+    for i in range(count):
+        coarse = np.random.default_rng(i).integers(0, 256, (4, 5, 3), np.uint8)
+        Image.fromarray(coarse).resize((width + i, height), Image.Resampling.BICUBIC).save(folder / f"{i:02}.png")
     return folder
 
 

@@ -7,11 +7,9 @@ import tarfile
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
 import tiny
 import torch
-from PIL import Image
 from script_runs import fork, refuse, run
 from torch.utils.data import default_collate
 
@@ -36,11 +34,7 @@ def teacher(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    for i in range(IMAGES):
-        coarse = np.random.default_rng(i).integers(0, 256, (4, 5, 3), np.uint8)
-        Image.fromarray(coarse).resize((60 + i, 50), Image.Resampling.BICUBIC).save(folder / f"{i:02}.png")
-    return folder
+    return tiny.save_images(tmp_path_factory.mktemp("images"), IMAGES, 60, 50)
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,9 @@
 import hashlib
 
 import backbones
-import numpy as np
 import pytest
 import tiny
 import torch
-from PIL import Image
 from script_runs import assert_close, assert_equal, curve, fork, load_script, refuse, run, stopped_after
 from transformers import AutoBackbone
 
@@ -44,18 +42,7 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    for i in range(12):
-        coarse = np.random.default_rng(i).integers(0, 256, (4, 5, 3), np.uint8)
-        Image.fromarray(coarse).resize((70 + i, 60), Image.Resampling.BICUBIC).save(folder / f"{i:02}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
-    path.write_text(RECIPE)
-    return path
+    return tiny.save_images(tmp_path_factory.mktemp("images"), 12, 70, 60)
 
 
 @pytest.fixture(scope="module")

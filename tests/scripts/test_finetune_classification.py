@@ -94,13 +94,6 @@ def shards(data, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
-    path.write_text(RECIPE)
-    return path
-
-
-@pytest.fixture(scope="module")
 def arguments(recipe, data) -> list:
     return ["--config", recipe, "--train", data / "train", "--test", data / "test"]
 

@@ -70,13 +70,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
-    path.write_text(RECIPE)
-    return path
-
-
-@pytest.fixture(scope="module")
 def arguments(recipe, coco, tiny_model) -> list:
     masks = coco / "masks.json"  # twice, so that there are 10 images
     return ["--config", recipe, "--train", masks, masks, "--model", tiny_model]

@@ -36,13 +36,6 @@ def peers(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
-    path.write_text(RECIPE)
-    return path
-
-
-@pytest.fixture(scope="module")
 def arguments(recipe, coco):
     return ["--config", recipe, "--train", coco / "masks.json"]
 

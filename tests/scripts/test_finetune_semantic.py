@@ -74,10 +74,8 @@ def images(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def arguments(images, tmp_path_factory) -> list:
-    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
-    path.write_text(RECIPE)
-    return ["--config", path, "--train", images, "--test", images, "--ignore_label", 4]
+def arguments(recipe, images) -> list:
+    return ["--config", recipe, "--train", images, "--test", images, "--ignore_label", 4]
 
 
 @pytest.fixture(scope="module")

@@ -30,13 +30,6 @@ num_workers: 0
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
-    path.write_text(RECIPE)
-    return path
-
-
-@pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """A model whose masks are neither empty nor all of the image, at twice the student's size."""
     folder, size = tmp_path_factory.mktemp("teacher"), 2 * tiny.SIZE

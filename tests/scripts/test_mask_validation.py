@@ -26,11 +26,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")
-def given(coco, tiny_model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
-    path.write_text(RECIPE)
+def given(recipe, coco, tiny_model):
     masks = coco / "masks.json"
-    return ["--config", path, "--train", masks, masks, "--model", tiny_model]
+    return ["--config", recipe, "--train", masks, masks, "--model", tiny_model]
 
 
 @pytest.fixture(scope="module")

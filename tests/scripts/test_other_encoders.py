@@ -39,10 +39,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")
-def arguments(coco, tmp_path_factory) -> list:
-    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
-    path.write_text(RECIPE)
-    return ["--config", path, "--train", coco / "masks.json"]
+def arguments(recipe, coco) -> list:
+    return ["--config", recipe, "--train", coco / "masks.json"]
 
 
 @pytest.fixture(scope="module")

@@ -82,11 +82,7 @@ def teacher(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    for i in range(IMAGES):
-        coarse = np.random.default_rng(i).integers(0, 256, (4, 5, 3), np.uint8)
-        Image.fromarray(coarse).resize((70 + i, 60), Image.Resampling.BICUBIC).save(folder / f"{i:02}.png")
-    return folder
+    return tiny.save_images(tmp_path_factory.mktemp("images"), IMAGES, 70, 60)
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +94,6 @@ def shards(images, tmp_path_factory) -> str:
             for i in range(4 * shard, 4 * shard + 4):
                 tar.add(images / f"{i:02}.png", f"{i:02}.png")
     return f"{folder}/{{0..3}}.tar"
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
-    path.write_text(RECIPE)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -65,10 +65,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def arguments(folder, tiny_model, tmp_path_factory) -> list:
-    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
-    path.write_text(RECIPE)
-    return ["--config", path, "--model", tiny_model, "--train", folder, "--val", folder]
+def arguments(recipe, folder, tiny_model) -> list:
+    return ["--config", recipe, "--model", tiny_model, "--train", folder, "--val", folder]
 
 
 @pytest.fixture(scope="module")

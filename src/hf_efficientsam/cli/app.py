@@ -23,7 +23,7 @@ PACKAGE = Path(__file__).parents[1]
 UsageError = typer.BadParameter.__base__  # in typer or in click, as typer's version has it
 
 COMMANDS = {  # name: its module, and its line in the list that --help prints
-    "segment": ("segment", "Cut out the objects that points and boxes show."),
+    "segment": ("segment", "Cut out objects that you mark with points and boxes."),
     "salient": ("find", "Cut out what stands out, without a prompt."),
     "text": ("find", "Cut out objects by their names, with a detector of your choice."),
     "everything": ("everything", "Find all objects: images become a COCO dataset."),
@@ -34,8 +34,8 @@ COMMANDS = {  # name: its module, and its line in the list that --help prints
     "export-onnx": ("checkpoints", "Export a checkpoint to ONNX."),
     "export-browser": ("checkpoints", "Make a web page that runs a checkpoint in the browser."),
     "publish": ("publish", "Make a checkpoint a repository of the Hugging Face Hub."),
-    "demo": ("demo", "Serve a web page where objects are cut out with the mouse."),
-    "serve": ("serve", "Serve an HTTP API: encode an image once, ask often."),
+    "demo": ("demo", "Serve a web page on which objects are cut out with the mouse."),
+    "serve": ("serve", "Serve an HTTP API: send an image once, segment it many times."),
 }
 
 

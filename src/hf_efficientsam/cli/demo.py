@@ -35,9 +35,9 @@ def demo_command(
     ] = MAX_PIXELS,
 ) -> None:
     """
-    Serve a web page where objects are cut out with the mouse, until Ctrl+C.
+    Serve a web page on which objects are cut out with the mouse, until Ctrl+C.
 
-    The page uses no network beside its own. Images stay in this computer's memory, each visitor's apart from all
+    The page needs no other network connection. Images stay in this computer's memory, each visitor's apart from all
     others', and are forgotten after an hour.
     """
     try:

@@ -66,14 +66,16 @@ StabilityOption = Annotated[
 BoxNmsOption = Annotated[
     float | None,
     typer.Option(
-        help="Of masks whose boxes overlap by a larger IoU keep the best only. By default 0.7; --adaptive: 0.9."
+        help="Of masks whose boxes overlap with more than this IoU, keep only the best. "
+        "By default 0.7; with --adaptive 0.9."
     ),
 ]
 AdaptiveOption = Annotated[
     bool,
     typer.Option(
         "--adaptive/--exact",
-        help="Ask about a third of the points at most, none where a good mask is found already; or about all.",
+        help="Prompt with at most a third of the points, and with none inside a good mask that is already found; "
+        "or with all points.",
     ),
 ]
 CropLayersOption = Annotated[
@@ -111,14 +113,14 @@ def everything_command(
     of its mask, counted from 1 in the order of the image's annotations: where masks overlap, of the smallest, and 0
     where there is none. OUTPUT/overlays/NAME.jpg shows the masks. Pixels are those of the upright image.
 
-    With --format there is the folder OUTPUT/FORMAT, too, as `segment` writes it.
+    With --format there is also the folder OUTPUT/FORMAT, as `segment` writes it.
 
-    NAME is the image's without its ending, or with it where two images differ by that alone.
+    NAME is the image's name without its ending, or with it where two images differ only in the ending.
 
-    Run again, it does only what is missing, as OUTPUT/records tells: images that are new or whose content is another,
-    or all if the model, an option or this package's version is another. instances.json keeps the images of earlier
-    calls with the same output, but for those that are gone from the folder. Images that cannot be read, and those
-    whose results cannot be written, are listed at the end, with exit code 2, when all others are done.
+    Run again, it does only what is missing (OUTPUT/records keeps what is done): images that are new or have changed,
+    or all images if the model, an option or the version of this package has changed. instances.json keeps the images
+    of earlier calls with the same output, except those that are gone from the folder. Images that cannot be read, and
+    those whose results cannot be written, are listed at the end, with exit code 2, when all others are done.
     """
     jobs = plan_everything_jobs(image, output, overlay)
     if not image.is_dir():

@@ -54,9 +54,12 @@ def salient_command(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the code that the saliency model brings along.")
     ] = False,
-    threshold: Annotated[float, typer.Option(help="What is salient: at least 0 (all), below 1.")] = 0.5,
+    threshold: Annotated[
+        float, typer.Option(help="Saliency from which a pixel belongs to an object: at least 0 (all do), below 1.")
+    ] = 0.5,
     min_area: Annotated[
-        float, typer.Option(help="Leave out objects of less than this share of the largest one's area, 0 to 1.")
+        float,
+        typer.Option(help="Leave out objects whose area is less than this fraction of the largest one's, 0 to 1."),
     ] = 0.05,
     formats: FormatOption = [],  # noqa: B006
     model: ModelOption = None,
@@ -68,10 +71,10 @@ def salient_command(
     """
     Cut out what stands out in an image, object by object, without a prompt.
 
-    A saliency map says how much each pixel stands out; what hangs together in it is an object, and the box around it
-    asks for the mask. For each object, largest first, it prints the mean saliency in the mask (0 to 1), the mask's
-    area, and the tight box around it, as `segment` does. Masks are written as `segment` writes them: mask.png for one
-    object, and mask_1.png, mask_2.png, ... for several.
+    A saliency map says how much each pixel stands out. Each connected region of it is an object, and the box around
+    the region is the prompt for the object's mask. For each object, largest first, it prints the mean saliency in the
+    mask (0 to 1), the mask's area, and the tight box around it, as `segment` does. Masks are written as `segment`
+    writes them: mask.png for one object, and mask_1.png, mask_2.png, ... for several.
 
     With --format, OUTPUT is a folder for the results of this and other calls, and OUTPUT/FORMAT a dataset of them, as
     `segment` writes it.
@@ -92,7 +95,8 @@ def text_command(
     output: MaskOption = None,
     overlay: OverlayOption = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Leave out boxes of lower scores, 0 to 1; by default the detector's own.")
+        float | None,
+        typer.Option(help="Leave out boxes of lower scores, 0 to 1; by default the detector's own threshold."),
     ] = None,
     formats: FormatOption = [],  # noqa: B006
     model: ModelOption = None,
@@ -104,7 +108,7 @@ def text_command(
     """
     Cut out objects by their names, with a detector of your choice; none comes with the package.
 
-    The detector finds boxes, and those are what is segmented. For each object, best first, it prints its name, the
+    The detector finds boxes, which are the prompts for the masks. For each object, best first, it prints its name, the
     detector's score (0 to 1), the mask's area, and the tight box around it, as `segment` does. Masks are written as
     `segment` writes them: mask.png for one object, and mask_1.png, mask_2.png, ... for several.
 

@@ -47,28 +47,29 @@ class Dtype(StrEnum):
 Format = StrEnum("Format", [(name, name) for name in WRITERS])
 
 
-ImageArgument = Annotated[Path, typer.Argument(parser=local_path, help="An image.")]
+ImageArgument = Annotated[Path, typer.Argument(parser=local_path, metavar="IMAGE", help="An image.")]
 MaskOption = Annotated[
     Path | None, typer.Option(help="PNG file for the mask; with --format, a folder for the results.")
 ]
-OverlayOption = Annotated[Path | None, typer.Option(help="Image file for a picture with the masks drawn in.")]
+OverlayOption = Annotated[Path | None, typer.Option(help="Image file to write, with the masks drawn over the image.")]
 ModelOption = Annotated[
     str | None, typer.Option(metavar="DIR_OR_HUB_ID", help="Checkpoint to use instead of the bundled one.")
 ]
 DeviceOption = Annotated[Device, typer.Option(help="Where the model runs; auto takes cuda, else mps, else cpu.")]
 DtypeOption = Annotated[
-    Dtype, typer.Option(help="Precision of the model; auto is the checkpoint's own, but not half of it on a CPU.")
+    Dtype, typer.Option(help="Precision of the model; auto: as the weights are stored, but float32 on a CPU.")
 ]
 FormatOption = Annotated[
     list[Format],
     typer.Option(
         "--format",
-        help="Also write OUTPUT/FORMAT, a dataset of all images whose results are in OUTPUT. May be repeated.",
+        help="Also write OUTPUT/FORMAT, a dataset of all images whose results are in OUTPUT. "
+        "May be given several times.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
 MaxPixelsOption = Annotated[int, typer.Option(min=1, help="Refuse images of more pixels than this.")]
-HostOption = Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this computer.")]
+HostOption = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all addresses of this computer.")]
 
 
 def new_commands() -> typer.Typer:

@@ -1,4 +1,4 @@
-"""`efficientsam segment`: masks of the objects that points and boxes show, for an image or a folder of images."""
+"""`efficientsam segment`: masks of objects that are marked with points and boxes, in an image or a folder."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,10 @@ commands = new_commands()
 
 # Options of this command alone; the others are in options.py.
 InputArgument = Annotated[
-    Path, typer.Argument(parser=local_path, help="An image, or a folder of images (with --prompts).")
+    Path,
+    typer.Argument(
+        parser=local_path, metavar="IMAGE_OR_DIR", help="An image, or a folder of images (with --prompts)."
+    ),
 ]
 PointOption = Annotated[
     list[str], typer.Option(metavar="X,Y", help="A point on the object. May be given several times.")
@@ -56,7 +59,9 @@ BackgroundOption = Annotated[
 ]
 BoxOption = Annotated[
     list[str],
-    typer.Option(metavar="X1,Y1,X2,Y2", help="A box around an object: left, top, right, bottom. May be repeated."),
+    typer.Option(
+        metavar="X1,Y1,X2,Y2", help="A box around an object: left, top, right, bottom. May be given several times."
+    ),
 ]
 SeparatePointsOption = Annotated[bool, typer.Option("--separate-points", help="Each point is an object of its own.")]
 OutputOption = Annotated[
@@ -65,7 +70,9 @@ OutputOption = Annotated[
 ]
 OverlaysOption = Annotated[
     Path | None,
-    typer.Option(help="Image file for a picture with the masks drawn in; for a folder of images, another folder."),
+    typer.Option(
+        help="Image file to write, with the masks drawn over the image; for a folder of images, another folder."
+    ),
 ]
 AllMasksOption = Annotated[
     bool, typer.Option("--all-masks", help="Give every candidate of each object, best first, not only the best.")
@@ -102,7 +109,7 @@ def segment_command(
     only_listed: OnlyListedOption = False,
 ) -> None:
     """
-    Cut out objects that points and boxes show.
+    Cut out objects that you mark with points and boxes.
 
     Coordinates are pixels of the upright image, x to the right and y down from the top left corner. All points of a
     call belong to one object, and a box, if there is one, is around it. Several boxes are several objects: a point
@@ -119,9 +126,9 @@ def segment_command(
     A folder is segmented as its prompts file says, a JSON object a line: {"image": "a.jpg", "points": [[580, 350],
     [10, 10]], "labels": [1, 0], "boxes": []}, where label 0 means background. OUTPUT/a.png is the mask and
     OUTPUT/a.json says what was found; where two images would share a file (a.jpg and a.png), it is a.jpg.png and
-    a.jpg.json. Run again, it does only what is missing, or what another image, prompt, model, option or version of
-    this package was the source of. Images that cannot be read, and those whose masks cannot be written, are listed
-    at the end, with exit code 2, when all others are done.
+    a.jpg.json. Run again, it does only what is missing or was made from another image, prompt, model, option or
+    version of this package. Images that cannot be read, and those whose masks cannot be written, are listed at the
+    end, with exit code 2, when all others are done.
 
     With --format the results of one image go into a folder as well, as OUTPUT/NAME.png and NAME.json, and stay there
     with those of other calls. OUTPUT/FORMAT is a dataset of all of them with the best mask of each object: for coco
@@ -130,7 +137,7 @@ def segment_command(
     interface, where the images are served by a local storage that is their folder. Polygons are up to a pixel from
     the masks.
 
-    With --json each mask has its COCO RLE, too.
+    With --json each mask is printed with its COCO RLE, too.
     """
     if not image.exists():
         raise ValueError(f"{image}: no such file.")

@@ -23,10 +23,10 @@ def serve_command(
     max_megabytes: Annotated[int, typer.Option(min=1, help="Keep at most this much of encoded images.")] = 1024,
 ) -> None:
     """
-    Serve an HTTP API until Ctrl+C: an image is sent and encoded once, then asked about often.
+    Serve an HTTP API until Ctrl+C: an image is sent and encoded once, and can then be segmented many times.
 
     /openapi.json describes it; /docs shows that as a page, whose scripts the browser loads from a network. Images stay
-    in this computer's memory. There is no password: whoever reaches the port may ask.
+    in this computer's memory. There is no password: whoever reaches the port can use it.
     """
     try:
         from hf_efficientsam.serve.api import serve  # takes seconds to import, with torch
