@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from hf_efficientsam.training.data.feature_cache import ViewParts, open_manifest, part_path, write_index, write_part
 from hf_efficientsam.training.data.images import ImageSourceConfig, ImageViews, StreamedViews, open_images
-from hf_efficientsam.training.engine.config import parse_config
+from hf_efficientsam.training.engine.config import PositiveInt, check_ranges, parse_config
 from hf_efficientsam.training.engine.run import run_script
 from hf_efficientsam.training.sami.teachers import Teacher, load_teacher
 
@@ -36,18 +36,16 @@ class CacheFeaturesConfig(ImageSourceConfig):
     teacher_size: int | None = field(default=None, metadata={"help": "its input side; else its processor's"})
     size: int = field(default=224, metadata={"help": "side of the student's crop in pixels"})
     crop_scale: float = field(default=0.2, metadata={"help": "smallest part of an image's area that a crop keeps"})
-    views: int = field(default=1, metadata={"help": "crops of each image"})
+    views: PositiveInt = field(default=1, metadata={"help": "crops of each image"})
     view_seed: int = field(default=0, metadata={"help": "of the crops"})
     # How it is done.
-    batch_size: int = field(default=32, metadata={"help": "images at a time and process"})
+    batch_size: PositiveInt = field(default=32, metadata={"help": "images at a time and process"})
     num_workers: int = field(default=2, metadata={"help": "processes that read images, each a part of its own"})
-    part_size: int = field(default=512, metadata={"help": "images in a file; of shards, each makes one"})
+    part_size: PositiveInt = field(default=512, metadata={"help": "images in a file; of shards, each makes one"})
     output_dir: str = field(default="runs/features", metadata={"help": "folder of the cache"})
 
 
 def build_views(config: CacheFeaturesConfig, teacher: Teacher) -> ImageViews | StreamedViews:
-    if min(config.views, config.batch_size, config.part_size) < 1:
-        raise ValueError("--views, --batch_size and --part_size must be at least 1.")
     source = open_images(config.images, config.dataset, config.split, config.image_column, config.shards)
     return (StreamedViews if config.shards else ImageViews)(
         source,
@@ -111,6 +109,7 @@ def cache_features(config: CacheFeaturesConfig, accelerator: Accelerator) -> Non
 
 def main(arguments: list[str] | None = None) -> None:
     config = parse_config(CacheFeaturesConfig, __doc__, arguments)
+    check_ranges(config)
     # Processes that are done wait for the others, for longer than the usual limit.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
     cache_features(config, accelerator)

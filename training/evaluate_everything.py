@@ -20,7 +20,7 @@ from hf_efficientsam.inference.image_files import describe_error
 from hf_efficientsam.inference.loading import checkpoint_fingerprint, load_model
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.training.data.coco import AnnotationConfig, CocoMasks
-from hf_efficientsam.training.engine.config import parse_config
+from hf_efficientsam.training.engine.config import PositiveInt, check_ranges, parse_config
 from hf_efficientsam.training.engine.reports import end_without, replace_text, write_report
 from hf_efficientsam.training.engine.run import check_device, run_script
 from hf_efficientsam.training.masks.coco_ar import NAMES, PROTOCOL, average_recall
@@ -31,7 +31,7 @@ class EvaluateEverythingConfig(AnnotationConfig):
     model: str = field(default="bundled", metadata={"help": "path or Hub name of an EfficientSAM, or: bundled"})
     annotations: str | None = field(default=None, metadata={"help": "COCO-style json file with the true masks"})
     images: str | None = field(default=None, metadata={"help": "folder of its images; by default beside it"})
-    limit: int | None = field(default=None, metadata={"help": "only the first so many images that have masks"})
+    limit: PositiveInt | None = field(default=None, metadata={"help": "only the first so many images that have masks"})
     points_per_side: list[int] = field(default_factory=lambda: [32], metadata={"help": "one or several"})
     pred_iou_thresh: float = field(default=0.0, metadata={"help": "least predicted IoU, exclusive; 0 keeps all"})
     stability_score_thresh: float = field(default=0.0, metadata={"help": "least stability, likewise"})
@@ -48,11 +48,10 @@ class EvaluateEverythingConfig(AnnotationConfig):
 
 
 def check(config: EvaluateEverythingConfig) -> None:
+    check_ranges(config)
     check_device(config.device)
     if config.annotations is None:
         raise ValueError("Give --annotations a COCO-style json file.")
-    if config.limit is not None and config.limit < 1:
-        raise ValueError(f"--limit {config.limit} must be at least 1.")
     if not config.points_per_side or len(set(config.points_per_side)) < len(config.points_per_side):
         raise ValueError("Give --points_per_side at least one number, and none twice.")
 

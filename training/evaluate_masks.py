@@ -38,7 +38,7 @@ from hf_efficientsam.inference.loading import checkpoint_fingerprint
 from hf_efficientsam.training.data.coco import AnnotationConfig, decode_rles, with_folders
 from hf_efficientsam.training.data.folder_masks import open_annotations
 from hf_efficientsam.training.data.sa1b import Sa1bShards
-from hf_efficientsam.training.engine.config import parse_config
+from hf_efficientsam.training.engine.config import NotNegativeInt, PositiveInt, check_ranges, parse_config
 from hf_efficientsam.training.engine.reports import end_without, replace_text, write_report
 from hf_efficientsam.training.engine.run import check_device, run_script
 from hf_efficientsam.training.masks.coco_ap import CANDIDATES, Detections, RleEncoder, segment_detections
@@ -82,7 +82,7 @@ class EvaluateMasksConfig(AnnotationConfig):
         metadata={"help": "folder of their images, or one for each; by default `images` beside each"},
     )
     shards: list[str] = field(default_factory=list, metadata={"help": "SA-1B tars instead, {000..099} for a range"})
-    limit: int | None = field(default=None, metadata={"help": "only the first so many images of each file"})
+    limit: PositiveInt | None = field(default=None, metadata={"help": "only the first so many images of each file"})
     prompts: list[str] = field(
         default_factory=lambda: ["box", "click1", "click3", "click5"],
         metadata={"help": "box, and clickK for K clicks"},
@@ -91,7 +91,7 @@ class EvaluateMasksConfig(AnnotationConfig):
         default="random",
         metadata={"help": "random (the paper's) or error (on what is wrong)", "choices": list(PROTOCOLS)},
     )
-    seed: int = field(default=0, metadata={"help": "of random clicks"})
+    seed: NotNegativeInt = field(default=0, metadata={"help": "of random clicks"})
     count_clicks: bool = field(
         default=False,
         metadata={"help": "also NoC@85 and NoC@90: how many clicks on errors bring so much IoU, at most 20"},
@@ -107,13 +107,18 @@ class EvaluateMasksConfig(AnnotationConfig):
     )
     write_masks: str | None = field(default=None, metadata={"help": "json file for the detections' masks, as COCO's"})
     # How it is done.
-    batch_size: int = field(default=8, metadata={"help": "images that are encoded together"})
-    prompts_at_once: int = field(default=64, metadata={"help": "masks of an image that are asked for together"})
-    num_workers: int = field(default=2, metadata={"help": "processes that read images (and encode detections' masks)"})
+    batch_size: PositiveInt = field(default=8, metadata={"help": "images that are encoded together"})
+    prompts_at_once: PositiveInt = field(
+        default=64, metadata={"help": "masks of an image that are asked for together"}
+    )
+    num_workers: NotNegativeInt = field(
+        default=2, metadata={"help": "processes that read images (and encode detections' masks)"}
+    )
     device: str | None = field(default=None, metadata={"help": "by default a GPU if there is one"})
 
 
 def check(config: EvaluateMasksConfig) -> None:
+    check_ranges(config)
     check_device(config.device)
     if bool(config.annotations) == bool(config.shards):
         raise ValueError("Give --annotations a COCO-style json file or a folder, or --shards tar files of SA-1B.")
@@ -123,11 +128,6 @@ def check(config: EvaluateMasksConfig) -> None:
         raise ValueError("Give --prompts at least one of box, click1, click3, ...")
     for prompt in config.prompts:
         num_clicks(prompt)
-    for name in ("limit", "batch_size", "prompts_at_once"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise ValueError(f"--{name} {getattr(config, name)} must be at least 1.")
-    if config.num_workers < 0 or config.seed < 0:
-        raise ValueError("--num_workers and --seed must not be negative.")
     if config.detections is not None and len(config.annotations) != 1:
         raise ValueError("--detections belong to one json file; give --annotations that one.")
     if config.detections is not None and config.cases is not None:

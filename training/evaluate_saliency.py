@@ -27,7 +27,7 @@ from hf_efficientsam.inference.loading import checkpoint_fingerprint, load_model
 from hf_efficientsam.inference.prompters import SalientPrompter
 from hf_efficientsam.training.data.coco import AnnotationConfig, decode_rles
 from hf_efficientsam.training.data.folder_masks import UnitedMasks, open_annotations
-from hf_efficientsam.training.engine.config import parse_config
+from hf_efficientsam.training.engine.config import PositiveInt, check_ranges, parse_config
 from hf_efficientsam.training.engine.reports import end_without, write_report
 from hf_efficientsam.training.engine.run import check_device, run_script
 from hf_efficientsam.training.saliency.evaluation import mean_scores, score_map
@@ -39,7 +39,7 @@ PRIOR_SIDE = 128  # pixels of the mean mask, high and wide
 class EvaluateSaliencyConfig(AnnotationConfig):
     model: str = field(default="bundled", metadata={"help": "path or Hub name of an EfficientSAM, or: bundled"})
     data: str | None = field(default=None, metadata={"help": "folder with images/ and masks/, or a COCO-style json"})
-    limit: int | None = field(default=None, metadata={"help": "only the first so many images"})
+    limit: PositiveInt | None = field(default=None, metadata={"help": "only the first so many images"})
     saliency: list[str] = field(default_factory=lambda: ["own"], metadata={"help": "sources, see above"})
     prior: str | None = field(default=None, metadata={"help": "such a folder or json, for the source of that name"})
     threshold: float = field(default=0.5, metadata={"help": "objects are cut out of the map at this value"})
@@ -49,11 +49,10 @@ class EvaluateSaliencyConfig(AnnotationConfig):
 
 
 def check(config: EvaluateSaliencyConfig) -> None:
+    check_ranges(config)
     check_device(config.device)
     if config.data is None:
         raise ValueError("Give --data a folder with images/ and masks/, or a COCO-style json file.")
-    if config.limit is not None and config.limit < 1:
-        raise ValueError(f"--limit {config.limit} must be at least 1.")
     if not config.saliency or len(set(config.saliency)) < len(config.saliency):
         raise ValueError("Give --saliency at least one source, and none twice.")
     if ("prior" in config.saliency) != (config.prior is not None):

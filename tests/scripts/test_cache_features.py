@@ -164,8 +164,8 @@ def test_it_refuses_to_mix_caches(images, cached, teacher, tmp_path):
         (["--images", "IMAGES", "--teacher", "no/such/teacher"], "is neither a directory with a model"),
         (["--images", "IMAGES", "--teacher_size", 60], "multiple of its patch of 14"),
         (["--images", "IMAGES", "--size", 100], "must be a multiple of"),
-        (["--images", "IMAGES", "--views", 0], "must be at least 1"),
-        (["--images", "IMAGES", "--part_size", 0], "must be at least 1"),
+        (["--images", "IMAGES", "--views", 0], "it must be more than 0"),
+        (["--images", "IMAGES", "--part_size", 0], "it must be more than 0"),
         (["--images", "IMAGES", "--output_dir", "/dev/null/cache"], "Not a directory"),
     ],
 )

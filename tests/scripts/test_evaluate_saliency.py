@@ -145,7 +145,7 @@ def test_a_broken_image_is_left_out_named_and_counted(folder, model, tmp_path):
     ("options", "sentence"),
     [
         ([], "Give --data a folder with images/ and masks/, or a COCO-style json file."),
-        (["--data", "FOLDER", "--limit", 0], "--limit 0 must be at least 1."),
+        (["--data", "FOLDER", "--limit", 0], "--limit is 0; it must be more than 0."),
         (["--data", "FOLDER", "--saliency", "own", "own"], "Give --saliency at least one source, and none twice."),
         (["--data", "FOLDER", "--saliency", "prior"], "the mean of the masks of --prior; give both or neither."),
         (["--data", "FOLDER", "--prior", "FOLDER"], "the mean of the masks of --prior; give both or neither."),
