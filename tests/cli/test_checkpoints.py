@@ -161,14 +161,26 @@ def test_a_full_disk_is_said_of_the_directory_that_convert_was_to_write(shared, 
         ["everything", "ADDRESS", "--output", "out"],
         ["convert", "ADDRESS", "out"],
         ["publish", "ADDRESS", "org/name"],
+        ["segment", "a.png", "--point", POINT, "--output", "ADDRESS"],
+        ["segment", "a.png", "--point", POINT, "--overlay", "ADDRESS"],
+        ["segment", "a", "--prompts", "ADDRESS", "--output", "out"],
+        ["salient", "a.png", "--output", "ADDRESS"],
+        ["text", "a.png", "a dog", "--detector", "a", "--overlay", "ADDRESS"],
+        ["everything", "a.png", "--output", "ADDRESS"],
+        ["convert", "a.pt", "ADDRESS"],
+        ["export-onnx", "a", "ADDRESS"],
+        ["export-onnx", "a", "b", "--images", "ADDRESS"],
+        ["export-browser", "a", "ADDRESS"],
+        ["publish", "a", "org/name", "--output", "ADDRESS"],
     ],
-    ids=lambda arguments: arguments[0],
+    ids=lambda arguments: f"{arguments[0]} {arguments[arguments.index('ADDRESS') - 1]}",
 )
 def test_an_address_is_refused_and_printed_as_it_was_given(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     address = "https://example.org/some//photo.jpg"
     result = run(*(address if argument == "ADDRESS" else argument for argument in arguments))
-    assert_refused(result, f"{address}: an address is not read; download the file")
+    assert_refused(result, f"{address}: an address is neither read nor written; download it")
+    assert not list(tmp_path.iterdir())
 
 
 def test_convert_refuses_wrong_files_and_options(shared, tmp_path):

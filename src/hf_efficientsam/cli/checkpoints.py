@@ -16,7 +16,7 @@ from hf_efficientsam.model.configuration_vision_efficientsam import EfficientSam
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
 
-from .options import check_output_directory, local_path, new_commands
+from .options import LOCAL, check_output_directory, local_path, new_commands
 
 commands = new_commands()
 
@@ -73,7 +73,7 @@ def convert_command(
     checkpoint: Annotated[
         Path, typer.Argument(parser=local_path, help="Official file, such as efficient_sam_vitt.pt.")
     ],
-    output: Annotated[Path, typer.Argument(help="Directory to write model and processor to.")],
+    output: Annotated[Path, typer.Argument(parser=local_path, help="Directory to write model and processor to.")],
     image_size: Annotated[int, typer.Option(min=16, help="Input side in pixels.")] = 1024,
     num_attention_heads: Annotated[
         int | None, typer.Option(min=1, help="Heads of the encoder; by default its width / 64.")
@@ -114,7 +114,7 @@ class Layout(StrEnum):
 @commands.command("export-onnx", no_args_is_help=True)
 def export_command(
     model: Annotated[str, typer.Argument(metavar="DIR_OR_HUB_ID", help="Checkpoint to export.")],
-    output: Annotated[Path, typer.Argument(help="Directory to write an encoder and a decoder to.")],
+    output: Annotated[Path, typer.Argument(parser=local_path, help="Directory to write an encoder and a decoder to.")],
     layout: Annotated[
         Layout, typer.Option(help="Tools that call the files: this package, osam, AnyLabeling or transformers.js.")
     ] = Layout.native,
@@ -122,7 +122,7 @@ def export_command(
         list[Variant], typer.Option("--variant", help="Write a smaller variant, too. May be given several times.")
     ] = [],  # noqa: B006
     images: Annotated[
-        Path | None, typer.Option(parser=local_path, help="Folder of images on which variants are measured.")
+        Path | None, typer.Option(**LOCAL, help="Folder of images on which variants are measured.")
     ] = None,
     allow_loss: Annotated[
         bool, typer.Option("--allow-loss", help="Write variants that lose more than 0.5 % of mask IoU, too.")
@@ -173,7 +173,7 @@ def describe_export(report: dict) -> str:
 @commands.command("export-browser", no_args_is_help=True)
 def export_browser_command(
     model: Annotated[str, typer.Argument(metavar="DIR_OR_HUB_ID", help="Checkpoint to export.")],
-    output: Annotated[Path, typer.Argument(help="Directory to write the page to.")],
+    output: Annotated[Path, typer.Argument(parser=local_path, help="Directory to write the page to.")],
 ) -> None:
     """
     Make a web page that runs a checkpoint in the visitor's browser, for any static host.

@@ -20,6 +20,7 @@ from hf_efficientsam.inference.loading import load_model
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 
 from .options import (
+    LOCAL,
     MAX_PIXELS,
     Device,
     DeviceOption,
@@ -48,7 +49,7 @@ BY_DEFAULT = "By default what the checkpoint's config says, else segment-anythin
 ImagesArgument = Annotated[
     Path, typer.Argument(parser=local_path, metavar="IMAGE_OR_DIR", help="An image, or a folder of images.")
 ]
-ResultsOption = Annotated[Path, typer.Option(help="Folder for the results.")]
+ResultsOption = Annotated[Path, typer.Option(**LOCAL, help="Folder for the results.")]
 PointsPerSideOption = Annotated[
     int, typer.Option(help="Points along each side of the grid that is laid over the image.")
 ]

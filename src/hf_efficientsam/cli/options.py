@@ -1,7 +1,5 @@
 """Options that several commands have, declared once, and what is checked for them."""
 
-import errno
-import re
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -10,24 +8,13 @@ from typing import Annotated
 import typer
 
 from hf_efficientsam.inference.folder_runs import check_results_folder
+from hf_efficientsam.inference.image_files import local_path
 from hf_efficientsam.inference.record_datasets import WRITERS
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
 
-
-def local_path(text: str) -> Path:
-    """
-    An argument that names a file to read.
-
-    Raises:
-        FileNotFoundError: for an address such as https://..., of which a path would lose a slash.
-    """
-    if re.match(r"[a-z]+://", text, re.IGNORECASE):
-        raise FileNotFoundError(errno.ENOENT, "an address is not read; download the file and give its name", text)
-    return Path(text)
-
-
 MAX_PIXELS = EfficientSamImageProcessor.max_image_pixels
 OVERLAY_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+LOCAL = {"parser": local_path, "metavar": "PATH"}  # of each option that is a path
 
 
 class Device(StrEnum):
@@ -49,9 +36,11 @@ Format = StrEnum("Format", [(name, name) for name in WRITERS])
 
 ImageArgument = Annotated[Path, typer.Argument(parser=local_path, metavar="IMAGE", help="An image.")]
 MaskOption = Annotated[
-    Path | None, typer.Option(help="PNG file for the mask; with --format, a folder for the results.")
+    Path | None, typer.Option(**LOCAL, help="PNG file for the mask; with --format, a folder for the results.")
 ]
-OverlayOption = Annotated[Path | None, typer.Option(help="Image file to write, with the masks drawn over the image.")]
+OverlayOption = Annotated[
+    Path | None, typer.Option(**LOCAL, help="Image file to write, with the masks drawn over the image.")
+]
 ModelOption = Annotated[
     str | None, typer.Option(metavar="DIR_OR_HUB_ID", help="Checkpoint to use instead of the bundled one.")
 ]

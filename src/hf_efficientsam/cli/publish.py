@@ -16,7 +16,7 @@ from hf_efficientsam.export.publish import (
 )
 from hf_efficientsam.inference.loading import resolve_name
 
-from .options import local_path, new_commands
+from .options import LOCAL, local_path, new_commands
 
 commands = new_commands()
 
@@ -41,7 +41,8 @@ def publish_command(
         str | None, typer.Option(help="Dataset of the Hub whose masks metrics.json was measured on.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="New folder to keep what would be uploaded, as OUTPUT/model and OUTPUT/space.")
+        Path | None,
+        typer.Option(**LOCAL, help="New folder to keep what would be uploaded, as OUTPUT/model and OUTPUT/space."),
     ] = None,
 ) -> None:
     """

@@ -25,6 +25,7 @@ from hf_efficientsam.inference.segment_files import (
 )
 
 from .options import (
+    LOCAL,
     MAX_PIXELS,
     Device,
     DeviceOption,
@@ -66,12 +67,15 @@ BoxOption = Annotated[
 SeparatePointsOption = Annotated[bool, typer.Option("--separate-points", help="Each point is an object of its own.")]
 OutputOption = Annotated[
     Path | None,
-    typer.Option(help="PNG file for the mask; for a folder of images or with --format, a folder for the results."),
+    typer.Option(
+        **LOCAL, help="PNG file for the mask; for a folder of images or with --format, a folder for the results."
+    ),
 ]
 OverlaysOption = Annotated[
     Path | None,
     typer.Option(
-        help="Image file to write, with the masks drawn over the image; for a folder of images, another folder."
+        **LOCAL,
+        help="Image file to write, with the masks drawn over the image; for a folder of images, another folder.",
     ),
 ]
 AllMasksOption = Annotated[
@@ -80,7 +84,7 @@ AllMasksOption = Annotated[
 PromptsOption = Annotated[
     Path | None,
     typer.Option(
-        parser=local_path,
+        **LOCAL,
         help='For a folder: a file of lines {"image": NAME, "points": ..., "labels": ..., "boxes": ...}.',
     ),
 ]

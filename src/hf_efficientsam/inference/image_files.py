@@ -27,6 +27,18 @@ from hf_efficientsam.model.image_reading_efficientsam import (
 )
 
 
+def local_path(name: str | Path) -> Path:
+    """
+    The path of a file or folder that a user names.
+
+    Raises:
+        FileNotFoundError: for an address such as https://..., of which a path would lose a slash.
+    """
+    if re.match(r"[a-z][a-z0-9+.-]*://", str(name), re.IGNORECASE):
+        raise FileNotFoundError(f"{name}: an address is neither read nor written; download it, and name what is here.")
+    return Path(name)
+
+
 def describe_error(error: Exception) -> str:
     """An error in one line; one of the operating system as the file's name and what is wrong with it."""
     if isinstance(error, OSError) and error.filename is not None:
@@ -179,6 +191,7 @@ __all__ = [
     "errors_about",
     "find_files",
     "find_images",
+    "local_path",
     "pil_limit_lifted",
     "read_image",
     "upright_size",

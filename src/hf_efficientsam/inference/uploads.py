@@ -15,7 +15,7 @@ MAX_OBJECTS = 64  # of one request: each has a mask of the image's size
 MAX_POINTS = 1024  # of one request: attention in the decoder grows with their square
 MAX_POINTS_PER_SIDE = 32  # of segment everything
 # PIL reads more, but some (EPS) through other programs, which is not safe for uploads.
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
 
 
 def read_upload(source: Path | bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -8,6 +8,7 @@ from pycocotools import mask as rle_codec
 
 from hf_efficientsam.model.image_reading_efficientsam import image_to_array
 from hf_efficientsam.training.data.coco import AnnotationConfig, CocoMasks, decode_rles
+from hf_efficientsam.training.data.images import FolderImages
 
 
 def write(folder, annotations, size=(8, 6), content=None):
@@ -192,6 +193,15 @@ def test_names_may_turn_round_within_the_folder_of_images(tmp_path):
     (tmp_path / "images" / "b").mkdir()
     path.write_text(path.read_text().replace("a.png", "b/../a.png"))
     assert CocoMasks(path)[0].image.size == (8, 6)
+
+
+def test_an_address_is_refused_as_it_was_given(tmp_path):
+    address = "https://example.org/some//instances.json"
+    for open_it in (lambda: CocoMasks(address), lambda: CocoMasks(write(tmp_path, []), address)):
+        with pytest.raises(FileNotFoundError, match=f"{address}: an address is neither read"):
+            open_it()
+    with pytest.raises(FileNotFoundError, match=f"{address}: an address is neither read"):
+        FolderImages([address])
 
 
 def test_a_broken_json_is_named(tmp_path):

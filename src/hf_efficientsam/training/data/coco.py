@@ -11,6 +11,8 @@ from PIL import Image
 from pycocotools import mask as rle_codec
 from torch.utils.data import Dataset
 
+from hf_efficientsam.inference.image_files import local_path
+
 from .annotation_folders import is_annotation_folder, read_folder
 from .coco_json import CROWDS, file_names, find_folder, mark_crowds, read_json
 from .reading import (
@@ -143,12 +145,12 @@ class CocoMasks(Dataset):
             raise ValueError(f"--mask_frame {mask_frame} is not known; choose {', '.join(FRAMES)}.")
         if crowds not in CROWDS:
             raise ValueError(f"--crowds {crowds} is not known; choose {', '.join(CROWDS)}.")
-        self.annotations = Path(annotations)
+        self.annotations, images = local_path(annotations), None if images is None else local_path(images)
         if is_annotation_folder(self.annotations):
             content, self.images = read_folder(self.annotations, images, split, mask_frame)
         else:
             content = read_json(self.annotations)
-            self.images = Path(images) if images is not None else find_folder(self.annotations, content["images"])
+            self.images = images or find_folder(self.annotations, content["images"])
         if unmarked := mark_crowds(content["annotations"], self.annotations, crowds):
             logger.warning(
                 "%s: %s masks are marked as crowds (iscrowd) and are read as masks, because tools such as CVAT mark "

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from torch.utils import data
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from hf_efficientsam.inference.image_files import find_files
+from hf_efficientsam.inference.image_files import find_files, local_path
 
 from .augment import random_resized_crop
 from .reading import IMAGE_SUFFIXES, Header, decode_image, read_headers, say_what_is_read
@@ -81,7 +81,7 @@ class FolderImages:
     """
 
     def __init__(self, folders: Sequence[str | Path]):
-        folders = [os.path.abspath(folder) for folder in folders]
+        folders = [os.path.abspath(local_path(folder)) for folder in folders]
         self.root = os.path.commonpath(folders)
         keys, others = set(), Counter()
         for folder in folders:
