@@ -1,6 +1,6 @@
 // Holds the model and the picture, so that the page does not wait for them. What it takes and sends is told by `kind`:
 //   open {picture, blob}             -> loading {loaded, total}, starting, encoding, encoded {seconds, backend, ...}
-//   ask {picture, points, labels}    -> masks {logits, rows, columns, scores, seconds}
+//   ask {picture, points, labels}    -> masks {logits, rows, columns, scores, seconds}; before it all that open may send
 //   cutout {picture, logits, ...}    -> cutout {blob}
 // or failed {text}. `picture` is the page's number of the picture that a message is about.
 import { enlarge, modelInput } from "./resample.js";
@@ -14,7 +14,7 @@ const RUNTIMES = { // files in ort/
 let backends = null; // that are left to try
 let model = null; // ort, encoder, decoder, backend
 let description = null; // model.json
-let image = null; // pixels, and features once it is encoded
+let image = null; // pixels; once it is encoded features, and the model that they are of
 
 // One message after the other: onmessage does not wait for the last one.
 let queue = Promise.resolve();
@@ -25,33 +25,26 @@ onmessage = ({ data }) => {
 
 const HANDLERS = {
   async open({ blob }, tell) {
-    image = null;
-    const pixels = await readPixels(blob);
-    const encoded = await encode(pixels, tell);
-    image = { pixels, ...encoded };
-    const threads = model.ort.env.wasm.numThreads;
-    const wasm = `WebAssembly, ${threads} ${threads > 1 ? "threads" : "thread"}`;
-    tell("encoded", {
-      seconds: encoded.seconds,
-      backend: model.backend === "webgpu" ? "WebGPU" : wasm,
-      backgroundPoints: description.background_points,
-    });
+    image = { pixels: await readPixels(blob) };
+    await withModel(tell, () => {}); // encodes it
   },
 
   async ask({ points, labels }, tell) {
-    const { ort, decoder } = model;
     const [rows, columns] = description.preprocessing.size;
     const { width, height } = image.pixels;
     const coordinates = points.flatMap(([x, y]) => [(x * columns) / width, (y * rows) / height]);
-    const start = performance.now();
-    const { pred_masks, iou_scores } = await decoder.run({
-      ...image.features,
-      input_points: new ort.Tensor("float32", coordinates, [1, 1, points.length, 2]),
-      input_labels: new ort.Tensor("int64", labels.map(BigInt), [1, 1, points.length]),
+    const { pred_masks, iou_scores, seconds } = await withModel(tell, async ({ ort, decoder }) => {
+      const start = performance.now();
+      const answer = await decoder.run({
+        ...image.features,
+        input_points: new ort.Tensor("float32", coordinates, [1, 1, points.length, 2]),
+        input_labels: new ort.Tensor("int64", labels.map(BigInt), [1, 1, points.length]),
+      });
+      return { ...answer, seconds: (performance.now() - start) / 1000 };
     });
     const size = pred_masks.dims[3] * pred_masks.dims[4];
     tell("masks", {
-      seconds: (performance.now() - start) / 1000,
+      seconds,
       rows: pred_masks.dims[3],
       columns: pred_masks.dims[4],
       scores: [...iou_scores.data],
@@ -87,19 +80,14 @@ async function readPixels(blob) {
   return context.getImageData(0, 0, width, height);
 }
 
-/** Features of the picture, by the first backend that works. */
-async function encode(pixels, tell) {
+/** What `use` makes of a model that has encoded the picture, by the first backend in which all of this works. */
+async function withModel(tell, use) {
   backends ??= (await navigator.gpu?.requestAdapter().catch(() => null)) ? ["webgpu", "wasm"] : ["wasm"];
   for (;;) {
     try {
       model ??= await load(backends[0], tell);
-      tell("encoding");
-      const { ort, encoder } = model;
-      const shape = [1, 3, ...description.preprocessing.size];
-      const input = new ort.Tensor("float32", modelInput(pixels, description.preprocessing), shape);
-      const start = performance.now();
-      const features = await encoder.run({ pixel_values: input });
-      return { features, seconds: (performance.now() - start) / 1000 };
+      if (image.encodedBy !== model) await encode(tell);
+      return await use(model);
     } catch (error) {
       if (backends.length === 1) throw error;
       console.warn(`${backends[0]} does not work here: ${error.message}`);
@@ -107,6 +95,21 @@ async function encode(pixels, tell) {
       backends.shift();
     }
   }
+}
+
+async function encode(tell) {
+  tell("encoding");
+  const { ort, backend, encoder } = model;
+  const shape = [1, 3, ...description.preprocessing.size];
+  const input = new ort.Tensor("float32", modelInput(image.pixels, description.preprocessing), shape);
+  const start = performance.now();
+  Object.assign(image, { features: await encoder.run({ pixel_values: input }), encodedBy: model });
+  const threads = ort.env.wasm.numThreads;
+  tell("encoded", {
+    seconds: (performance.now() - start) / 1000,
+    backend: backend === "webgpu" ? "WebGPU" : `WebAssembly, ${threads} ${threads > 1 ? "threads" : "thread"}`,
+    backgroundPoints: description.background_points,
+  });
 }
 
 async function load(backend, tell) {

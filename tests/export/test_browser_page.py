@@ -308,15 +308,52 @@ def test_webgpu_gives_the_same_masks(start, tiny_page):
         assert mask_iou(mask_of(page), best(predictor, [[400, 220]], [1])) > 0.98
 
 
+# In place of onnxruntime-web with WebGPU: its encoder answers, and its decoder fails, as on a device that is lost.
+LOST_DEVICE = """
+export const env = { wasm: {} };
+export class Tensor {}
+let created = 0;
+export const InferenceSession = {
+  create: async () => ({ number: created++, async run() { if (this.number) throw new Error("lost"); return {}; } }),
+};
+"""
+
+
 @pytest.mark.slow
-def test_a_broken_webgpu_is_replaced_by_webassembly(start, tiny_page, tmp_path):
-    shutil.copytree(tiny_page[1], tmp_path / "page")
-    (tmp_path / "page" / "ort" / "ort-wasm-simd-threaded.asyncify.wasm").write_bytes(b"broken")
+@pytest.mark.parametrize("fails_at", ["start", "the first mask"])
+def test_a_broken_webgpu_is_replaced_by_webassembly(start, tiny_page, tmp_path, fails_at):
+    checkpoint, folder = tiny_page
+    shutil.copytree(folder, tmp_path / "page")
+    runtime = tmp_path / "page" / "ort"
+    if fails_at == "start":
+        (runtime / "ort-wasm-simd-threaded.asyncify.wasm").write_bytes(b"broken")
+    else:
+        (runtime / "ort.webgpu.min.mjs").write_text(LOST_DEVICE)
+    predictor = EfficientSamPredictor.from_pretrained(checkpoint)
+    predictor.set_image(EXAMPLES / "bus.jpg")
     with served(tmp_path / "page") as address:
         page = start(*SOFTWARE_GPU).new_page()  # not `visit`, as the console has the error
         page.set_default_timeout(120_000)
         page.goto(address)
-        assert "WebAssembly" in pick_example(page)
+        assert ("WebAssembly" if fails_at == "start" else "WebGPU") in pick_example(page)
+        click(page, 400, 220)
+        assert mask_iou(mask_of(page), best(predictor, [[400, 220]], [1])) > 0.98
+        assert "WebAssembly" in page.locator("#status").inner_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("headers", "threads"), [(ISOLATED, "2 threads"), ({}, "1 thread")])
+def test_threads_are_used_where_the_host_allows_them(browser, tiny_page, headers, threads):
+    """Of a computer with four cores, on which onnxruntime-web takes half of them."""
+    checkpoint, folder = tiny_page
+    predictor = EfficientSamPredictor.from_pretrained(checkpoint)
+    predictor.set_image(EXAMPLES / "bus.jpg")
+    with served(folder, headers) as address, visit(browser, address) as page:
+        session = page.context.new_cdp_session(page)
+        session.send("Emulation.setHardwareConcurrencyOverride", {"hardwareConcurrency": 4})
+        assert f"WebAssembly, {threads}" in pick_example(page)
+        click(page, 400, 220)
+        assert mask_iou(mask_of(page), best(predictor, [[400, 220]], [1])) > 0.98
 
 
 @pytest.mark.slow

@@ -1,15 +1,16 @@
-"""The backends in examples/integrations, with the server in this process and stand-ins for the tools' packages."""
+"""The backends in examples/integrations, with the server in this process and a stand-in for Label Studio's package."""
 
 import runpy
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import tiny
 from commands import HEIGHT, WIDTH, noise
+from cvat_sdk.auto_annotation import InteractionFunctionSpec, InteractionResultShape
+from cvat_sdk.masks import decode_mask
 from fastapi.testclient import TestClient
 
 from hf_efficientsam import EfficientSamPredictor
@@ -119,24 +120,16 @@ def test_label_studio_gets_nothing_where_no_object_is_marked(label_studio):
 
 @pytest.fixture
 def cvat(load):
-    aa = Mock(
-        InteractionFunctionSpec=SimpleNamespace,
-        DetectionFunctionSpec=SimpleNamespace,
-        InteractionResultShape=SimpleNamespace,
-        InteractionResultAttributes=SimpleNamespace(CONFIDENCE=0),
-        label_spec=lambda name, id, type: (name, id, type),
-        mask=lambda label, points: ("mask", label, points),
-        polygon=lambda label, points: ("polygon", label, points),
-    )
-    models = Mock(AttributeValRequest=lambda spec_id, value: (spec_id, value))
-    sdk = Mock(auto_annotation=aa, models=models)
-    masks = SimpleNamespace(encode_mask=lambda bitmap: bitmap)  # CVAT's code would make numbers of it
-    return load("cvat/function.py", cvat_sdk=sdk, cvat_sdk__auto_annotation=aa, cvat_sdk__masks=masks).create
+    return load("cvat/function.py").create
+
+
+def mask_of(shape) -> np.ndarray:
+    return decode_mask(shape.points, image_width=WIDTH, image_height=HEIGHT)
 
 
 def test_cvat_gets_the_mask_of_clicks_and_boxes(cvat, service):
     interactor = cvat()
-    assert vars(interactor.spec) == {"min_pos_points": 0, "min_neg_points": 0, "min_bounding_boxes": 0}
+    assert interactor.spec == InteractionFunctionSpec(min_pos_points=0, min_neg_points=0, min_bounding_boxes=0)
     image = interactor.preprocess_image(None, noise())
     for clicks, prompts in (
         ({"pos_points": [POINT], "neg_points": [BACKGROUND], "bounding_box": None}, [POINT, BACKGROUND]),
@@ -144,9 +137,10 @@ def test_cvat_gets_the_mask_of_clicks_and_boxes(cvat, service):
     ):
         (found,) = interactor.detect(None, image, SimpleNamespace(**clicks))
         expected = {"point_coords": prompts, "point_labels": [1, 0]} if prompts else {"box": BOX}
-        assert found.type == "mask" and (found.points == best_mask(service, **expected)).all()
-        ((attribute, confidence),) = found.attributes
-        assert attribute == 0 and 0 <= float(confidence) <= 1
+        assert isinstance(found, InteractionResultShape) and found.type == "mask"
+        assert np.array_equal(mask_of(found), best_mask(service, **expected))
+        (attribute,) = found.attributes
+        assert attribute.spec_id == 0 and 0 <= float(attribute.value) <= 1
     background_alone = SimpleNamespace(pos_points=[], neg_points=[BACKGROUND], bounding_box=None)
     assert interactor.detect(None, image, background_alone) == []
 
@@ -154,15 +148,16 @@ def test_cvat_gets_the_mask_of_clicks_and_boxes(cvat, service):
 @pytest.mark.slow
 def test_cvat_gets_everything_as_masks_or_polygons(cvat):
     detector = cvat("detector", label="thing")
-    assert detector.spec.labels == [("thing", 0, "mask")]
+    (label,) = detector.spec.labels
+    assert (label.name, label.id, label.type) == ("thing", 0, "mask")
     context = SimpleNamespace(conf_threshold=0.0, conv_mask_to_poly=False)
     masks = detector.detect(context, noise())
     context.conv_mask_to_poly = True
     polygons = detector.detect(context, noise())
-    assert masks and {(kind, label) for kind, label, _ in masks} == {("mask", 0)}
-    assert polygons and {(kind, label) for kind, label, _ in polygons} == {("polygon", 0)}
-    covered = mask_of_polygons([np.reshape(points, (-1, 2)) for _, _, points in polygons], HEIGHT, WIDTH)
-    whole = np.any([bitmap for _, _, bitmap in masks], axis=0)
+    assert masks and {(one.type.value, one.label_id) for one in masks} == {("mask", 0)}
+    assert polygons and {(one.type.value, one.label_id) for one in polygons} == {("polygon", 0)}
+    covered = mask_of_polygons([np.reshape(one.points, (-1, 2)) for one in polygons], HEIGHT, WIDTH)
+    whole = np.any([mask_of(one) for one in masks], axis=0)
     assert (covered & whole).sum() > 0.8 * (covered | whole).sum()
 
 
