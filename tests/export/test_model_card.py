@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import pytest
 import tiny
@@ -11,6 +12,7 @@ from PIL import Image
 from hf_efficientsam import EfficientSamModel
 from hf_efficientsam.export.model_card import Provenance, model_card, push_model_card, training_card
 from hf_efficientsam.export.package_wheel import WHEEL_NAME
+from hf_efficientsam.inference.loading import find_checkpoint
 
 WRITTEN_BY_HAND = "---\nlicense: mit\n---\n# Written by hand\n"
 
@@ -26,6 +28,13 @@ def test_card_says_what_the_model_is():
     assert "points, boxes, background points." in card.text
     assert "None were recorded" in card.text
     assert "{" not in card.text.replace("{title}", "{")  # every blank is filled in
+
+
+def test_the_hub_finds_the_bundled_checkpoint_by_its_card():
+    data = ModelCard.load(Path(find_checkpoint("bundled"), "README.md")).data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "mask-generation")
+    assert data.datasets == ["detection-datasets/coco", "timm/oxford-iiit-pet"]
+    assert data.base_model is None  # its backbone is not on the Hub
 
 
 def test_code_in_the_card_runs(monkeypatch, tmp_path):
