@@ -343,14 +343,15 @@ def test_a_broken_webgpu_is_replaced_by_webassembly(start, tiny_page, tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("headers", "threads"), [(ISOLATED, "2 threads"), ({}, "1 thread")])
-def test_threads_are_used_where_the_host_allows_them(browser, tiny_page, headers, threads):
-    """Of a computer with four cores, on which onnxruntime-web takes half of them."""
+def test_threads_are_used_where_the_host_allows_them(browser, tiny_page, tmp_path, headers, threads):
+    """On a computer with four cores, of which onnxruntime-web takes half."""
     checkpoint, folder = tiny_page
+    shutil.copytree(folder, tmp_path / "page")
+    worker = tmp_path / "page" / "worker.js"
+    worker.write_text(f'Object.defineProperty(navigator, "hardwareConcurrency", {{ value: 4 }});{worker.read_text()}')
     predictor = EfficientSamPredictor.from_pretrained(checkpoint)
     predictor.set_image(EXAMPLES / "bus.jpg")
-    with served(folder, headers) as address, visit(browser, address) as page:
-        session = page.context.new_cdp_session(page)
-        session.send("Emulation.setHardwareConcurrencyOverride", {"hardwareConcurrency": 4})
+    with served(tmp_path / "page", headers) as address, visit(browser, address) as page:
         assert f"WebAssembly, {threads}" in pick_example(page)
         click(page, 400, 220)
         assert mask_iou(mask_of(page), best(predictor, [[400, 220]], [1])) > 0.98
