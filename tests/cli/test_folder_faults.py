@@ -125,6 +125,9 @@ def test_odd_names_and_tiny_images_are_done_and_names_too_long_are_failures(phot
     done = 10 if command == "everything" else 9
     document = document_of(COMMANDS[command](photos, out, *arguments, model=model, **options), done=done, failed=1)
     assert "File name too long" in document["failed"][0]["error"]
+    shown = COMMANDS[command](photos, out, *arguments[1:], "--format", "label-studio", model=model, **options)
+    assert shown.exit_code == 2 and f"{done} of {done + 1} images are done" in shown.stdout
+    assert "%FF.png" in (out / "label-studio/tasks.json").read_text()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -7,6 +7,7 @@ called or asked for its help: `--help` and `--version` of the whole do not wait 
 
 import gc
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ class Commands(typer.core.TyperGroup):
 
     def invoke(self, ctx):
         try:
-            with warnings_as_sentences(), wrong_usage_as_sentence(), log_shown():
+            with any_name_printed(), warnings_as_sentences(), wrong_usage_as_sentence(), log_shown():
                 return super().invoke(ctx)
         except BrokenPipeError:  # the reader of our output has gone; typer knows what to do
             raise
@@ -123,6 +124,17 @@ def describe_usage_error(error: UsageError) -> str:
         "less": f"at most {limits.get('le')}",
     }
     return f"{name} must be {words.get(kind.split('_')[0], 'something else')}, not {first['input']!r}"
+
+
+@contextmanager
+def any_name_printed() -> Iterator[None]:
+    """Prints names of files that are no text with escapes, where Python would end with an error."""
+    stdout, errors = sys.stdout, sys.stdout.errors
+    stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        stdout.reconfigure(errors=errors)
 
 
 @contextmanager

@@ -153,7 +153,13 @@ def write_label_studio(images: RecordedImages, output: Path) -> None:
     for image in images:
         # A local storage of Label Studio is a folder below the one that it serves files from.
         path = Path(image.file.absolute().parents[len(image.name.parts) - 1].name, image.relative_file).as_posix()
-        found = (image.labels, image.scores, f"/data/local-files/?d={quote(path)}", image.width, image.height)
+        found = (
+            image.labels,
+            image.scores,
+            f"/data/local-files/?d={quote(os.fsencode(path))}",
+            image.width,
+            image.height,
+        )
         tasks.append(json.dumps(label_studio_task(image.polygons(), *found)))
     labels = "".join(f"    <Label value={quoteattr(label)}/>\n" for label in images.categories)
     config = (

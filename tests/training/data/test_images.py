@@ -1,4 +1,5 @@
 import io
+import os
 from itertools import islice, pairwise
 
 import datasets
@@ -409,3 +410,9 @@ def test_a_broken_image_gives_its_place_in_a_stream_to_another(tmp_path):
     items.sort(key=lambda item: item["key"])
     twins = [pair for pair in pairwise(items) if pair[0]["key"] == pair[1]["key"]]
     assert len(twins) == 2 and all(same(*pair) for pair in twins)
+
+
+def test_a_file_name_that_is_no_text_is_taken(tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / os.fsdecode(b"\xff.png"))
+    source = FolderImages([tmp_path])
+    assert source.fingerprint() and ImageViews(source, 16)[0]["pixel_values"].shape == (3, 16, 16)

@@ -313,7 +313,7 @@ class StreamedViews(Streamed, _Views):
 
 def hash_key(key: str) -> int:
     """64 bits that tell keys apart, the same in every process."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:8], "big")
 
 
 def normalize(

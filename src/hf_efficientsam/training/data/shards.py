@@ -221,7 +221,7 @@ def shared_number() -> torch.Tensor:
 
 
 def hash_lines(lines: Iterable[str]) -> str:
-    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+    return hashlib.sha256(os.fsencode("".join(f"{line}\n" for line in lines))).hexdigest()
 
 
 class CountedWarnings:
