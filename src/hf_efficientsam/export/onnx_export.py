@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 from torch.export import Dim
@@ -30,11 +29,11 @@ from hf_efficientsam.inference.image_files import find_images, read_image, write
 from hf_efficientsam.inference.loading import checkpoint_fingerprint, find_checkpoint, load_model
 from hf_efficientsam.inference.onnx_predictor import METADATA_KEY, EfficientSamOnnxPredictor, file_name, open_session
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
-from hf_efficientsam.model.mask_decoder_fast_efficientsam import FastMaskDecoder, project_shared_image
 from hf_efficientsam.model.modeling_auto_vision_efficientsam import EfficientSamAutoVisionEncoder
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
 
+from .onnx_modules import ExportedDecoder, ExportedEncoder, decoder_inputs, encoder_inputs
 from .quantize import VARIANTS, measure_variant
 
 OPSET = 18
@@ -54,93 +53,6 @@ PREPROCESSING = (
 )
 
 logger = logging.getLogger(__name__)
-
-
-# ------------------------------------------------------------------------------------------------ traced modules
-
-
-class ExportedEncoder(nn.Module):
-    """The vision encoder; the plain ViT's position table is interpolated at every size, which at its own changes
-    nothing."""
-
-    def __init__(self, model: EfficientSamModel):
-        super().__init__()
-        self.encoder = model.vision_encoder
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.encoder, EfficientSamAutoVisionEncoder):
-            return self.encoder(pixel_values).last_hidden_state
-        embeddings = self.encoder.embeddings
-        patches = embeddings.projection(pixel_values)
-        side = embeddings.pretrain_grid
-        table = embeddings.position_embeddings[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        table = F.interpolate(table, size=patches.shape[-2:], mode="bicubic", align_corners=False)
-        hidden_states = (patches + table).flatten(2).transpose(1, 2)
-        for layer in self.encoder.layers:
-            hidden_states = layer(hidden_states)
-        return self.encoder.neck(hidden_states, *patches.shape[-2:])
-
-
-class ExportedDecoder(nn.Module):
-    """Prompt encoder and mask decoder, for all prompts at once and with all masks."""
-
-    def __init__(self, model: EfficientSamModel):
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self,
-        image_embeddings: torch.Tensor,
-        input_points: torch.Tensor,
-        input_labels: torch.Tensor,
-        input_boxes: torch.Tensor | None = None,
-        input_masks: torch.Tensor | None = None,
-        has_input_masks: torch.Tensor | None = None,
-        positions: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        decoder = self.model.mask_decoder
-        prompts = (input_points, input_labels, input_boxes, input_masks)
-        own, tokens, token_multiplicity, dense_prompts = self.model.encode_prompts(image_embeddings, *prompts)
-        positions = own if positions is None else positions
-        image = decoder.embed_image(image_embeddings, dense_prompts)
-        if input_masks is not None:
-            without_mask = decoder.embed_image(image_embeddings, self.model.encode_prompts(image_embeddings)[-1])
-            image = torch.where(has_input_masks[..., None, None], image, without_mask)
-        tokens, log_multiplicity = decoder.embed_tokens(tokens, token_multiplicity)
-        shared = project_shared_image(decoder.layers[0], image, positions) if input_masks is None else None
-        fast = FastMaskDecoder(decoder)
-        tokens, image = fast.attend(image, positions, tokens, log_multiplicity, None, shared)
-        grid_size = tuple(image_embeddings.shape[-2:])
-        return fast.predict_masks(tokens, image, grid_size, None), decoder.predict_iou(tokens, None)
-
-
-def encoder_inputs(model: EfficientSamModel, batch: int, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """Noise for images of `grid` times the encoder's `size_divisor` down and across, or of its only size."""
-    config = model.config.vision_config
-    height, width = 2 * [config.fixed_size] if config.fixed_size else (config.size_divisor * n for n in grid)
-    return {"pixel_values": torch.randn(batch, config.num_channels, height, width)}
-
-
-def decoder_inputs(
-    model: EfficientSamModel, batch: int, prompts: int, points: int, grid: tuple[int, int]
-) -> dict[str, torch.Tensor]:
-    """Noise, with points, boxes and masks of every kind that the model takes, and some missing."""
-    config = model.config
-    height, width = grid
-    sides = torch.tensor([width, height]) * config.vision_config.patch_size
-    labels = torch.tensor([1, 0, -10] if config.prompt_encoder_config.background_points else [1, -10])
-    corners = torch.rand(batch, prompts, 2, 2).sort(dim=2).values * sides
-    missing = torch.rand(batch, prompts, 1) < 0.3
-    inputs = {
-        "image_embeddings": torch.randn(batch, config.vision_config.output_channels, height, width),
-        "input_points": torch.rand(batch, prompts, points, 2) * sides,
-        "input_labels": labels[torch.randint(len(labels), (batch, prompts, points))],
-        "input_boxes": corners.flatten(2).masked_fill(missing, -10),
-    }
-    if config.prompt_encoder_config.mask_prompts:
-        inputs["input_masks"] = 10 * torch.randn(batch, prompts, 4 * height, 4 * width)
-        inputs["has_input_masks"] = torch.rand(batch, prompts) < 0.5
-    return inputs
 
 
 # ------------------------------------------------------------------------------------------------ export and check

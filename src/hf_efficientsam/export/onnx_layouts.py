@@ -41,8 +41,6 @@ from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImag
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 
 from .onnx_export import (
-    ExportedDecoder,
-    ExportedEncoder,
     check,
     describe,
     export,
@@ -51,6 +49,7 @@ from .onnx_export import (
     save,
     write_export,
 )
+from .onnx_modules import ExportedDecoder, ExportedEncoder, best_first, enlarge, resample, sides
 from .quantize import VARIANTS, grid_boxes, mask_iou
 
 SAM_SIDE, SAM_MASK_SIDE = 1024, 256  # of segment-anything's input and of its masks
@@ -64,50 +63,9 @@ SAM_PREPROCESSING = (
     "image_std",
 )
 MASK_CELLS_PER_PATCH = 4  # along a side, of the model's masks
-CUBIC = -0.75  # coefficient of torch's bicubic interpolation
 
 
 # ------------------------------------------------------------------------------------------------ traced modules
-
-
-def cubic_matrix(count: int, cells: int, step: torch.Tensor) -> torch.Tensor:
-    """
-    Bicubic interpolation of a row of `cells` as a matrix `[count, cells]`: output i lies at (i + 0.5) * step cells,
-    and the edge is repeated. As `torch.nn.functional.interpolate`, but exported with a scale apart from the sizes.
-    """
-    position = (torch.arange(count) + 0.5) * step - 0.5
-    taps = position.floor()[:, None] + torch.arange(-1, 3)
-    x = (position[:, None] - taps).abs()
-    near = ((CUBIC + 2) * x - (CUBIC + 3)) * x * x + 1
-    far = ((x - 5) * x + 8) * x * CUBIC - 4 * CUBIC
-    is_cell = taps.clamp(0, cells - 1)[..., None] == torch.arange(cells)
-    return (torch.where(x <= 1, near, far)[..., None] * is_cell).sum(dim=1)
-
-
-def resample(masks: torch.Tensor, height: int, width: int, steps: torch.Tensor) -> torch.Tensor:
-    """`[..., h, w]` -> `[..., height, width]`, with steps `[2]` down and across as in `cubic_matrix`."""
-    rows, columns = masks.shape[-2:]
-    return cubic_matrix(height, rows, steps[0]) @ masks @ cubic_matrix(width, columns, steps[1]).T
-
-
-def enlarge(masks: torch.Tensor, image_size: torch.Tensor) -> torch.Tensor:
-    """`[..., h, w]` of a squashed image -> `[..., *image_size]`."""
-    height, width = image_size.long().tolist()
-    torch._check(height >= 1)
-    torch._check(width >= 1)
-    return resample(masks, height, width, sides(masks) / image_size)
-
-
-def sides(grid: torch.Tensor) -> torch.Tensor:
-    """Height and width of `[..., h, w]`, as the tensor that computations with sizes of images need."""
-    return torch.stack([torch.full((), n, dtype=torch.float32) for n in grid.shape[-2:]])
-
-
-def best_first(masks: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Candidates `[..., M, h, w]` and their scores `[..., M]` in the order of the scores."""
-    order = scores.argsort(dim=-1, descending=True)
-    # Not take_along_dim, whose export knows only the batch that was traced.
-    return masks.gather(-3, order[..., None, None].expand_as(masks)), scores.gather(-1, order)
 
 
 class LayoutEncoder(nn.Module):

@@ -59,19 +59,14 @@ def draw_masks(
 
     tops = []
 
-    def checked() -> Iterator[np.ndarray]:  # one at a time: all masks of a large image may not fit into memory
-        for mask in map(np.asarray, masks):
-            if mask.shape != (image.height, image.width):
-                raise ValueError(
-                    f"A mask has shape {mask.shape}, but the image is {image.height} pixels high and {image.width} "
-                    "wide; masks are [N, height, width]."
-                )
-            mask = mask if mask.dtype == bool else mask > 0
+    def laid() -> Iterator[np.ndarray]:  # one at a time: all masks of a large image may not fit into memory
+        for mask in masks:
+            mask = _to_bool(mask, image)
             tops.append(_top_of(mask) if mask.any() else None)
             yield mask
 
     width = line_width(image.size)
-    image = lay_masks(image, checked())
+    image = lay_masks(image, laid())
     draw = ImageDraw.Draw(image)
     for i, box in enumerate(boxes or []):
         if box is not None and len(box):
@@ -87,6 +82,17 @@ def draw_masks(
             if label >= 0:
                 _draw_point(image, point, label, radius=3 * width + 1)
     return image
+
+
+def _to_bool(mask, image: Image.Image) -> np.ndarray:
+    """A mask of the image as a bool array; ValueError for another size."""
+    mask = np.asarray(mask)
+    if mask.shape != (image.height, image.width):
+        raise ValueError(
+            f"A mask has shape {mask.shape}, but the image is {image.height} pixels high and {image.width} wide; "
+            "masks are [N, height, width]."
+        )
+    return mask if mask.dtype == bool else mask > 0
 
 
 def lay_masks(image: Image.Image, masks: Iterable[np.ndarray]) -> Image.Image:
