@@ -55,7 +55,7 @@ def salient_command(
         bool, typer.Option("--trust-remote-code", help="Run the code that the saliency model brings along.")
     ] = False,
     threshold: Annotated[
-        float, typer.Option(help="Saliency from which a pixel belongs to an object: at least 0 (all do), below 1.")
+        float, typer.Option(help="Saliency above which a pixel belongs to an object: at least 0, below 1.")
     ] = 0.5,
     min_area: Annotated[
         float,

@@ -51,7 +51,7 @@ class PromptTransform:
 
 class EfficientSamPredictor(PredictorBase):
     """
-    Predicts masks of one image from points, boxes and masks.
+    Predicts masks of one image from points, boxes and masks, with the interface of segment-anything's `SamPredictor`.
 
     Args:
         model: an [`EfficientSamModel`]; it is put into evaluation mode.

@@ -72,8 +72,8 @@ class EfficientSamBackbone(BackboneMixin, EfficientSamPreTrainedModel):
     pyramid on the last one; with windowed attention if wanted. [`EfficientSamBackboneConfig`] has the choices.
 
     `from_pretrained` takes the encoder from its own directories and from those of [`EfficientSamForPreTraining`],
-    [`EfficientSamModel`] and [`EfficientSamForImageClassification`]; neck, class token and heads stay behind, pyramid
-    and normalisations start new. Layers after the last one that is asked for are not built.
+    [`EfficientSamModel`] and [`EfficientSamForImageClassification`]; neck, class token and heads are not used, pyramid
+    and normalisations are new. Layers after the last one that is asked for are not built.
 
     Example:
 

@@ -16,9 +16,9 @@ class EfficientSamForImageClassification(EfficientSamPreTrainedModel):
     The vision encoder with a class token, pooling, normalisation and a linear layer.
 
     The class token goes through the layers whatever the pooling, as in pretraining. `config.classifier_pooling` says
-    what is normalised and classified: the mean of the patches (`"mean"`, MAE's way of fine-tuning) or the class token
+    what is normalised and classified: the mean of the patches (`"mean"`, as MAE fine-tunes) or the class token
     (`"cls"`). A directory of [`EfficientSamForPreTraining`] gives the encoder and its class token to
-    `from_pretrained`; one of [`EfficientSamModel`], which has none, the encoder alone, and the class token starts new.
+    `from_pretrained`; one of [`EfficientSamModel`], which has none, the encoder alone, and the class token is new.
     """
 
     config_class = EfficientSamVisionConfig

@@ -269,7 +269,7 @@ class EfficientSamForPreTraining(EfficientSamSamiPreTrainedModel):
     Masked image pretraining of EfficientSAM's encoder: SAMI, its ablations, and MAE (see [`EfficientSamSamiConfig`]).
 
     A directory that it saved gives its encoder to [`EfficientSamModel`] and [`EfficientSamVisionModel`] through
-    `from_pretrained`; class token and decoder stay behind.
+    `from_pretrained`; class token and decoder are not used.
     """
 
     config: EfficientSamSamiConfig
