@@ -40,20 +40,23 @@ def configs() -> dict[str, PreTrainedConfig]:
 NAMES = list(configs())
 
 
-def model(name: str = "convnext", **vision) -> EfficientSamModel:
-    """A model around the backbone of a name, that takes every kind of prompt; for 64 pixels, or 112 of `dinov2_14`."""
+def around(vision_config: dict) -> EfficientSamModel:
+    """A model around an encoder, that takes every kind of prompt."""
+    config = EfficientSamConfig(
+        vision_config=vision_config,
+        prompt_encoder_config=tiny.PROMPT_ENCODER | tiny.EVERY_PROMPT,
+        mask_decoder_config=tiny.ONE_LAYER_MASK_DECODER,
+    )
+    return EfficientSamModel(config).eval()
+
+
+def model(name: str = "convnext") -> EfficientSamModel:
+    """Around the backbone of a name; for 64 pixels, or 112 of `dinov2_14`."""
     torch.manual_seed(0)
-    backbone = configs()[name]
     vision_config = {
         "model_type": "efficientsam_auto_vision_model",
-        "backbone_config": backbone.to_dict(),
+        "backbone_config": configs()[name].to_dict(),
         "image_size": 112 if name == "dinov2_14" else tiny.SIZE,
         "output_channels": tiny.CHANNELS,
     }
-    return EfficientSamModel(
-        EfficientSamConfig(
-            vision_config=vision_config | vision,
-            prompt_encoder_config=tiny.PROMPT_ENCODER | tiny.EVERY_PROMPT,
-            mask_decoder_config=tiny.ONE_LAYER_MASK_DECODER,
-        )
-    ).eval()
+    return around(vision_config)

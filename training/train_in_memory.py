@@ -71,7 +71,7 @@ class InMemoryConfig(
     reconstruct_minutes: NotNegativeFloat = field(
         default=0.0, metadata={"help": "of them, a new encoder learns --model's image embeddings in so many"}
     )
-    warmup_steps: PositiveInt = field(default=100, metadata={"help": "linear warm-up; then a cosine of the time"})
+    warmup_steps: NotNegativeInt = field(default=100, metadata={"help": "linear warm-up; then a cosine of the time"})
     evaluations: PositiveInt = field(default=4, metadata={"help": "times that the model is measured and saved"})
     val_images: PositiveInt = field(default=24, metadata={"help": "so many images each time, but all at the end"})
     ema_decay: RatioBelowOne = 0.998

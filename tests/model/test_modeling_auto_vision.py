@@ -288,9 +288,10 @@ def test_a_saved_folder_needs_no_package(tmp_path):
     torch.testing.assert_close(load_file(tmp_path / "masks")["masks"], expected, atol=1e-6, rtol=0)
 
 
-def test_predictor_and_everything(tmp_path):
+@pytest.mark.parametrize("name", ["convnext", "swin", "hiera", "dinov2"])
+def test_predictor_and_everything(name, tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8)
-    folder = tiny.save(tmp_path, backbones.model(), tiny.processor(size_divisor=32, keep_aspect_ratio=True))
+    folder = tiny.save(tmp_path, backbones.model(name), tiny.processor(size_divisor=32, keep_aspect_ratio=True))
     predictor = EfficientSamPredictor.from_pretrained(folder, device="cpu")
     predictor.set_image(image)
     assert predictor.features.shape == (1, tiny.CHANNELS, 4, 4)  # 36 of 64 pixels, padded to 64

@@ -43,6 +43,7 @@ class EfficientSamAutoVisionEncoder(EfficientSamPreTrainedModel):
 
     Raises:
         ImportError: for a timm model, if timm cannot be imported.
+        ValueError: for a timm model that takes images of one size alone.
     """
 
     config_class = EfficientSamAutoVisionConfig
@@ -61,6 +62,12 @@ class EfficientSamAutoVisionEncoder(EfficientSamPreTrainedModel):
                 f"The vision encoder is timm's {config.backbone_config.backbone}, and timm cannot be imported; "
                 f"install timm and a torchvision that works with torch {torch.__version__}."
             ) from error
+        timm_model = getattr(self.backbone, "_backbone", None)
+        if timm_model is not None and timm_model.pretrained_cfg["fixed_input_size"]:
+            raise ValueError(
+                f"timm's {config.backbone_config.backbone} takes images of one size alone; choose a convolutional one, "
+                "such as repvit_m1, or the configuration of a backbone of transformers, such as Dinov2Config."
+            )
         self.neck = EfficientSamVisionNeck(sum(self.backbone.channels), config.output_channels, config.layer_norm_eps)
         self.post_init()
 
