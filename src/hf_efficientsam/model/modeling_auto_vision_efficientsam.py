@@ -65,8 +65,8 @@ class EfficientSamAutoVisionEncoder(EfficientSamPreTrainedModel):
         timm_model = getattr(self.backbone, "_backbone", None)
         if timm_model is not None and timm_model.pretrained_cfg["fixed_input_size"]:
             raise ValueError(
-                f"timm's {config.backbone_config.backbone} takes images of one size alone; choose a convolutional one, "
-                "such as repvit_m1, or the configuration of a backbone of transformers, such as Dinov2Config."
+                f"timm's {config.backbone_config.backbone} takes images of one size alone; choose a convolutional "
+                "one, such as repvit_m1, or the configuration of a backbone of transformers, such as Dinov2Config."
             )
         self.neck = EfficientSamVisionNeck(sum(self.backbone.channels), config.output_channels, config.layer_norm_eps)
         self.post_init()
