@@ -203,7 +203,7 @@ def test_a_finished_search_is_not_that_of_the_other_mode(photos, out, model):
         ).stdout
         assert len(said.splitlines()) == lines
         record = json.loads((out / "records/a.json").read_bytes())
-        assert record["options"]["box_nms_thresh"] == (0.9 if mode == "--adaptive" else 0.7)
+        assert record["options"]["box_nms_thresh"] == (0.8 if mode == "--adaptive" else 0.7)
 
 
 def test_a_turned_image_gives_what_the_upright_one_gives(tmp_path, out, model):

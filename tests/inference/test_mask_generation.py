@@ -13,11 +13,11 @@ from PIL import Image
 from transformers import pipeline
 
 from hf_efficientsam import EfficientSamImageProcessor, EfficientSamModel, bundled_checkpoint
-from hf_efficientsam.inference import mask_bounds, mask_generation
+from hf_efficientsam.inference import mask_bounds, mask_generation, point_grids
 from hf_efficientsam.inference.amg import remove_small_regions
 from hf_efficientsam.inference.mask_bounds import bound_masks, mask_axes, measure_masks
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
-from hf_efficientsam.inference.point_grids import coarse_to_fine
+from hf_efficientsam.inference.point_grids import distinct_points
 from hf_efficientsam.model import mask_decoder_fast_efficientsam
 from hf_efficientsam.model.mask_operations_efficientsam import (
     batched_mask_to_box,
@@ -370,65 +370,62 @@ def test_half_precision_and_a_compiled_encoder_work():
 # ------------------------------------------------------------------------------------------------ adaptive search
 
 
-@pytest.mark.parametrize("side", [1, 7, 32])
-def test_points_go_from_coarse_to_fine(side):
-    grid = build_point_grid(side)
-    order = coarse_to_fine(grid)
-    assert sorted(order) == list(range(side * side))
-    row, column = order // side, order % side
-    for step in (16, 8, 4, 2, 1):
-        coarse = len(range(0, side, step)) ** 2
-        assert (row[:coarse] % step == 0).all() and (column[:coarse] % step == 0).all()
-    assert len(coarse_to_fine(np.array([[0.1, 0.7], [0.1, 0.7], [0.5, 0.2]]))) == 3
+def test_distinct_points_are_in_what_is_small_and_different(monkeypatch):
+    """One kind of region, but for three cells of other kinds and a half that changes from cell to cell."""
+    embedding = torch.zeros(1, 8, 16, 16)
+    embedding[0, :, :, 8:] = tiny.random(8, 16, 8)
+    odd = [(2, 3), (9, 1), (13, 6)]  # row, column
+    for channel, (row, column) in enumerate(odd):
+        embedding[0, channel, row, column] = 2
+    points = 256 * torch.from_numpy(build_point_grid(16)).float()
+    taken = distinct_points(embedding, points, 0.3)
+    assert len(taken) == math.ceil(0.3 * 256) and (taken.diff() > 0).all()
+    row, column = taken // 16, taken % 16
+    assert {16 * row + column for row, column in odd} <= set(taken.tolist())
+    assert (column >= 8).sum() > 2 * (column < 8).sum()
+
+    alike = distinct_points(torch.ones(1, 8, 16, 16), points, 0.25)  # only places differ: points are all over
+    assert all(((alike // 16 // 8 == y) & (alike % 16 // 8 == x)).sum() > 8 for y in (0, 1) for x in (0, 1))
+
+    monkeypatch.setattr(point_grids, "POINTS_AT_ONCE", 100)
+    parts = distinct_points(embedding, points, 0.3)
+    assert [((parts >= start) & (parts < start + 100)).sum() for start in (0, 100, 200)] == [30, 30, 17]
 
 
-def adaptive_search(model, image, monkeypatch, confidence: float, **options) -> tuple[list[dict], torch.Tensor]:
-    """The records, and all points that were asked about, in pixels of the model's input."""
-    monkeypatch.setattr(mask_generation, "ADAPTIVE_CONFIDENCE", confidence)
-    monkeypatch.setattr(mask_generation, "ADAPTIVE_BATCH", 4)
-    asked, predict = [], model.predict_confident
-
-    def note(embedding, points, *args, **kwargs):
-        asked.append(points[0, :, 0])
-        return predict(embedding, points, *args, **kwargs)
-
-    with monkeypatch.context() as context:
-        context.setattr(model, "predict_confident", note)
-        options = {"pred_iou_thresh": 0, "stability_score_thresh": 0, "points_per_side": 12} | options
-        records = EfficientSamMaskGenerator(model, tiny.image_processor(), adaptive=True, **options).generate(image)
-    return records, torch.cat(asked)
+def adaptive_records(model, image, **options) -> list[dict]:
+    options = {"pred_iou_thresh": 0, "stability_score_thresh": 0, "box_nms_thresh": 1} | options
+    return EfficientSamMaskGenerator(model, tiny.image_processor(), **options).generate(image)
 
 
-def test_adaptive_search_asks_about_a_third_of_the_points_and_none_in_a_good_mask(model, monkeypatch):
-    image = small_image(64, 64)
-    records, asked = adaptive_search(model, image, monkeypatch, confidence=math.inf, box_nms_thresh=1)
-    assert len(asked) == 48 and len(records) > 100
-    ranks = [record["predicted_iou"] * record["stability_score"] for record in records]
-    confidence = float(np.quantile(ranks, 0.97))
-    good, asked = adaptive_search(model, image, monkeypatch, confidence, box_nms_thresh=1)
-    batches = {(int(x), int(y)): number // 4 for number, (x, y) in enumerate(asked.tolist())}
-    later = 0
-    for record in good:
-        if record["predicted_iou"] * record["stability_score"] > confidence + 0.02:
-            found = batches[tuple(int(side) for side in record["point_coords"][0])]
-            for (x, y), batch in batches.items():
-                if batch > found:
-                    later += 1
-                    assert not record["segmentation"][max(0, y - 4) : y + 5, max(0, x - 4) : x + 5].all()
-    assert later > 0
+def test_adaptive_search_finds_the_masks_of_the_distinct_points(model):
+    image, grid = small_image(64, 64), build_point_grid(12)
+    with torch.no_grad():
+        embedding = model.get_image_embeddings(tiny.image_processor()(image)["pixel_values"])
+    chosen = distinct_points(embedding, torch.from_numpy(64 * grid).float(), mask_generation.ADAPTIVE_SHARE)
+    assert len(chosen) == 48
+    exact = adaptive_records(model, image, point_grids=[grid[chosen.numpy()]])
+    adaptive = adaptive_records(model, image, points_per_side=12, adaptive=True)
+    assert len(adaptive) == len(exact) > 100
+    prompt = {json.dumps([one["point_coords"], one["predicted_iou"]]): one["segmentation"] for one in exact}
+    for one in adaptive:
+        segmentation = prompt[json.dumps([one["point_coords"], one["predicted_iou"]])]
+        assert np.array_equal(one["segmentation"], segmentation)
 
 
 def test_adaptive_search_orders_masks_by_confidence_times_stability_in_every_crop(model, monkeypatch):
-    whole, _ = adaptive_search(model, small_image(), monkeypatch, math.inf, box_nms_thresh=1)
+    whole = adaptive_records(model, small_image(), points_per_side=12, adaptive=True)
     products = np.array([record["predicted_iou"] * record["stability_score"] for record in whole])
     scores = np.array([record["predicted_iou"] for record in whole])
     # Their order is by the stability of the low-resolution masks, which is not quite that of the masks.
     assert (
         (np.diff(products) < 0.05 * np.ptp(products)).mean() > 0.9 > (np.diff(scores) < 0.05 * np.ptp(scores)).mean()
     )
-
-    _, asked = adaptive_search(model, small_image(), monkeypatch, math.inf, points_per_side=6, crop_n_layers=1)
-    assert 5 * 12 <= len(asked) <= 5 * 12 + 20  # some masks are decoded again
+    asked, predict = [], EfficientSamMaskGenerator.predict
+    monkeypatch.setattr(
+        EfficientSamMaskGenerator, "predict", lambda self, *given: asked.append(len(given[1])) or predict(self, *given)
+    )
+    adaptive_records(model, small_image(), points_per_side=6, crop_n_layers=1, adaptive=True)
+    assert asked == 5 * [math.ceil(36 / 3)]
 
 
 # ------------------------------------------------------------------------------------------------ memory

@@ -9,6 +9,7 @@ import tiny
 import torch
 from script_runs import refuse, run
 
+from hf_efficientsam import EfficientSamModel
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.training.data.coco import CocoMasks
 
@@ -19,11 +20,12 @@ def numbers(folder: Path, *arguments) -> dict:
     """What the script writes, and prints alike."""
     table = run("evaluate_everything", *arguments, "--output", folder / "numbers.json")
     report = json.loads((folder / "numbers.json").read_text())
-    for points, row in report["results"].items():
-        cells = [f"{value:.4f}" for name, value in row.items() if name != "masks" and value is not None]
-        assert any(
-            line.split()[0] == points and set(cells) <= set(line.split()) for line in table.splitlines() if line
-        )
+    for points, searches in report["results"].items():
+        for search, row in searches.items():
+            cells = [f"{value:.4f}" for name, value in row.items() if name != "masks" and value is not None]
+            assert any(
+                line.split()[:2] == [points, search] and set(cells) <= set(line.split()) for line in table.splitlines()
+            )
     return report
 
 
@@ -45,15 +47,15 @@ def test_masks_that_are_the_truth_are_all_recalled(coco, tiny_model, tmp_path, m
     given = ["--model", tiny_model, "--annotations", coco / "masks.json", "--points_per_side", 3, 2]
     report = numbers(tmp_path, *given)
     assert asked == 5 * [9] + 5 * [4] and report["images"] == 5
-    assert report["results"]["3"] == {"AR100": 1, "AR1000": 1, "ARs": 1, "ARm": None, "ARl": None, "masks": 3}
-    assert report["results"]["2"]["AR100"] == pytest.approx(5 / 15)  # one of the 1 to 5 objects of each image
+    assert report["results"]["3"]["exact"] == {"AR100": 1, "AR1000": 1, "ARs": 1, "ARm": None, "ARl": None, "masks": 3}
+    assert report["results"]["2"]["exact"]["AR100"] == pytest.approx(5 / 15)  # one of the 1 to 5 objects of each image
     assert report["config"]["points_per_side"] == [3, 2] and report["versions"]["torch"] == torch.__version__
 
 
 def test_found_masks_are_kept(coco, tiny_model, tmp_path, monkeypatch):
     given = ["--model", tiny_model, "--annotations", coco / "masks.json", "--points_per_side", 2, "--limit"]
     expected = numbers(tmp_path, *given, 3)
-    assert expected["images"] == 3 and expected["results"]["2"]["masks"] > 0
+    assert expected["images"] == 3 and expected["results"]["2"]["exact"]["masks"] > 0
     kept = [*given[:-1], "--masks", tmp_path / "masks", "--limit"]
     numbers(tmp_path, *kept, 2)
     generate, calls = EfficientSamMaskGenerator.generate, []
@@ -72,6 +74,29 @@ def test_found_masks_are_kept(coco, tiny_model, tmp_path, monkeypatch):
     assert "were found with another weights" in refuse(
         "evaluate_everything", *[tmp_path / "of_other" if one == tmp_path / "masks" else one for one in again], 2
     )
+
+
+def test_two_searches_share_the_image_and_its_points_and_find_what_each_finds_alone(
+    coco, tiny_model, tmp_path, monkeypatch
+):
+    encoded, asked = [], []
+    encode, predict = EfficientSamModel.get_image_embeddings, EfficientSamModel.predict_confident
+    monkeypatch.setattr(
+        EfficientSamModel, "get_image_embeddings", lambda *args: encoded.append(args[1]) or encode(*args)
+    )
+    monkeypatch.setattr(
+        EfficientSamModel, "predict_confident", lambda *args: asked.append(args[2].shape[1]) or predict(*args)
+    )
+    given = ["--model", tiny_model, "--annotations", coco / "masks.json", "--points_per_side", 4, "--limit", 2]
+    given += ["--box_nms_thresh", 1]
+    both = numbers(tmp_path / "both", *given, "--search", "exact", "adaptive")["results"]["4"]
+    assert len(encoded) == 2 and asked == 2 * [16]
+    other = numbers(tmp_path / "other", *given, "--search", "adaptive", "exact")["results"]["4"]
+    assert asked[2] == 6 and sum(asked) == 4 * 16
+    for search in ("exact", "adaptive"):
+        alone = numbers(tmp_path / search, *given, "--search", search)["results"]["4"]
+        assert alone == {search: both[search]} == {search: other[search]}
+    assert both["exact"]["masks"] > both["adaptive"]["masks"] > 0
 
 
 def test_a_broken_image_is_left_out_named_and_counted(coco, tiny_model, tmp_path):
@@ -93,6 +118,7 @@ def test_a_broken_image_is_left_out_named_and_counted(coco, tiny_model, tmp_path
         (["--annotations", "absent.json"], "There is no annotation file absent.json"),
         (["--annotations", "COCO", "--limit", 0], "--limit is 0; it must be more than 0"),
         (["--annotations", "COCO", "--points_per_side", 8, 8], "none twice"),
+        (["--annotations", "COCO", "--search", "fast"], "--search is exact, adaptive, or both"),
         (["--annotations", "COCO", "--points_per_side", 0], "points_per_side must be at least 1"),
         (["--annotations", "COCO", "--model", "absent/runs/model"], "absent/runs/model: no such directory"),
     ],

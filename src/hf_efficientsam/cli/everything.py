@@ -68,15 +68,14 @@ BoxNmsOption = Annotated[
     float | None,
     typer.Option(
         help="Of masks whose boxes overlap with more than this IoU, keep only the best. "
-        "By default 0.7; with --adaptive 0.9."
+        "By default 0.7; with --adaptive 0.8."
     ),
 ]
 AdaptiveOption = Annotated[
     bool,
     typer.Option(
         "--adaptive/--exact",
-        help="Prompt with at most a third of the points, and with none inside a good mask that is already found; "
-        "or with all points.",
+        help="Prompt with a third of the points, those that differ most from each other; or with all points.",
     ),
 ]
 CropLayersOption = Annotated[

@@ -114,12 +114,14 @@ def measure_masks(
         undecided = ~never & (dense | ~surely | (part_boxes[0] != part_boxes[1]).any(dim=1))
         stable[part], boxes[part] = surely & ~never & ~undecided, part_boxes[0]
         for few in part[undecided].split(max(1, 2**22 // math.prod(size))):
-            masks = resize_masks(logits[few, None], size, input_size)[:, 0]
-            good = (masks > mask_threshold).flatten(1).any(dim=1)
+            resized = resize_masks(logits[few, None], size, input_size)[:, 0]
+            masks = resized > mask_threshold
+            good = masks.flatten(1).any(dim=1)
             if stability_score_thresh > 0:
-                stability = calculate_stability_score(masks, mask_threshold, stability_score_offset)
+                stability = calculate_stability_score(resized, mask_threshold, stability_score_offset)
                 good &= stability > stability_score_thresh
-            stable[few[good]], boxes[few[good]] = True, batched_mask_to_box(masks[good] > mask_threshold)
+            del resized  # before the next ones are made
+            stable[few[good]], boxes[few[good]] = True, batched_mask_to_box(masks[good])
     return stable, boxes
 
 

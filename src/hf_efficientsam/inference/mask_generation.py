@@ -48,16 +48,14 @@ from .amg import (
 )
 from .loading import find_checkpoint, load_model, load_processor
 from .mask_bounds import measure_masks
-from .point_grids import check_point_grids, coarse_to_fine, covered_points
+from .point_grids import check_point_grids, distinct_points
 from .results import mask_rles
 
 THRESHOLDS = ("pred_iou_thresh", "stability_score_thresh", "stability_score_offset")  # that checkpoints choose
 OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
 # A million points, 5461 crops: more is a typing error, and would fill the memory before the first mask.
 MOST_POINTS_PER_SIDE, MOST_CROP_LAYERS = 1024, 6
-# Of adaptive search: the share of the points that it asks about at most; after how many it looks which others are
-# covered; and what predicted IoU times stability a mask must have to cover points.
-ADAPTIVE_SHARE, ADAPTIVE_BATCH, ADAPTIVE_CONFIDENCE = 1 / 3, 32, 0.5
+ADAPTIVE_SHARE = 1 / 3  # of the points, that adaptive search asks about
 
 
 @dataclass
@@ -99,7 +97,7 @@ class EfficientSamMaskGenerator:
         stability_score_offset: see there.
         mask_threshold: logits above it belong to the object.
         box_nms_thresh: of two masks of a crop whose boxes overlap by a larger IoU only the better is kept: the more
-            confident. By default 0.7, with `adaptive` 0.9.
+            confident. By default 0.7, with `adaptive` 0.8.
         crop_n_layers: layer i (from 1) also looks at 4**i overlapping crops of the image, for small objects.
         crop_nms_thresh: the same between crops, where the mask of the smaller crop is kept.
         crop_overlap_ratio: overlap of the crops of layer 1 as a fraction of the image's short side; it halves with
@@ -109,10 +107,9 @@ class EfficientSamMaskGenerator:
             of cell centres that `points_per_side` makes.
         min_mask_region_area: holes and islands of fewer pixels are filled and removed; 0 leaves all.
         multimask_output: three candidates for each point, or one.
-        adaptive: ask about at most a third of the points of each grid. They are taken coarse to fine over the picture;
-            passed over are those in a mask that was kept and whose predicted IoU times stability is above 0.5, so
-            that the points go to other, smaller regions. This product also decides which of two masks is the better
-            one. Without it all points are asked about, and the masks are exactly those of transformers' pipeline.
+        adaptive: ask about a third of the points of each grid: those that differ most in what the encoder sees there
+            and in place. Predicted IoU times stability then decides which of two masks is the better one. Without it
+            all points are asked about, and the masks are exactly those of transformers' pipeline.
         output_mode: what `segmentation` is: "binary_mask", a bool array `[height, width]`; "uncompressed_rle", a dict
             with COCO's `size` and `counts` as numbers; "coco_rle", with `counts` as pycocotools' string.
 
@@ -142,7 +139,7 @@ class EfficientSamMaskGenerator:
         adaptive: bool = False,
     ):
         if box_nms_thresh is None:
-            box_nms_thresh = 0.9 if adaptive else 0.7
+            box_nms_thresh = 0.8 if adaptive else 0.7
         given = (pred_iou_thresh, stability_score_thresh, stability_score_offset)
         defaults = (model.config.mask_generation[name] for name in THRESHOLDS)
         pred_iou_thresh, stability_score_thresh, stability_score_offset = (
@@ -251,11 +248,12 @@ class EfficientSamMaskGenerator:
             crops = [group[number][:, top:bottom, left:right] for number, (left, top, right, bottom), _ in jobs]
             found: list[list[Candidate]] = [[] for _ in group]
             bar = tqdm(self.embed(crops, batch_size), total=len(crops), unit="crop", disable=not crop_progress)
+            sizes = [pixels.shape[1:] for pixels in group]
             for (number, box, layer), (embedding, input_size) in zip(jobs, bar, strict=True):
-                size = group[number].shape[1:]
-                found[number] += self.search(embedding, input_size, box, size, self.point_grids[layer])
-            for pixels, masks in zip(group, found, strict=True):
-                yield self.finish(masks, pixels.shape[1:])
+                found[number] += self.search(embedding, input_size, box, sizes[number], self.point_grids[layer])
+            del group, crops  # before masks are enlarged
+            for size, masks in zip(sizes, found, strict=True):
+                yield self.finish(masks, size)
 
     def embed(self, crops: list[np.ndarray], batch_size: int) -> Iterator[tuple[torch.Tensor, tuple[int, int]]]:
         """The image embedding `[1, C, h, w]` of each crop `[3, height, width]`, and its size in the model input."""
@@ -281,14 +279,14 @@ class EfficientSamMaskGenerator:
         """The masks of one crop without duplicates, the best first."""
         left, top, right, bottom = crop_box
         points = torch.from_numpy((grid * input_size[::-1]).astype(np.float32)).to(self.model.device)
+        if self.adaptive:
+            chosen = distinct_points(embedding, points, ADAPTIVE_SHARE)
+            points, grid = points[chosen], grid[chosen.cpu().numpy()]
         shared = self.model.share_image(embedding)
-        waiting = torch.from_numpy(coarse_to_fine(grid)) if self.adaptive else torch.arange(len(grid), device="cpu")
-        budget = math.ceil(ADAPTIVE_SHARE * len(grid)) if self.adaptive else len(grid)
         boxes = torch.empty(0, 4, dtype=torch.int64, device=self.model.device)
-        found, keep, ranks = [], [], embedding.new_empty(0)
-        while budget and len(waiting):
-            kept, scores, logits = self.predict(embedding, points[waiting[:budget]], shared)
-            asked, waiting, budget = waiting[: len(kept)], waiting[len(kept) :], budget - len(kept)
+        found, keep, ranks, asked = [], [], embedding.new_empty(0), 0
+        while asked < len(points):
+            kept, scores, logits = self.predict(embedding, points[asked:], shared)
             stable, new_boxes = measure_masks(
                 logits.float(),
                 (bottom - top, right - left),
@@ -298,10 +296,10 @@ class EfficientSamMaskGenerator:
                 self.stability_score_thresh,
             )
             stable &= ~is_box_near_crop_edge(new_boxes, crop_box, [0, 0, *image_size[::-1]])
-            scores, logits, first_new = scores[stable], logits[stable], len(found)
+            scores, logits = scores[stable], logits[stable]
             prompts, candidates = (index[stable].tolist() for index in kept.nonzero(as_tuple=True))
             found += [
-                Candidate(int(asked[prompt]), candidate, one.clone(), score)
+                Candidate(asked + prompt, candidate, one.clone(), score)
                 for prompt, candidate, one, score in zip(prompts, candidates, logits, scores.tolist(), strict=True)
             ]
             boxes = torch.cat([boxes, uncrop_boxes_xyxy(new_boxes[stable], crop_box)])
@@ -311,9 +309,7 @@ class EfficientSamMaskGenerator:
             # until then its logits are freed, so that memory does not grow with the number of points.
             for i in set(range(len(found))).difference(keep):
                 found[i].logits = None
-            if self.adaptive:
-                sure = [found[i].logits for i in keep if i >= first_new and ranks[i] > ADAPTIVE_CONFIDENCE]
-                waiting = waiting[~covered_points(sure, points[waiting], self.mask_threshold).cpu()]
+            asked += len(kept)
         for i in keep:
             mask = found[i]
             if mask.logits is None:
@@ -344,14 +340,13 @@ class EfficientSamMaskGenerator:
         """`predict_confident` for the first of some points, as many as go through the model at a time."""
         threshold = self.pred_iou_thresh if self.pred_iou_thresh > 0 else -math.inf
         while True:
-            step = min(self.points_per_batch, ADAPTIVE_BATCH) if self.adaptive else self.points_per_batch
-            batch = points[None, :step, None]
+            batch = points[None, : self.points_per_batch, None]
             try:
                 return self.model.predict_confident(embedding, batch, threshold, None, self.multimask_output, shared)
             except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU
                 if self.points_per_batch == 1 or not re.search("out of memory|not enough memory", str(error).lower()):
                     raise
-                self.points_per_batch = max(1, step // 2)
+                self.points_per_batch //= 2
                 warnings.warn(f"Out of memory: going on with points_per_batch={self.points_per_batch}.", stacklevel=2)
 
     def finish(self, masks: list[Candidate], image_size: tuple[int, int]) -> list[dict]:

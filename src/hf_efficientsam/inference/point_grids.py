@@ -1,9 +1,13 @@
-"""The points that "segment everything" asks about: which, in which order, and which need not be asked."""
+"""The points that "segment everything" asks about."""
+
+import math
 
 import numpy as np
 import torch
 
-from hf_efficientsam.model.mask_operations_efficientsam import INPUT_PIXELS_PER_MASK_PIXEL
+INPUT_PIXELS_PER_CELL = 16  # of the image embedding
+PLACE_WEIGHT = 3.0  # of the picture's side, against the mean distance of what the encoder sees from its mean
+POINTS_AT_ONCE = 4096  # of which some are chosen: time grows with its square
 
 
 def check_point_grids(point_grids: list[np.ndarray], crop_n_layers: int) -> list[np.ndarray]:
@@ -16,31 +20,41 @@ def check_point_grids(point_grids: list[np.ndarray], crop_n_layers: int) -> list
     return [np.asarray(grid, dtype=np.float64) for grid in point_grids]
 
 
-def coarse_to_fine(grid: np.ndarray) -> np.ndarray:
+def distinct_points(embedding: torch.Tensor, points: torch.Tensor, share: float) -> torch.Tensor:
     """
-    The numbers of the points of a grid `[n, 2]` in an order whose beginnings all cover the picture: of a regular grid,
-    say, first every 16th point of every 16th row, then those in the middle of four of them, and so on. That is van der
-    Corput's order in two dimensions, of the places that the points have among the different x and y.
+    The points that differ most in what the encoder sees there and in place. So a small object gets points of its own,
+    and a large one only as many as its parts differ.
+
+    Args:
+        embedding: of the image, `[1, C, h, w]`.
+        points: `[n, 2]`, x and y in pixels of the model input.
+        share: of the points that are taken, from 0 to 1; at least one is.
+
+    Returns:
+        their numbers, int64, in rising order.
     """
-    column, row = (np.unique(places, return_inverse=True)[1].ravel() for places in grid.T)
-    key = np.zeros(len(grid), dtype=np.int64)
-    for bit in range(len(grid).bit_length()):  # the lowest bits, in which neighbours differ, weigh most
-        right, low = column >> bit & 1, row >> bit & 1
-        key = 4 * key + np.array([0, 3, 2, 1])[2 * right + low]  # after a point the one across from it
-    return key.argsort(kind="stable")
+    last = points.new_tensor([embedding.shape[3] - 1, embedding.shape[2] - 1])
+    x, y = (points / INPUT_PIXELS_PER_CELL).floor().minimum(last).long().unbind(dim=1)
+    seen = embedding[0, :, y, x].T.float()
+    seen = seen - seen.mean(dim=0)
+    seen = seen / seen.square().sum(dim=1).mean().sqrt().clamp(min=1e-12)
+    places = PLACE_WEIGHT / INPUT_PIXELS_PER_CELL * points / (last + 1)
+    parts = torch.cat([seen, places], dim=1).split(POINTS_AT_ONCE)
+    taken = [farthest_points(part, math.ceil(share * len(part))) + i * POINTS_AT_ONCE for i, part in enumerate(parts)]
+    return torch.cat(taken).sort().values
 
 
-def covered_points(masks: list[torch.Tensor], points: torch.Tensor, mask_threshold: float) -> torch.Tensor:
+def farthest_points(features: torch.Tensor, count: int) -> torch.Tensor:
     """
-    Which of the points `[n, 2]`, in pixels of the model input, lie in one of the masks: bool `[n]`. `masks` are logits
-    `[h, w]`.
+    Farthest point sampling (Gonzalez, Clustering to minimize the maximum intercluster distance, 1985) of `[n, C]`: the
+    first, then again and again the one that is farthest from all that were taken. Their numbers, `[count]`.
     """
-    covered = torch.zeros(len(points), dtype=torch.bool, device=points.device)
-    for logits in masks:
-        last = points.new_tensor([logits.shape[1] - 1, logits.shape[0] - 1])
-        x, y = (points / INPUT_PIXELS_PER_MASK_PIXEL).floor().minimum(last).long().unbind(dim=1)
-        covered |= logits[y, x] > mask_threshold
-    return covered
+    taken = torch.zeros(count, dtype=torch.long, device=features.device)
+    distances = features.new_full((len(features),), math.inf)
+    for i in range(1, count):
+        distances = distances.minimum((features - features[taken[i - 1]]).square().sum(dim=1))
+        taken[i] = distances.argmax()
+    return taken
 
 
-__all__ = ["check_point_grids", "coarse_to_fine", "covered_points"]
+__all__ = ["check_point_grids", "distinct_points", "farthest_points"]
