@@ -52,7 +52,7 @@ from hf_efficientsam import EfficientSamModel
 from hf_efficientsam.inference import mask_generation
 from hf_efficientsam.inference.loading import load_model
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
-from hf_efficientsam.model import mask_decoder_shared_efficientsam
+from hf_efficientsam.model import mask_decoder_shared_efficientsam, onednn_efficientsam
 from hf_efficientsam.model.mask_operations_efficientsam import (
     batched_mask_to_box,
     build_point_grid,
@@ -95,6 +95,7 @@ class Scene:
 # ------------------------------------------------------------------------------------------------ three ways
 
 
+@mock.patch.object(onednn_efficientsam, "LINEAR", None)  # torch's own products, as in the official code
 def decode_plainly(model: EfficientSamModel, embedding: torch.Tensor, points: torch.Tensor) -> tuple:
     """
     Args:

@@ -45,12 +45,14 @@ CODE = CONFIGURATIONS | {
     "modeling_auto_vision_efficientsam.py",
     "modeling_efficientsam.py",
     "modeling_vision_efficientsam.py",
+    "onednn_efficientsam.py",
     "processing_efficientsam.py",
     "prompts_efficientsam.py",
 }
 SAMI_CODE = CONFIGURATIONS | {
     "modeling_sami.py",
     "modeling_vision_efficientsam.py",
+    "onednn_efficientsam.py",
 }
 
 # Loads a folder through every Auto class, checks that all of them give the same numbers, saves them, and writes the

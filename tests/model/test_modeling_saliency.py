@@ -17,6 +17,7 @@ CODE = {
     "configuration_vision_efficientsam.py",
     "modeling_saliency.py",
     "modeling_vision_efficientsam.py",
+    "onednn_efficientsam.py",
 }
 ENTRIES = {
     "AutoConfig": "configuration_saliency.EfficientSamSaliencyConfig",

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .onednn_efficientsam import EfficientSamLinear, add_products, linear
+
 CHUNK_ON_CPU = 2  # prompts; measured: more at once fall out of the cache
 UPSCALED_NUMBERS = 2**19  # of the cells that are upscaled last at a time: they stay in the cache
 
@@ -52,7 +54,7 @@ def is_plain(module: nn.Module) -> bool:
     Whether the weights of a layer are all there is to it: not replaced by an adapter or a quantised layer, and not
     offloaded by accelerate ("meta"), which puts them in place only while the forward of their module runs.
     """
-    return type(module) in (nn.Linear, nn.ConvTranspose2d, nn.GroupNorm) and not module.weight.is_meta
+    return type(module) in (EfficientSamLinear, nn.ConvTranspose2d, nn.GroupNorm) and not module.weight.is_meta
 
 
 def layers_read(decoder: nn.Module) -> Iterator[nn.Module]:
@@ -112,7 +114,7 @@ def fold_projection(
 def attend_to_image(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Tokens `[P, T, C]` attend to their image's keys and values `[P, N, C]` -> `[P, T, C]`."""
     query, bias = fold_projection(attention, attention.scaling * attention.q_proj(query), attention.k_proj)
-    logits = torch.baddbmm(bias.flatten(1, 2).unsqueeze(-1), query.flatten(1, 2), key.transpose(1, 2))
+    logits = add_products(bias.flatten(1, 2).unsqueeze(-1), query.flatten(1, 2), key)
     sums = torch.bmm(logits.softmax(-1), value).unflatten(1, query.shape[1:3])
     sums = torch.einsum("phtc,hdc->pthd", sums, weight_by_head(attention, attention.v_proj)).flatten(2)
     return attention.o_proj(sums + attention.v_proj.bias)
@@ -149,13 +151,13 @@ def update_image(
     else:
         key, bias = fold_projection(attention, key, attention.q_proj)
         bias = (bias + log_multiplicity[:, None]).flatten(1, 2).unsqueeze(-1)
-        logits = torch.baddbmm(bias, key.flatten(1, 2), query.transpose(1, 2)).unflatten(1, key.shape[1:3])
+        logits = add_products(bias, key.flatten(1, 2), query).unflatten(1, key.shape[1:3])
     weights = logits.softmax(dim=2).flatten(1, 2)
     value = attention.v_proj(value).unflatten(-1, (-1, attention.head_dim))
     output_weight = attention.o_proj.weight.unflatten(1, (-1, attention.head_dim))
     value = torch.einsum("pthd,chd->phtc", value, output_weight)
     value = value + attention.o_proj.bias / value.shape[1]  # the weights of each head add up to one
-    return torch.baddbmm(image, weights.transpose(1, 2), value.flatten(1, 2))
+    return add_products(image, weights.mT, value.flatten(1, 2).mT)
 
 
 def two_way_layer(
@@ -240,7 +242,7 @@ def group_normalize(norm: nn.GroupNorm, image: torch.Tensor) -> torch.Tensor:
 
 def double_cells(conv: nn.ConvTranspose2d, image: torch.Tensor) -> torch.Tensor:
     """`[P, N, C] -> [P, 4 N, C_next]`, the transposed convolution with kernel and stride 2."""
-    return F.linear(image, doubling_weight(conv), conv.bias.repeat(4)).unflatten(-1, (4, -1)).flatten(1, 2)
+    return linear(image, doubling_weight(conv), conv.bias.repeat(4)).unflatten(-1, (4, -1)).flatten(1, 2)
 
 
 def doubling_weight(conv: nn.ConvTranspose2d) -> torch.Tensor:

@@ -43,6 +43,7 @@ from .modeling_vision_efficientsam import (
     check_kwargs,
     eager_attention_forward,
 )
+from .onednn_efficientsam import EfficientSamLinear
 
 # Kinds of input tokens. Kind + 1 is the row of `EfficientSamPromptEncoder.kind_table`. Every negative label means "no
 # point here": -1 in the official model, -10 in transformers' processors.
@@ -265,10 +266,10 @@ class EfficientSamAttention(nn.Module):
         self.head_dim = inner_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
-        self.q_proj = nn.Linear(config.hidden_size, inner_size)
-        self.k_proj = nn.Linear(config.hidden_size, inner_size)
-        self.v_proj = nn.Linear(config.hidden_size, inner_size)
-        self.o_proj = nn.Linear(inner_size, config.hidden_size)
+        self.q_proj = EfficientSamLinear(config.hidden_size, inner_size)
+        self.k_proj = EfficientSamLinear(config.hidden_size, inner_size)
+        self.v_proj = EfficientSamLinear(config.hidden_size, inner_size)
+        self.o_proj = EfficientSamLinear(inner_size, config.hidden_size)
 
     def forward(
         self,

@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_efficientsam import EfficientSamConfig
 from .configuration_vision_efficientsam import EfficientSamVisionConfig
+from .onednn_efficientsam import EfficientSamLinear, attention_forward, can_attend
 
 
 @dataclass
@@ -123,10 +124,10 @@ class EfficientSamVisionAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = False
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = EfficientSamLinear(config.hidden_size, config.hidden_size)
+        self.k_proj = EfficientSamLinear(config.hidden_size, config.hidden_size)
+        self.v_proj = EfficientSamLinear(config.hidden_size, config.hidden_size)
+        self.o_proj = EfficientSamLinear(config.hidden_size, config.hidden_size)
 
     def forward(
         self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
@@ -138,16 +139,10 @@ class EfficientSamVisionAttention(nn.Module):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            None,
-            scaling=self.scaling,
-            dropout=self.attention_dropout if self.training else 0.0,
-            **kwargs,
-        )
+        dropout = self.attention_dropout if self.training else 0.0
+        if self.config._attn_implementation == "sdpa" and not dropout and can_attend(query, key, value):
+            attend = attention_forward
+        output, weights = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout, **kwargs)
         return self.o_proj(output.reshape(hidden_states.shape)), weights
 
 
@@ -156,9 +151,9 @@ class EfficientSamMLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str):
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc1 = EfficientSamLinear(hidden_size, intermediate_size)
         self.activation = ACT2FN[hidden_act]
-        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+        self.fc2 = EfficientSamLinear(intermediate_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation(self.fc1(hidden_states)))
@@ -241,7 +236,7 @@ class EfficientSamVisionNeck(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, layer_norm_eps: float):
         super().__init__()
-        self.projection = nn.Linear(in_channels, out_channels, bias=False)  # the 1 x 1 convolution
+        self.projection = EfficientSamLinear(in_channels, out_channels, bias=False)  # the 1 x 1 convolution
         self.layernorm1 = nn.LayerNorm(out_channels, eps=layer_norm_eps)
         self.conv = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False)
         self.layernorm2 = nn.LayerNorm(out_channels, eps=layer_norm_eps)
