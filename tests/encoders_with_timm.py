@@ -13,10 +13,7 @@ from hf_efficientsam import (
     EfficientSamConfig,
     EfficientSamMaskGenerator,
     EfficientSamModel,
-    EfficientSamOnnxPredictor,
-    EfficientSamPredictor,
 )
-from hf_efficientsam.export.onnx_export import export_onnx
 from hf_efficientsam.training.engine.optimization import count_layers, layer_depth
 
 # EdgeSAM's encoder, and others that are made for phones: names and channels of the last three stages.
@@ -69,19 +66,6 @@ def test_it_is_trained_and_evaluated_and_finds_everything(name, coco, tmp_path):
     )
     image = np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8)
     assert all(one["segmentation"].shape == (50, 90) for one in generator.generate(image))
-
-
-def test_it_is_exported_to_onnx(tmp_path):
-    tiny.save(tmp_path / "model", model("repvit_m0_9"), tiny.processor(size_divisor=32))
-    report = export_onnx(str(tmp_path / "model"), tmp_path / "onnx")
-    assert max(one["difference"] for one in report.values()) < 1e-4
-    image = np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8)
-    ours = EfficientSamOnnxPredictor(tmp_path / "onnx", num_threads=1)
-    theirs = EfficientSamPredictor.from_pretrained(tmp_path / "model", device="cpu")
-    for predictor in (ours, theirs):
-        predictor.set_image(image)
-    scores = [one.predict(np.array([[60, 20]]))[1] for one in (ours, theirs)]
-    np.testing.assert_allclose(*scores, rtol=0, atol=1e-4)
 
 
 def test_one_with_a_table_of_positions_is_refused():
