@@ -7,6 +7,8 @@ gradients, so it takes torch's place only where `can_multiply` says so; in a tor
 `torch.backends.mkldnn.flags(enabled=False)` turns it off.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -55,7 +57,8 @@ def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 def add_products(added: torch.Tensor, states: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """`added` + products of `[P, M, C]` with `[P, N, C]`: `[P, M, N]`, by oneDNN where that is allowed and faster."""
-    if can_multiply(states.shape[1:].numel() * others.shape[1], added, states, others):
+    # Not `shape.numel()`: it makes a fixed number of a size that an ONNX export leaves open.
+    if can_multiply(math.prod(states.shape[1:]) * others.shape[1], added, states, others):
         pairs = zip(states.contiguous(), others.contiguous(), strict=True)
         return torch.stack([multiply(*pair) for pair in pairs]).add_(added)
     return torch.baddbmm(added, states, others.mT)
@@ -70,7 +73,7 @@ class EfficientSamLinear(nn.Linear):
 
 def can_attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether `attention_forward` may take the place of torch's fused attention, and is the faster one."""
-    return can_multiply(query.shape[2:].numel() * key.shape[2], query, key, value) and key.shape[2] >= FEWEST_KEYS
+    return can_multiply(math.prod(query.shape[2:]) * key.shape[2], query, key, value) and key.shape[2] >= FEWEST_KEYS
 
 
 def attention_forward(
