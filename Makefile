@@ -22,7 +22,8 @@ browser:
 	efficientsam export-browser bundled build/browser
 
 # Trains the bundled checkpoint anew and puts it in place, with its numbers, on images whose terms allow it. Each stage
-# resumes if it was stopped. COCO weighs four times; thresholds are chosen by what they find in examples/.
+# resumes if it was stopped. COCO weighs four times; thresholds are chosen by what they find in examples/. OPTIONS go to every
+# training: with a few images, `make checkpoint DATA=few OPTIONS="--steps 2 --warmup_steps 1"` tries all stages in minutes.
 CLEARED = runs/cleared/instances.json
 COCO = $(DATA)/coco-train/instances_train.json
 MASKS = --train $(CLEARED) $(DATA)/extra-seg/instances_train.json $(COCO) $(COCO) $(COCO) $(COCO)
@@ -37,13 +38,13 @@ pack: $(CLEARED)
 	python training/pack_masks.py --output_dir runs/pack --annotations $(DATA)/coco-val-dev/instances_val.json
 checkpoint: $(CLEARED) runs/salient/instances.json
 	accelerate launch training/finetune_masks.py --config training/recipes/bundled/s_512_1_frozen_encoder.yaml $(MASKS) \
-	  --select_weights $(TEACHER) --output_dir runs/s_512_1
+	  --select_weights $(TEACHER) --output_dir runs/s_512_1 $(OPTIONS)
 	accelerate launch --mixed_precision bf16 training/finetune_masks.py --config training/recipes/bundled/s_512_2_last_layers.yaml $(MASKS) \
-	  --model runs/s_512_1/model --output_dir runs/s_512_2
+	  --model runs/s_512_1/model --output_dir runs/s_512_2 $(OPTIONS)
 	accelerate launch --mixed_precision bf16 training/finetune_masks.py --config training/recipes/bundled/s_512_3_six_layers.yaml $(MASKS) \
-	  --model runs/s_512_2/model --output_dir runs/s_512_3
+	  --model runs/s_512_2/model --output_dir runs/s_512_3 $(OPTIONS)
 	accelerate launch training/train_saliency.py --config training/recipes/bundled/6_saliency.yaml --model runs/s_512_3/model \
-	  $(SALIENCY) --output_dir runs/saliency
+	  $(SALIENCY) --output_dir runs/saliency $(OPTIONS)
 	python training/bundle_checkpoint.py --model runs/s_512_3/model --saliency runs/saliency/model $(THRESHOLDS) \
 	  --annotations $(DATA)/coco-val-dev/instances_val.json --salient $(DATA)/saliency \
 	  --curves runs/s_512_1 runs/s_512_2 runs/s_512_3 runs/saliency
