@@ -19,6 +19,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MAX_IMAGE_PIXELS = 178_956_970  # where PIL itself takes a file for a decompression bomb
+PIXELS_AT_ONCE = 2**20  # that become an array
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 HEIF_SUFFIXES = {".heic", ".heif", ".heics", ".heifs", ".hif"}
 AVIF_BRANDS, AVIF_SUFFIXES = {b"avif", b"avis"}, {".avif", ".avifs"}
@@ -252,7 +253,9 @@ def _check_image_size(height: int, width: int, max_image_pixels: int | None):
 
 def _pil_to_array(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
     """The upright image as H x W or H x W x C."""
-    image = ImageOps.exif_transpose(image)
+    image.load()  # some files have their EXIF tags after their pixels
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)  # it copies in any case
     if image.mode.startswith("I"):
         # 16-bit gray ("I;16..."), or "I", which is how PIL has long opened 16-bit files: convert("RGB") would clip it.
         pixels = np.array(image)
@@ -265,7 +268,16 @@ def _pil_to_array(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
         image = image.convert(image.mode.upper())
     if "transparency" in image.info:
         image = image.convert("RGBA")  # PIL asks for this detour for palettes with transparency
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return _rgb_to_array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _rgb_to_array(image: Image.Image) -> np.ndarray:
+    """`np.array(image)`, some rows at a time: for all of them PIL makes bytes, from which numpy copies."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, PIXELS_AT_ONCE // image.width)
+    for top in range(0, image.height, rows):
+        pixels[top : top + rows] = image.crop((0, top, image.width, min(top + rows, image.height)))
+    return pixels
 
 
 def _lab_to_rgb(image: Image.Image) -> Image.Image:
