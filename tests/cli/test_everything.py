@@ -98,7 +98,7 @@ def counting(monkeypatch, stop_at: int | None = None) -> list[str]:
 
 
 def test_the_dataset_holds_the_masks_of_the_generator(photos, out, model):
-    result = annotate_well(photos, out, model=model)
+    result = annotate_well(photos, out, "--exact", model=model)
     assert "3/3" in result.stderr and all_files(out) == results()
     dataset = COCO(out / "instances.json")
     images = dataset.loadImgs(dataset.getImgIds())
@@ -155,7 +155,7 @@ def test_one_image_is_a_dataset_too(photos, out, model):
         "crop_n_layers": 0,
         "min_mask_region_area": 0,
         "stability_score_offset": 1.0,
-        "adaptive": False,
+        "adaptive": True,
     }
     assert record["options"] == expected
     left_out = {"id", "image_id"}
@@ -184,16 +184,17 @@ def test_options_reach_the_generator(photos, out, model, monkeypatch):
     monkeypatch.setattr(everything, "EfficientSamMaskGenerator", generator)
     options = {"crop_n_layers": 1, "min_mask_region_area": 30, "points_per_side": 2, "box_nms_thresh": 0.5}
     options |= {"points_per_batch": 3, "pred_iou_thresh": 0.1, "stability_score_thresh": 0.2}
-    result = annotate_well(photos / "a.png", out, "--adaptive", model=model, **options)
-    assert given == [options | {"output_mode": "coco_rle", "adaptive": True}]
+    result = annotate_well(photos / "a.png", out, "--exact", model=model, **options)
+    assert given == [options | {"output_mode": "coco_rle", "adaptive": False}]
     assert "5/5" in result.stderr and "crop" in result.stderr and "image" not in result.stderr
 
 
-def test_defaults_are_those_of_the_generator():
-    names = {*OPTIONS, "points_per_batch", "crop_n_layers", "min_mask_region_area", "adaptive"}
+def test_defaults_are_those_of_the_generator_but_for_the_search():
+    names = {*OPTIONS, "points_per_batch", "crop_n_layers", "min_mask_region_area"}
     parameters = inspect.signature(everything_command).parameters
     assert {name: parameters[name].default for name in names} == {name: GENERATOR_DEFAULTS[name] for name in names}
     assert GENERATOR_DEFAULTS["points_per_side"] == 32
+    assert parameters["adaptive"].default and not GENERATOR_DEFAULTS["adaptive"]  # equal to transformers' pipeline
 
 
 def test_a_finished_search_is_not_that_of_the_other_mode(photos, out, model):

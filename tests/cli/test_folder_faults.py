@@ -212,7 +212,7 @@ def test_the_dataset_keeps_the_images_of_earlier_calls(photos, out, tmp_path, mo
     assert dataset_images(out) == ["a.png", "b.jpg", "z.png"]
     dataset = json.loads((out / "instances.json").read_text())
     assert dataset["info"]["options"]["box_nms_thresh"] == 0.5
-    assert [image.get("options", {}).get("box_nms_thresh") for image in dataset["images"]] == [0.7, 0.7, None]
+    assert [image.get("options", {}).get("box_nms_thresh") for image in dataset["images"]] == [0.8, 0.8, None]
     (photos / "b.jpg").unlink()
     everything(photos, out, model=model)
     assert dataset_images(out) == ["a.png", "sub/c.png", "z.png"]  # what is gone from the folder is gone here, too

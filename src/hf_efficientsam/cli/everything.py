@@ -68,7 +68,7 @@ BoxNmsOption = Annotated[
     float | None,
     typer.Option(
         help="Of masks whose boxes overlap with more than this IoU, keep only the best. "
-        "By default 0.7; with --adaptive 0.8."
+        "By default 0.8; with --exact 0.7."
     ),
 ]
 AdaptiveOption = Annotated[
@@ -94,7 +94,7 @@ def everything_command(
     pred_iou_thresh: PredIouOption = None,
     stability_score_thresh: StabilityOption = None,
     box_nms_thresh: BoxNmsOption = None,
-    adaptive: AdaptiveOption = GENERATOR_DEFAULTS["adaptive"],
+    adaptive: AdaptiveOption = True,
     crop_n_layers: CropLayersOption = GENERATOR_DEFAULTS["crop_n_layers"],
     min_mask_region_area: RegionAreaOption = GENERATOR_DEFAULTS["min_mask_region_area"],
     overlay: DrawOption = True,

@@ -275,8 +275,9 @@ def _rgb_to_array(image: Image.Image) -> np.ndarray:
     """`np.array(image)`, some rows at a time: for all of them PIL makes bytes, from which numpy copies."""
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     rows = max(1, PIXELS_AT_ONCE // image.width)
-    for top in range(0, image.height, rows):
-        pixels[top : top + rows] = image.crop((0, top, image.width, min(top + rows, image.height)))
+    with pil_limit_lifted():
+        for top in range(0, image.height, rows):
+            pixels[top : top + rows] = image.crop((0, top, image.width, min(top + rows, image.height)))
     return pixels
 
 
