@@ -28,6 +28,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_efficientsam.training.data import feature_cache
 from hf_efficientsam.training.engine.metrics_log import TIMINGS, MetricsLog
 from hf_efficientsam.training.engine.run import run_script
 
@@ -89,6 +90,16 @@ def run_forked_script(script: str, arguments: list[str], before: Callable[[], No
 def kill_after_step_5() -> None:
     """Ends the process once its fifth step is done and logged, two after a checkpoint."""
     after_step_5(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def kill_after_the_first_part() -> None:
+    """Ends the process once it has written the first part of a feature cache."""
+
+    def write_and_die(*arguments):
+        write_part(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    write_part, feature_cache.write_part = feature_cache.write_part, write_and_die
 
 
 def stop_all_after_step_5() -> None:

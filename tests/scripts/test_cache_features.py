@@ -10,10 +10,9 @@ import datasets
 import pytest
 import tiny
 import torch
-from script_runs import fork, refuse, run
+from script_runs import fork, kill_after_the_first_part, refuse, run
 from torch.utils.data import default_collate
 
-from hf_efficientsam.training.data import feature_cache
 from hf_efficientsam.training.data.feature_cache import FeatureCache
 from hf_efficientsam.training.data.images import DatasetImages, FolderImages, ImageViews, ShardImages
 from hf_efficientsam.training.sami.teachers import load_teacher
@@ -69,14 +68,6 @@ def check_online_equals_cached(source, folder: Path, teacher_path: Path) -> None
 def test_the_cache_holds_what_the_teacher_says_of_the_same_crops(images, cached, teacher):
     check_online_equals_cached(FolderImages([images]), cached, teacher)
     assert len(list(cached.glob("view_*/part_*.safetensors"))) == VIEWS * 6
-
-
-def kill_after_the_first_part() -> None:
-    def write_and_die(*arguments):
-        write_part(*arguments)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    write_part, feature_cache.write_part = feature_cache.write_part, write_and_die
 
 
 def test_killed_and_resumed_it_ends_as_if_it_had_not_been(images, cached, teacher, tmp_path):
