@@ -1,13 +1,11 @@
 """`training/finetune_detection.py` without torchvision, and its recipes; with torchvision, in a process of its own, by
 `detection_with_torchvision.py`."""
 
-import os
-import subprocess
 import sys
 
 import pytest
-import torch
-from script_runs import ROOT, TRAINING, load_script, refuse, start
+from installed import run_beside_torchvision
+from script_runs import TRAINING, load_script, refuse, start
 
 from hf_efficientsam.training.engine.config import parse_config
 
@@ -73,15 +71,4 @@ def test_the_papers_recipes_are_the_papers(size, width):
 
 @pytest.mark.slow
 def test_with_torchvision(tmp_path):
-    """Where its operators do not load, as beside a torch without CUDA, `torchvision_shim.py` stands in for them."""
-    minor = int(torch.__version__.split(".")[1])  # torch 2.13 belongs to torchvision 0.28, and so on
-    # -E leaves out PYTHONPATH and with it `offline`: this alone needs a network.
-    command = [sys.executable, "-E", "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site"]
-    installed = subprocess.run([*command, f"torchvision==0.{minor + 15}.*"], capture_output=True, text=True)
-    if installed.returncode:
-        pytest.skip(f"torchvision cannot be had from the registry: {installed.stderr.strip().splitlines()[-1]}")
-    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (tmp_path / "site", ROOT / "tests")))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "torchvision_shim", "tests/detection_with_torchvision.py"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=2400)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    run_beside_torchvision("detection_with_torchvision.py", tmp_path)

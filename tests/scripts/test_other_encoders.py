@@ -1,16 +1,13 @@
 """Mask training, evaluation and export of EfficientSAM around other backbones than its plain ViT."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import backbones
 import numpy as np
 import pytest
 import tiny
 import torch
+from installed import run_beside_torchvision
 from script_runs import curve, load_script, refuse, run
 from transformers import ConvNextBackbone, ConvNextForImageClassification, ResNetModel, ViTConfig, ViTModel
 
@@ -177,18 +174,5 @@ def test_it_is_exported_to_onnx(name, tmp_path):
 
 
 def test_backbones_of_timm(tmp_path):
-    """timm imports torchvision, whose operators do not load beside a torch without CUDA: `torchvision_shim.py`."""
-    root = Path(__file__).resolve().parents[2]
-    minor = int(torch.__version__.split(".")[1])  # torch 2.13 belongs to torchvision 0.28, and so on
-    # -E leaves out PYTHONPATH and with it `offline`: this alone needs a network.
-    command = [sys.executable, "-E", "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site"]
-    installed = subprocess.run(
-        [*command, f"torchvision==0.{minor + 15}.*", "timm==1.0.31"], capture_output=True, text=True
-    )
-    if installed.returncode:
-        pytest.skip(f"timm cannot be had from the registry: {installed.stderr.strip().splitlines()[-1]}")
-    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (tmp_path / "site", root / "tests")))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "torchvision_shim", "tests/encoders_with_timm.py"]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=2400)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    """timm imports torchvision."""
+    run_beside_torchvision("encoders_with_timm.py", tmp_path, "timm==1.0.31")

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from installed import install
 from PIL import Image
 
 from hf_efficientsam import SegmentationResult
@@ -67,11 +68,7 @@ def result() -> SegmentationResult:
 def read(code: str, packages: list[str], tmp_path, *arguments) -> list:
     """What `code` prints in a process that has these packages beside the tests' own."""
     site = tmp_path / "site"
-    # -E leaves out PYTHONPATH and with it `offline`: this alone needs a network.
-    command = [sys.executable, "-E", "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, *packages]
-    installed = subprocess.run(command, capture_output=True, text=True)
-    if installed.returncode:
-        pytest.skip(f"{packages[0]} cannot be had from the registry: {installed.stderr.strip().splitlines()[-1]}")
+    install(site, *packages)
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
