@@ -1,6 +1,8 @@
 """The command itself: version, help, and a process of its own."""
 
+import contextlib
 import gc
+import io
 import json
 import os
 import signal
@@ -13,6 +15,7 @@ from commands import POINT, assert_refused, run, run_segment
 
 from hf_efficientsam import __version__
 from hf_efficientsam.cli import main
+from hf_efficientsam.cli.app import app
 
 
 def test_version_and_help_are_printed():
@@ -113,6 +116,13 @@ def test_ctrl_c_while_the_command_starts(photo):
         said = process.stderr.read()
     assert process.returncode == 130 and said.splitlines()[-1] == "efficientsam: stopped by Ctrl+C"
     assert "Traceback" not in said
+
+
+def test_what_a_command_prints_can_be_collected():
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        app(["info"], standalone_mode=False)
+    assert output.getvalue().startswith("checkpoint ")
 
 
 def test_a_process_without_garbage_collection_stays_without_it():

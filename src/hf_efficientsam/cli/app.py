@@ -6,6 +6,7 @@ called or asked for its help: `--help` and `--version` of the whole do not wait 
 """
 
 import gc
+import io
 import re
 import sys
 import warnings
@@ -129,7 +130,11 @@ def describe_usage_error(error: UsageError) -> str:
 @contextmanager
 def any_name_printed() -> Iterator[None]:
     """Prints names of files that are no text with escapes, where Python would end with an error."""
-    stdout, errors = sys.stdout, sys.stdout.errors
+    stdout = sys.stdout
+    if not isinstance(stdout, io.TextIOWrapper):  # a notebook's, or one that collects text: these take any name
+        yield
+        return
+    errors = stdout.errors
     stdout.reconfigure(errors="backslashreplace")
     try:
         yield
