@@ -81,6 +81,21 @@ def tiny_model(tmp_path_factory) -> Path:
     return tiny.save(tmp_path_factory.mktemp("model"), model, tiny.processor())
 
 
+@pytest.fixture(scope="session")
+def tiny_onnx(tiny_model, tmp_path_factory) -> Path:
+    """The folder of `tiny_model`, exported to ONNX by the first of several test processes that needs it."""
+    from filelock import FileLock
+
+    from hf_efficientsam.export.onnx_export import export_onnx
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny_onnx"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            export_onnx(str(tiny_model), folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """As in the processes that tests start, so that sums are rounded alike."""
@@ -93,11 +108,20 @@ def one_thread():
 
 
 def pytest_configure(config):
-    """Of several test processes each takes its share of the processor's cores."""
+    """Of several test processes each takes its share of the processor's cores, with the processes that it starts."""
     if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
         import torch
 
-        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+        threads = max(1, torch.get_num_threads() // processes)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def pytest_collection_modifyitems(items):
+    """Of several test processes none is left with a long file at the end: files that have slow tests come first."""
+    if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_sessionfinish(session):
