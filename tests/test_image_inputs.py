@@ -14,9 +14,14 @@ import torch
 from PIL import Image, ImageCms, features
 from transformers import pipeline
 
-from hf_efficientsam import EfficientSamMaskGenerator, EfficientSamOnnxPredictor, EfficientSamPredictor
+from hf_efficientsam import (
+    EfficientSamMaskGenerator,
+    EfficientSamModel,
+    EfficientSamOnnxPredictor,
+    EfficientSamPredictor,
+)
 from hf_efficientsam.demo.service import Demo
-from hf_efficientsam.export.onnx_export import describe, export_onnx
+from hf_efficientsam.export.onnx_export import describe
 from hf_efficientsam.inference.everything_files import EverythingSegmenter
 from hf_efficientsam.inference.segment_files import Segmenter, set_image_file
 from hf_efficientsam.training.data.reading import decode_image
@@ -152,18 +157,12 @@ SHOWN_BY_PIL = [name for name in FILES if name not in ("16 bits.png", "16 bits.t
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return tiny.save(tmp_path_factory.mktemp("model"), tiny.model(), tiny.processor())
+def onnx(tiny_onnx) -> EfficientSamOnnxPredictor:
+    return EfficientSamOnnxPredictor(tiny_onnx)
 
 
 @pytest.fixture(scope="module")
-def onnx(checkpoint) -> EfficientSamOnnxPredictor:
-    export_onnx(str(checkpoint), checkpoint / "onnx")
-    return EfficientSamOnnxPredictor(checkpoint / "onnx")
-
-
-@pytest.fixture(scope="module")
-def ways(checkpoint, onnx):
+def ways(tiny_model, onnx):
     """By name, a function that takes an image and returns the `pixel_values` `[1, 3, H, W]` that the encoder got."""
     seen = []
 
@@ -177,12 +176,12 @@ def ways(checkpoint, onnx):
 
         return way
 
-    predictor = EfficientSamPredictor.from_pretrained(str(checkpoint))
+    predictor = EfficientSamPredictor.from_pretrained(tiny_model)
     run = onnx._run_encoder
     onnx._run_encoder = lambda inputs: seen.append(torch.from_numpy(inputs["pixel_values"])) or run(inputs)
     few = {"points_per_side": 1}
     generator = EfficientSamMaskGenerator(tiny.model(), tiny.processor(), **few)
-    segment, demo = Segmenter(EfficientSamPredictor.from_pretrained(str(checkpoint)), False), Demo(str(checkpoint))
+    segment, demo = Segmenter(EfficientSamPredictor.from_pretrained(tiny_model), False), Demo(str(tiny_model))
     everything = EverythingSegmenter(EfficientSamMaskGenerator(tiny.model(), tiny.processor(), **few), few, False)
     piped = pipeline("mask-generation", model=tiny.model(), image_processor=tiny.image_processor())
     processor = tiny.image_processor()
@@ -268,8 +267,8 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ", ".join(options))
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_every_option_holds_for_every_way(onnx, monkeypatch, options, dtype):
-    model, processor = tiny.model(), tiny.processor(**options)
+def test_every_option_holds_for_every_way(tiny_model, onnx, monkeypatch, options, dtype):
+    model, processor = EfficientSamModel.from_pretrained(tiny_model), tiny.processor(**options)
     image = RGB[:50].astype(dtype)
     with torch.no_grad():
         expected = model.get_image_embeddings(processor(image)["pixel_values"]).numpy()

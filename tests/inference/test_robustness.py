@@ -7,14 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_efficientsam import EfficientSamOnnxPredictor, EfficientSamPredictor
-from hf_efficientsam.export.onnx_export import export_onnx
 
 
 @pytest.fixture(scope="module")
-def predictors(tiny_model, tmp_path_factory) -> list:
-    folder = tmp_path_factory.mktemp("onnx")
-    export_onnx(str(tiny_model), folder)
-    return [EfficientSamPredictor.from_pretrained(str(tiny_model)), EfficientSamOnnxPredictor(folder, num_threads=1)]
+def predictors(tiny_model, tiny_onnx) -> list:
+    return [EfficientSamPredictor.from_pretrained(tiny_model), EfficientSamOnnxPredictor(tiny_onnx, num_threads=1)]
 
 
 def outcomes(predictors: list, ask) -> list:
