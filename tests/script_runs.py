@@ -196,11 +196,11 @@ def run_on_two_processes(file: str, function: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def call_function_of(file: str, function: str, folder: Path) -> None:
+def call_function_of(file: str, function: str, *arguments) -> None:
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    getattr(module, function)(folder)
+    getattr(module, function)(*arguments)
 
 
 def refuse(script: str, *arguments) -> str:

@@ -23,7 +23,6 @@ from script_runs import (
     load_script,
     refuse,
     run,
-    start,
     steps_saved,
     stop_all_after_step_5,
     stopped_after,
@@ -120,10 +119,10 @@ def test_a_finished_run_has_nothing_left_to_do(arguments, whole):
 # ------------------------------------------------------------------------------------------------- exactness
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_killed_and_resumed_run_ends_as_one_that_was_not(arguments, whole, tmp_path, num_workers):
+def test_a_killed_and_resumed_run_ends_as_one_that_was_not(arguments, whole, tmp_path):
+    """With a worker; without one a run on cells and cached views is, below."""
     output = tmp_path / "run"
-    given = [*arguments, "--output_dir", output, "--num_workers", num_workers]
+    given = [*arguments, "--output_dir", output, "--num_workers", 1]
     killed = fork("finetune_masks", *given, before=kill_after_step_5)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert steps_saved(output) == ["step_00000003"] and [row["step"] for row in curve(output)] == [1, 2, 3, 4, 5]
@@ -543,11 +542,13 @@ def test_the_papers_recipes_are_the_papers(size, width):
     assert (recipe.tight_probability, recipe.box_noise, recipe.box_noise_pixels) == (0, 0.1, 20)
 
 
-def test_the_miniature_runs_without_arguments_and_learns(tmp_path):
-    shutil.copytree(ROOT / "examples", tmp_path / "examples")  # where its recipe looks, as in the repository
-    done = start("finetune_masks", python=["-m", "accelerate.commands.launch"], cwd=tmp_path, timeout=600)
-    assert done.returncode == 0, done.stderr
+def test_the_miniature_learns(tmp_path, monkeypatch):
+    """In half of its steps; .ci/run starts the whole without arguments."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")  # where its recipe looks, as in the repository
+    recipe = TRAINING / "recipes" / "miniature" / "masks.yaml"
+    run("finetune_masks", "--config", recipe, "--steps", 20, "--log_steps", 1)
     rows = curve(tmp_path / "runs/masks_miniature")
-    first, last = (sum(row["loss"] for row in part) for part in (rows[:3], rows[-3:]))
-    assert last < 0.95 * first  # a fall from 1.30 to 1.14; single rows are noisy
+    first, last = (sum(row["loss"] for row in part) for part in (rows[:6], rows[-6:]))
+    assert last < 0.95 * first  # single rows are noisy
     EfficientSamProcessor.from_pretrained(tmp_path / "runs/masks_miniature/model")

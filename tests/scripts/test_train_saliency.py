@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from script_runs import (
     ROOT,
-    TWO_PROCESSES,
     assert_close,
     assert_equal,
     card_of,
@@ -19,7 +18,6 @@ from script_runs import (
     kill_after_step_5,
     refuse,
     run,
-    start,
     steps_saved,
 )
 
@@ -128,7 +126,7 @@ def test_accumulated_and_shared_steps_are_those_of_the_whole_batch(arguments, tm
     given = [*arguments, "--dropout", 0, "--drop_path", 0, "--steps", 3, "--global_batch_size", 8]
     run("train_saliency", *given, "--output_dir", tmp_path / "whole")
     run("train_saliency", *given, "--output_dir", tmp_path / "accumulated", "--batch_size", 2)
-    done = start("train_saliency", *given, "--output_dir", tmp_path / "shared", python=TWO_PROCESSES)
+    done = fork("train_saliency", *given, "--output_dir", tmp_path / "shared", processes=2)
     assert done.returncode == 0, done.stderr
     for name in ("accumulated", "shared"):
         assert_close(tmp_path / name, tmp_path / "whole", curves=1e-4, values=1e-4)

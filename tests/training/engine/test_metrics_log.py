@@ -1,16 +1,13 @@
 import json
-import os
+import socket
 import sqlite3
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from script_runs import run_on_two_processes
+from script_runs import call_function_of, fork_function, run_on_two_processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hf_efficientsam.training.engine.checkpoints import Checkpoints
@@ -113,30 +110,22 @@ def test_tensorboard_sees_each_step_once(tmp_path):
     assert [event.step for event in images] == [4, 8] and (images[0].width, images[0].height) == (6, 3)
 
 
-TRACKIO_RUN = """
-import os, socket, sys
-from pathlib import Path
-from types import SimpleNamespace
+def log_to_trackio(folder, until):
+    def refused(self, address):
+        raise AssertionError(f"a connection to {address}")
 
-def refused(self, address):
-    raise AssertionError(f"a connection to {address}")
-
-socket.socket.connect = refused
-from test_metrics_log import log_steps
-accelerator, log = log_steps(Path(sys.argv[1]), int(sys.argv[2]), ["trackio"])
-log.close()
-accelerator.end_training()
-"""
+    socket.socket.connect = refused
+    accelerator, log = log_steps(folder, until, ["trackio"])
+    log.close()
+    accelerator.end_training()
 
 
 @pytest.mark.slow
 def test_trackio_sees_each_step_once_and_needs_no_network(tmp_path):
     """In processes of their own: trackio decides where its files go when it is imported."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRACKIO_")}
     for until in (9, 14):
-        command = [sys.executable, "-c", TRACKIO_RUN, str(tmp_path / "run_a"), str(until)]
-        environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), environment["PYTHONPATH"]])
-        subprocess.run(command, cwd=Path(__file__).parent, env=environment, check=True, capture_output=True)
+        done = fork_function(call_function_of, __file__, "log_to_trackio", tmp_path / "run_a", until)
+        assert done.returncode == 0, done.stderr
     database = sqlite3.connect(tmp_path / "run_a" / "trackers" / "sami.db")
     rows = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
     values = [(step, json.loads(metrics)) for _, step, metrics in rows]
