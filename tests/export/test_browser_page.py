@@ -58,8 +58,8 @@ def built() -> Path:
 
 @pytest.fixture(scope="module")
 def tiny_page(built, tmp_path_factory) -> tuple[Path, Path]:
-    """A tiny checkpoint with masks that differ, and the page of it."""
-    model = tiny.one_layer_model(background_points=True, mask_prompts=True)
+    """A tiny checkpoint for points and boxes only with masks that differ, and the page of it."""
+    model = tiny.one_layer_model()
     tiny.enlarge_weights(model.mask_decoder, std=0.2)
     checkpoint = tiny.save(tmp_path_factory.mktemp("checkpoint"), model.half(), tiny.processor())
     folder = tmp_path_factory.mktemp("page")
@@ -280,14 +280,11 @@ def test_a_phone(browser, tiny_page):
 
 
 @pytest.mark.slow
-def test_without_a_mouse_and_without_background_points(browser, built, tmp_path):
-    model = tiny.one_layer_model()
-    checkpoint = tiny.save(tmp_path / "checkpoint", model, tiny.processor())
-    shutil.copytree(built / "ort", tmp_path / "page" / "ort")
-    export_browser(str(checkpoint), tmp_path / "page")
+def test_without_a_mouse_and_without_background_points(browser, tiny_page):
+    checkpoint, folder = tiny_page
     predictor = EfficientSamPredictor.from_pretrained(checkpoint)
     predictor.set_image(EXAMPLES / "bus.jpg")
-    with served(tmp_path / "page") as address, visit(browser, address) as page:
+    with served(folder) as address, visit(browser, address) as page:
         pick_example(page)
         assert page.locator("[value=background]").is_disabled()
         page.locator("#stage").focus()

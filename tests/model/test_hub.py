@@ -147,16 +147,19 @@ def test_saved_folder_needs_no_package(tmp_path):
 
     image = np.arange(50 * 70 * 3, dtype=np.uint8).reshape(50, 70, 3)
     points, boxes = [[[[10, 20]], [[30, 5], [60, 45]]]], [[[1, 2, 30, 40], None]]
+    inputs = processor(image, input_points=points, input_boxes=boxes)
     with torch.no_grad():
-        expected = model(**processor(image, input_points=points, input_boxes=boxes)).pred_masks
+        expected = model(**inputs).pred_masks
     masks = as_a_stranger(folder, resaved, tmp_path)["masks"]
     torch.testing.assert_close(masks, expected, atol=1e-6, rtol=0)
 
-    # What the stranger saved is as complete.
+    # What the stranger saved is as complete, and its files are those that a next stranger would run.
     assert {path.name for path in resaved.iterdir()} == {path.name for path in folder.iterdir()}
+    assert all((resaved / name).read_bytes() == (folder / name).read_bytes() for name in CODE)
     assert read_json(resaved / "config.json")["auto_map"] == read_json(folder / "config.json")["auto_map"]
     assert read_json(resaved / "processor_config.json") == read_json(folder / "processor_config.json")
-    masks = as_a_stranger(resaved, tmp_path / "third", tmp_path)["masks"]
+    with torch.no_grad():
+        masks = EfficientSamModel.from_pretrained(resaved)(**inputs).pred_masks
     torch.testing.assert_close(masks, expected, atol=1e-6, rtol=0)
 
 

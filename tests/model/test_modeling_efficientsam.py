@@ -785,14 +785,6 @@ def test_compiled_code_does_not_take_missing_background_points_silently(
 
 
 @pytest.mark.slow
-@torch.no_grad()
-def test_compiled_vision_encoder(model, pixel_values, fresh_compiler):
-    expected = model.vision_encoder(pixel_values).last_hidden_state
-    compiled = torch.compile(model.vision_encoder, fullgraph=True)
-    torch.testing.assert_close(compiled(pixel_values).last_hidden_state, expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("num_points", [2, 9])
 @torch.no_grad()
 def test_compiled_whole(model, pixel_values, boxes, num_points, fresh_compiler):
