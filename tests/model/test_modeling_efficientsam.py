@@ -618,6 +618,18 @@ def test_positions_keep_their_digits_under_autocast(start):
         assert torch.allclose(embedding.grid(7, 5), embedding.grid(7, 5).float())
 
 
+def test_positions_of_cells_follow_frequencies_size_and_type():
+    embedding = tiny.model().prompt_encoder.position_embedding
+    expected = {size: embedding.compute_grid(*size) for size in [(4, 5), (5, 4)]}
+    with torch.inference_mode():
+        assert embedding.grid(4, 5).equal(expected[4, 5])
+    for size in [(4, 5), (5, 4), (4, 5)]:
+        assert embedding.grid(*size).equal(expected[size]) and not embedding.grid(*size).is_inference()
+    embedding.frequencies.data.mul_(2)
+    assert embedding.grid(4, 5).equal(embedding.compute_grid(4, 5)) and not embedding.grid(4, 5).equal(expected[4, 5])
+    assert embedding.double().grid(4, 5).dtype == torch.float64
+
+
 def test_position_frequencies_start_as_the_config_says():
     gaussian = tiny.model().prompt_encoder.position_embedding.frequencies
     assert 0.5 < gaussian.std() < 1.5 and (gaussian != 0).all()

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .onednn_efficientsam import EfficientSamLinear, add_products, linear
+from .onednn_efficientsam import EfficientSamLinear, linear, products, stack
 
 CHUNK_ON_CPU = 2  # prompts; measured: more at once fall out of the cache
 UPSCALED_NUMBERS = 2**19  # of the cells that are upscaled last at a time: they stay in the cache
@@ -114,7 +114,7 @@ def fold_projection(
 def attend_to_image(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Tokens `[P, T, C]` attend to their image's keys and values `[P, N, C]` -> `[P, T, C]`."""
     query, bias = fold_projection(attention, attention.scaling * attention.q_proj(query), attention.k_proj)
-    logits = add_products(bias.flatten(1, 2).unsqueeze(-1), query.flatten(1, 2), key)
+    logits = products(query.flatten(1, 2), key).add_(bias.flatten(1, 2).unsqueeze(-1))
     sums = torch.bmm(logits.softmax(-1), value).unflatten(1, query.shape[1:3])
     sums = torch.einsum("phtc,hdc->pthd", sums, weight_by_head(attention, attention.v_proj)).flatten(2)
     return attention.o_proj(sums + attention.v_proj.bias)
@@ -151,13 +151,13 @@ def update_image(
     else:
         key, bias = fold_projection(attention, key, attention.q_proj)
         bias = (bias + log_multiplicity[:, None]).flatten(1, 2).unsqueeze(-1)
-        logits = add_products(bias, key.flatten(1, 2), query).unflatten(1, key.shape[1:3])
+        logits = products(key.flatten(1, 2), query).add_(bias).unflatten(1, key.shape[1:3])
     weights = logits.softmax(dim=2).flatten(1, 2)
     value = attention.v_proj(value).unflatten(-1, (-1, attention.head_dim))
     output_weight = attention.o_proj.weight.unflatten(1, (-1, attention.head_dim))
     value = torch.einsum("pthd,chd->phtc", value, output_weight)
     value = value + attention.o_proj.bias / value.shape[1]  # the weights of each head add up to one
-    return add_products(image, weights.mT, value.flatten(1, 2).mT)
+    return products(weights.mT, value.flatten(1, 2).mT).add_(image)
 
 
 def two_way_layer(
@@ -231,7 +231,7 @@ def upscale_doubled(
     parts = [image]
     if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         parts = image.split(max(1, UPSCALED_NUMBERS // image[:, 0].numel()), dim=1)
-    masks = [filters @ upscaling.activation(double_cells(convs[-1], part)).transpose(1, 2) for part in parts]
+    masks = [products(filters, upscaling.activation(double_cells(convs[-1], part))) for part in parts]
     return lay_out(torch.cat(masks, dim=2), grid_size, doublings=len(convs))
 
 
@@ -242,7 +242,7 @@ def group_normalize(norm: nn.GroupNorm, image: torch.Tensor) -> torch.Tensor:
 
 def double_cells(conv: nn.ConvTranspose2d, image: torch.Tensor) -> torch.Tensor:
     """`[P, N, C] -> [P, 4 N, C_next]`, the transposed convolution with kernel and stride 2."""
-    return linear(image, doubling_weight(conv), conv.bias.repeat(4)).unflatten(-1, (4, -1)).flatten(1, 2)
+    return linear(image, doubling_weight(conv), conv.bias.expand(4, -1).flatten()).unflatten(-1, (4, -1)).flatten(1, 2)
 
 
 def doubling_weight(conv: nn.ConvTranspose2d) -> torch.Tensor:
@@ -252,10 +252,10 @@ def doubling_weight(conv: nn.ConvTranspose2d) -> torch.Tensor:
 
 def lay_out(masks: torch.Tensor, grid_size: tuple[int, int], doublings: int) -> torch.Tensor:
     """`[P, M, N * 4 ** doublings] -> [P, M, h * 2 ** doublings, w * 2 ** doublings]`"""
-    masks = masks.unflatten(2, (*grid_size, *doublings * [2, 2]))  # P, M, h, w, then y and x of each doubling
-    rows, columns = range(4, 4 + 2 * doublings, 2), range(5, 5 + 2 * doublings, 2)
-    masks = masks.permute(0, 1, 2, *rows, 3, *columns)
-    return masks.reshape(*masks.shape[:2], *(side * 2**doublings for side in grid_size))
+    masks = masks.unflatten(2, (-1, *doublings * [2, 2]))  # P, M, N, then y and x of each doubling
+    rows, columns = range(3, 3 + 2 * doublings, 2), range(4, 4 + 2 * doublings, 2)
+    masks = masks.permute(0, 1, *rows, *columns, 2).flatten(2, -2).unflatten(-1, grid_size)
+    return F.pixel_shuffle(masks, 2**doublings).squeeze(2)
 
 
 # ---------------------------------------------------------------------------------------------------- the decoder
@@ -338,6 +338,8 @@ class FastMaskDecoder:
         num_prompts, step = tokens.shape[1], self.decoder.config.prompts_per_chunk
         if image.device.type == "cpu":
             step = min(step, CHUNK_ON_CPU)
+        if not (image.is_contiguous() or torch.compiler.is_compiling()):  # the embedding is [C, N] in memory
+            image = stack([one.contiguous() for one in image.flatten(0, 1)]).unflatten(0, image.shape[:2])
         shared = None
         if image.shape[1] < num_prompts:
             shared = project_shared_image(self.decoder.layers[0], image, image_positional_embeddings)

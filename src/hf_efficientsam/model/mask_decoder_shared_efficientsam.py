@@ -2,18 +2,23 @@
 
 A two-way layer adds to each cell of a prompt's image the values of the prompt's tokens, weighted by attention, and
 normalises the cell: LayerNorm subtracts the mean of its channels, divides by their deviation, and scales and shifts by
-channel. All of this is linear but for one number a cell. So in every layer the image of a prompt is
+channel. All of this is linear but for one number a cell. So after every layer the image of a prompt is
 
-    image[n] = scale[n] * base[n] + sum over r of weights[r, n] * vectors[r]
+    image[n] = scale[n] * base[n] + shift + sum over r of weights[r, n] * vectors[r]
 
-where `base` is the same for all prompts. A prompt's own are the scale, and R rows: one for each head and token of each
-layer so far, one for each shift. Its projections are those of `base`, which are computed once, and those of the R
-vectors; the variance that LayerNorm needs follows from products of the same; and the first doubling of the upscaling
-is one more projection. A prompt's image `[N, C]` is never written down.
+where `base` and `shift` are the same for all prompts. A prompt's own are the scale, and R rows: one for each head and
+token of each layer so far, and in every layer but the first one for what it adds to all cells alike: the bias of its
+output, and the shift of the layer before.
+
+Projections of the image are those of `base`, which are computed once, and those of the vectors; the variance that
+LayerNorm needs follows from products of the same; and the first doubling of the upscaling is one more projection. A
+prompt's image `[N, C]` is never written down. The vectors are made of the tokens' values by maps that are the same for
+all prompts, so their projections are too.
 
 Shape letters: P prompts, T tokens, N cells, C channels, H heads, D channels of a head, R rows, M masks.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,14 +26,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from .mask_decoder_fast_efficientsam import (
+    attend_to_shared_image,
     can_decode_fast,
     doubling_weight,
+    project_shared_image,
     upscale_doubled,
-    weight_by_head,
 )
+from .onednn_efficientsam import linear
 
 LEAST_PROMPTS = 8  # with fewer, computing what they share costs more than it saves
-PROMPTS_AT_ONCE = 8  # whose tokens go through a layer together; their images follow one by one, to stay in the cache
+PROMPTS_AT_ONCE = 16  # whose tokens go through a layer together; their images follow one by one, to stay in the cache
 
 
 def can_share_image(decoder: nn.Module, image: torch.Tensor) -> bool:
@@ -45,20 +52,34 @@ def can_share_image(decoder: nn.Module, image: torch.Tensor) -> bool:
     )
 
 
+class SharedImage(NamedTuple):
+    """
+    What all prompts' images have in common after a layer.
+
+    Attributes:
+        base, shift: `[N, C]` and `[C]`.
+        maps: what makes vectors `[T, C]` of values `[T, D]`, for each head of each block of rows: `[H, D, C]`. A layer
+            adds the block of its attention and, but for the first layer, one row whose value is one.
+    """
+
+    base: torch.Tensor
+    shift: torch.Tensor
+    maps: list[torch.Tensor]
+
+
 class Projection(NamedTuple):
     """
     A projection of prompts' images to heads.
 
     Attributes:
-        weight: `[H * D, C]`.
         base: projected `base`, `[H, D, N]`.
-        offset: what is added for all prompts, the projected positions and the bias, `[H, D, N]`; of a projection
-            without positions the bias, `[H, 1, D]`.
+        offset: the projected shift and positions, and the bias, `[H, D, N or 1]`.
+        maps: what makes projected vectors of values, `[H, D, H * D]` each.
     """
 
-    weight: torch.Tensor
     base: torch.Tensor
     offset: torch.Tensor
+    maps: list[torch.Tensor]
 
 
 class SharedLayer(NamedTuple):
@@ -66,36 +87,33 @@ class SharedLayer(NamedTuple):
     What of a two-way layer is the same for all prompts.
 
     Attributes:
-        key, value, query: projections of the image that the layer is given.
-        output: makes vectors `[H, T, C]` of the tokens' values `[H, T, D + 1]`, whose last channel is one: the output
-            projection with its bias.
-        products: for each block of rows of the image that the layer makes, what makes `vectors @ base.T` `[H, T, N]`
-            of its values: `[H, D, N]`. The mean over the channels is subtracted from `base`.
-        energy: `[N]`, squares of that `base`, summed over channels.
+        key, value, query: projections of the image that the layer is given; none of the first layer's.
+        maps: of all blocks of rows, the layer's own included, without the mean over the channels.
+        products: what makes `vectors @ base.T / C` `[T, N]` of values, for each head of each block: `[H, D, N]`. The
+            mean over the channels is subtracted from `base`.
+        energy: `[N]`, the mean over the channels of that `base` squared.
     """
 
-    key: Projection
-    value: Projection
-    query: Projection
-    output: torch.Tensor
+    key: Projection | None
+    value: Projection | None
+    query: Projection | None
+    maps: list[torch.Tensor]
     products: list[torch.Tensor]
     energy: torch.Tensor
 
 
 class PromptImage(NamedTuple):
     """
-    The image as one prompt sees it.
+    A prompt's own in its image.
 
     Attributes:
-        scale, weights, vectors: `[N]`, `[R, N]`, `[R, C]`, as above.
-        values: the rows by blocks, one of each layer's attention and one of its shift, `[H, T, D]` each: the vectors
-            were made of them by maps that are the same for all prompts.
+        scale, weights: `[N]` and `[R, N]`, as above.
+        by_cell: the weights in the other order, `[N, R]`.
     """
 
     scale: torch.Tensor
     weights: torch.Tensor
-    vectors: torch.Tensor
-    values: list[torch.Tensor]
+    by_cell: torch.Tensor
 
 
 def by_head(attention: nn.Module, states: torch.Tensor) -> torch.Tensor:
@@ -104,14 +122,15 @@ def by_head(attention: nn.Module, states: torch.Tensor) -> torch.Tensor:
 
 
 def project(
-    attention: nn.Module, linear: nn.Linear, base: torch.Tensor, positions: torch.Tensor | None = None
+    attention: nn.Module, layer: nn.Linear, image: SharedImage, positions: torch.Tensor | int = 0
 ) -> Projection:
-    """`base` and `positions` are `[N, C]`."""
-    if positions is None:
-        offset = by_head(attention, linear.bias[None])
-    else:
-        offset = by_head(attention, linear(positions)).mT.contiguous()
-    return Projection(linear.weight, weight_by_head(attention, linear) @ base.T, offset)
+    """`layer` is one of `attention`, `positions` is `[N, C]`, or 0 for none."""
+
+    def heads(states: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return linear(states, layer.weight, bias).T.contiguous().unflatten(0, (-1, attention.head_dim))
+
+    offset = heads(image.shift[None] + positions, layer.bias)
+    return Projection(heads(image.base), offset, [one @ layer.weight.T for one in image.maps])
 
 
 def centred(vectors: torch.Tensor) -> torch.Tensor:
@@ -119,58 +138,69 @@ def centred(vectors: torch.Tensor) -> torch.Tensor:
     return vectors - vectors.mean(dim=-1, keepdim=True)
 
 
-def attention_logits(projection: Projection, queries: torch.Tensor, image: PromptImage) -> torch.Tensor:
-    """Products of `queries` `[H, T, D]` with the projected cells of a prompt's image, `[H, T, N]`."""
-    keys = torch.addcmul(projection.offset, projection.base, image.scale)
-    vectors = (image.vectors @ projection.weight.T).unflatten(-1, keys.shape[:2]).permute(1, 2, 0)  # H, D, R
-    logits = (queries @ keys).flatten(0, 1).addmm_((queries @ vectors).flatten(0, 1), image.weights)
-    return logits.unflatten(0, queries.shape[:2])
+def make_rows(maps: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
+    """All blocks' vectors, or projected vectors `[P, R, .]`, of their values `[P, H, T, D]`."""
+    rows = [torch.einsum("phtd,hdc->phtc", block, one).flatten(1, 2) for block, one in zip(values, maps, strict=True)]
+    return torch.cat(rows, dim=1)
 
 
-def weighted_sums(projection: Projection, weights: torch.Tensor, image: PromptImage) -> torch.Tensor:
-    """Projected cells of a prompt's image, weighted by `weights` `[H, T, N]` that add up to one: `[H, T, D]`."""
-    sums = (weights.flatten(0, 1) @ image.weights.T @ image.vectors).unflatten(0, weights.shape[:2])
-    sums = sums @ projection.weight.unflatten(0, projection.base.shape[:2]).mT
-    return sums + (weights * image.scale) @ projection.base.mT + projection.offset
+def attention_logits(
+    projection: Projection, queries: torch.Tensor, images: list[PromptImage], values: list[torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """Products of `queries` `[P, H, T, D]` with the projected cells of each prompt's image, `[H, T, N]` each."""
+    rows = make_rows(projection.maps, values).unflatten(-1, (queries.shape[1], -1))
+    coefficients = torch.einsum("phtd,prhd->phtr", queries, rows).flatten(1, 2)
+    for query, own, image in zip(queries, coefficients, images, strict=True):
+        keys = torch.addcmul(projection.offset, projection.base, image.scale)
+        yield (query @ keys).add_(linear(own, image.by_cell).unflatten(0, query.shape[:2]))
 
 
 def attend_to_images(
-    attention: nn.Module, key: Projection, value: Projection, tokens: torch.Tensor, images: list[PromptImage]
+    attention: nn.Module,
+    key: Projection,
+    value: Projection,
+    tokens: torch.Tensor,
+    images: list[PromptImage],
+    values: list[torch.Tensor],
 ) -> torch.Tensor:
     """Tokens `[P, T, C]` attend each to its prompt's image -> `[P, T, C]`."""
     queries = by_head(attention, attention.scaling * attention.q_proj(tokens))
-    sums = [
-        weighted_sums(value, attention_logits(key, query, image).softmax(-1), image)
-        for query, image in zip(queries, images, strict=True)
-    ]
-    return attention.o_proj(torch.stack(sums).transpose(1, 2).flatten(2))
+    of_base, of_rows = [], []
+    for image, logits in zip(images, attention_logits(key, queries, images, values), strict=True):
+        weights = logits.softmax(dim=-1)
+        of_rows.append(linear(weights.flatten(0, 1), image.weights))
+        of_base.append(weights.mul_(image.scale) @ value.base.mT)
+    rows = make_rows(value.maps, values).unflatten(-1, (queries.shape[1], -1))
+    sums = torch.einsum("phtr,prhd->phtd", torch.stack(of_rows).unflatten(1, queries.shape[1:3]), rows)
+    return attention.o_proj((sums + torch.stack(of_base) + value.offset.mT).transpose(1, 2).flatten(2))
 
 
 def update_image(
-    norm: nn.LayerNorm, shared: SharedLayer, image: PromptImage, attention: torch.Tensor, values: torch.Tensor
+    shared: SharedLayer,
+    image: PromptImage | None,
+    attention: torch.Tensor,
+    values: list[torch.Tensor],
+    gram: torch.Tensor,
+    eps: float,
 ) -> PromptImage:
     """
     A prompt's image plus its attention to the tokens, normalised.
 
     Args:
         attention: weights `[H, T, N]`, which add up to one over the tokens.
-        values: of the tokens, `[H, T, D]`.
+        values: of all blocks of rows, `[H, T, D]` each.
+        gram: `vectors @ vectors.T / C` without the vectors' means, `[R, R]`.
     """
-    values = F.pad(values, (0, 1), value=1.0)
-    vectors = centred(torch.cat([image.vectors, (values @ shared.output).flatten(0, 1)]))
-    weights = torch.cat([image.weights, attention.flatten(0, 1)])
-    blocks = [*image.values, values]
-    # Sum over channels of the squares of scale * base + weights.T @ vectors, multiplied out.
-    with_base = torch.cat([(block @ map).flatten(0, 1) for block, map in zip(blocks, shared.products, strict=True)])
-    products = with_base.mul_(image.scale).addmm_(vectors @ vectors.T, weights, beta=2)
-    squares = torch.addcmul((products * weights).sum(dim=0), image.scale.square(), shared.energy)
-    scale = (squares.clamp_(min=0) / vectors.shape[1] + norm.eps).rsqrt_()
-    return PromptImage(
-        image.scale * scale,
-        torch.cat([weights * scale, torch.ones_like(scale)[None]]),
-        torch.cat([vectors * norm.weight, norm.bias[None]]),
-        [*blocks, values.new_ones(1, 1, 1)],
-    )
+    weights, scale = attention.flatten(0, 1), torch.ones_like(shared.energy)
+    if image is not None:
+        weights, scale = torch.cat([image.weights, scale[None], weights]), image.scale
+    by_cell = weights.T.contiguous()
+    # Mean over the channels of the squares of scale * base + weights.T @ vectors, multiplied out.
+    with_base = torch.cat([(block @ one).flatten(0, 1) for block, one in zip(values, shared.products, strict=True)])
+    products = linear(gram, by_cell).addcmul_(with_base, scale, value=2).mul_(weights)
+    variance = torch.addcmul(products.sum(dim=0), scale.square(), shared.energy)
+    scaling = (variance.clamp_(min=0) + eps).rsqrt_()
+    return PromptImage(scale * scaling, weights * scaling, by_cell.mul_(scaling[:, None]))
 
 
 class SharedImageDecoder:
@@ -186,26 +216,34 @@ class SharedImageDecoder:
     def __init__(self, decoder: nn.Module, image: torch.Tensor, positions: torch.Tensor):
         self.decoder = decoder
         self.layers: list[SharedLayer] = []
-        base, maps = image, []  # and the maps from the blocks' values to their vectors, [H, D, C]
+        image = image.contiguous()
+        self.first = project_shared_image(decoder.layers[0], image[None, None], positions)
+        image = SharedImage(image, torch.zeros_like(image[0]), [])
         for layer in decoder.layers:
             to_tokens, to_image = layer.token_to_image_attention, layer.image_to_token_attention
-            key = project(to_tokens, to_tokens.k_proj, base, positions)
-            value = project(to_tokens, to_tokens.v_proj, base)
-            query = project(to_image, to_image.q_proj, base, positions)
+            key = value = query = None
+            if not layer.first:
+                key = project(to_tokens, to_tokens.k_proj, image, positions)
+                value = project(to_tokens, to_tokens.v_proj, image)
+                query = project(to_image, to_image.q_proj, image, positions)
             output = to_image.o_proj.weight.T.unflatten(0, (-1, to_image.head_dim))
-            bias = to_image.o_proj.bias.expand(len(output), 1, -1) / len(output)  # weights of each head add up to one
-            output = torch.cat([output, bias], dim=1)
-            base, maps = centred(base), [centred(one) for one in (*maps, output)]
-            energy = base.square().sum(dim=1)
-            self.layers.append(SharedLayer(key, value, query, output, [one @ base.T for one in maps], energy))
+            added = to_image.o_proj.bias + image.shift
+            if layer.first:
+                base, maps = centred(image.base + added), [output]
+            else:
+                base, maps = centred(image.base), [*image.maps, added[None, None], output]
+            maps = [centred(one) for one in maps]
+            products = [linear(one.flatten(0, 1), base).unflatten(0, one.shape[:2]) / base.shape[1] for one in maps]
+            self.layers.append(SharedLayer(key, value, query, maps, products, base.square().mean(dim=1)))
             norm = layer.layernorm4
-            base, maps = base * norm.weight, [*(one * norm.weight for one in maps), norm.bias[None, None]]
-        last = decoder.final_token_to_image_attention
-        self.final_key, self.final_value = (
-            project(last, last.k_proj, base, positions),
-            project(last, last.v_proj, base),
-        )
-        self.doubled = F.linear(base, doubling_weight(decoder.upscaling.convs[0]))
+            image = SharedImage(base * norm.weight, norm.bias, [one * norm.weight for one in maps])
+        last, conv = decoder.final_token_to_image_attention, decoder.upscaling.convs[0]
+        self.final_key = project(last, last.k_proj, image, positions)
+        self.final_value = project(last, last.v_proj, image)
+        weight = doubling_weight(conv)
+        self.doubled = linear(image.base, weight)
+        self.doubled_offset = F.linear(image.shift, weight, conv.bias.repeat(4))
+        self.doubled_maps = [one @ weight.T for one in image.maps]
 
     def predict(
         self,
@@ -230,10 +268,11 @@ class SharedImageDecoder:
         wanted = self.decoder.output_token_indices(multimask_output)
         kept, scores, masks = [], [], []
         for one, log_n in zip(tokens.split(PROMPTS_AT_ONCE), log_multiplicity.split(PROMPTS_AT_ONCE), strict=True):
-            outputs, images = self.attend(one, log_n)
+            outputs, images, values = self.attend(one, log_n)
             outputs = outputs[:, wanted]
-            iou_tokens = self.attend_last(outputs[:, :1], images)
-            all_scores = self.decoder.predict_iou(iou_tokens[None], multimask_output)[0]
+            first = outputs if pred_iou_thresh is None else outputs[:, :1]
+            output_tokens = self.attend_last(first, images, values)
+            all_scores = self.decoder.predict_iou(output_tokens[None], multimask_output)[0]
             keep = torch.ones_like(all_scores, dtype=torch.bool)
             if pred_iou_thresh is not None:
                 keep = all_scores > pred_iou_thresh
@@ -242,58 +281,77 @@ class SharedImageDecoder:
             prompts = keep.any(dim=1).nonzero()[:, 0].tolist()
             if not prompts:
                 continue
-            images = [images[i] for i in prompts]
-            mask_tokens = torch.cat([iou_tokens[prompts], self.attend_last(outputs[prompts, 1:], images)], dim=1)
-            filters = self.decoder.predict_filters(mask_tokens[None], multimask_output)[0]
+            images, values = [images[i] for i in prompts], [block[prompts] for block in values]
+            output_tokens = output_tokens[prompts]
+            if pred_iou_thresh is not None:
+                others = self.attend_last(outputs[prompts, 1:], images, values)
+                output_tokens = torch.cat([output_tokens, others], dim=1)
+            filters = self.decoder.predict_filters(output_tokens[None], multimask_output)[0]
+            filters = filters[keep[prompts]].split(keep[prompts].sum(dim=1).tolist())
+            rows = make_rows(self.doubled_maps, values)
             masks += [
-                upscale_doubled(self.decoder.upscaling, self.double(image), own[None, which], grid_size)[0]
-                for image, own, which in zip(images, filters, keep[prompts], strict=True)
+                upscale_doubled(self.decoder.upscaling, self.double(image, own_rows), own[None], grid_size)[0]
+                for image, own_rows, own in zip(images, rows, filters, strict=True)
             ]
         height, width = (side * 2 ** len(self.decoder.upscaling.convs) for side in grid_size)
         masks = torch.cat(masks) if masks else tokens.new_empty(0, height, width)
         return torch.cat(kept), torch.cat(scores), masks
 
-    def attend(self, tokens: torch.Tensor, log_multiplicity: torch.Tensor) -> tuple[torch.Tensor, list[PromptImage]]:
-        """The two-way layers: tokens `[P, T, C]`, with what the last attention adds as their positions, and images."""
-        num_cells, channels = len(self.doubled), tokens.shape[-1]
-        empty = (tokens.new_ones(num_cells), tokens.new_empty(0, num_cells), tokens.new_empty(0, channels), [])
-        positions, images = tokens, [PromptImage(*empty)] * len(tokens)
+    def attend(
+        self, tokens: torch.Tensor, log_multiplicity: torch.Tensor
+    ) -> tuple[torch.Tensor, list[PromptImage], list[torch.Tensor]]:
+        """
+        The two-way layers.
+
+        Returns:
+            tokens with what the last attention adds as their positions `[P, T, 2, C]`; the prompts' images; and the
+            values `[P, H, T, D]` that the maps of the last projections are for.
+        """
+        positions, values = tokens, []
+        images = len(tokens) * [None]
         for layer, shared in zip(self.decoder.layers, self.layers, strict=True):
             tokens = tokens if layer.first else tokens + positions
             update, _ = layer.self_attention(*3 * [tokens.unsqueeze(1)], log_multiplicity[:, None, None])
             tokens = layer.layernorm1(tokens + update.squeeze(1))
-            attention = layer.token_to_image_attention
-            update = attend_to_images(attention, shared.key, shared.value, tokens + positions, images)
+            query, attention = tokens + positions, layer.token_to_image_attention
+            if layer.first:
+                update = attend_to_shared_image(attention, query, self.first)
+            else:
+                update = attend_to_images(attention, shared.key, shared.value, query, images, values)
             tokens = layer.layernorm2(tokens + update)
             tokens = layer.layernorm3(tokens + layer.mlp(tokens))
 
             attention = layer.image_to_token_attention
             keys = by_head(attention, attention.scaling * attention.k_proj(tokens + positions))
-            values = by_head(attention, attention.v_proj(tokens))
+            if layer.first:
+                logits = (key @ self.first.query[0].mT for key in keys)
+            else:
+                logits = attention_logits(shared.query, keys, images, values)
+            if not layer.first:
+                values = [*values, tokens.new_ones(len(tokens), 1, 1, 1)]
+            values = [*values, by_head(attention, attention.v_proj(tokens))]
+            vectors = make_rows(shared.maps, values)
+            grams = vectors @ vectors.mT / vectors.shape[-1]
             images = [
-                update_image(
-                    layer.layernorm4,
-                    shared,
-                    image,
-                    attention_logits(shared.query, key, image).add_(log_n[:, None]).softmax(dim=1),
-                    value,
-                )
-                for image, key, value, log_n in zip(images, keys, values, log_multiplicity, strict=True)
+                update_image(shared, image, one.add_(log_n[:, None]).softmax(dim=1), own, gram, layer.layernorm4.eps)
+                for image, one, log_n, gram, *own in zip(images, logits, log_multiplicity, grams, *values, strict=True)
             ]
-        return torch.stack([tokens, positions], dim=2), images
+        return torch.stack([tokens, positions], dim=2), images, values
 
-    def attend_last(self, tokens: torch.Tensor, images: list[PromptImage]) -> torch.Tensor:
+    def attend_last(self, tokens: torch.Tensor, images: list[PromptImage], values: list[torch.Tensor]) -> torch.Tensor:
         """Tokens `[P, T, 2, C]`, as `attend` returns them, look at their images once more -> `[P, T, C]`."""
         tokens, positions = tokens.unbind(dim=2)
         attention = self.decoder.final_token_to_image_attention
-        update = attend_to_images(attention, self.final_key, self.final_value, tokens + positions, images)
+        update = attend_to_images(attention, self.final_key, self.final_value, tokens + positions, images, values)
         return self.decoder.final_layernorm(tokens + update)
 
-    def double(self, image: PromptImage) -> torch.Tensor:
-        """A prompt's image after the first doubling of the upscaling, `[1, 4 N, C_next]`."""
-        conv = self.decoder.upscaling.convs[0]
-        doubled = torch.addcmul(conv.bias.repeat(4), self.doubled, image.scale[:, None])
-        doubled.addmm_(image.weights.T, image.vectors @ doubling_weight(conv).T)
+    def double(self, image: PromptImage, rows: torch.Tensor) -> torch.Tensor:
+        """
+        A prompt's image after the first doubling of the upscaling, `[1, 4 N, C_next]`, where its vectors have become
+        `rows` `[R, 4 C_next]`.
+        """
+        doubled = linear(image.by_cell, rows.T)
+        doubled += torch.addcmul(self.doubled_offset, self.doubled, image.scale[:, None])
         return doubled.unflatten(-1, (4, -1)).flatten(0, 1)[None]
 
 

@@ -55,13 +55,19 @@ def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return F.linear(states, weight, bias)
 
 
-def add_products(added: torch.Tensor, states: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """`added` + products of `[P, M, C]` with `[P, N, C]`: `[P, M, N]`, by oneDNN where that is allowed and faster."""
+def products(states: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Products of `[P, M, C]` with `[P, N, C]`: `[P, M, N]`, by oneDNN where that is allowed and faster."""
     # Not `shape.numel()`: it makes a fixed number of a size that an ONNX export leaves open.
-    if can_multiply(math.prod(states.shape[1:]) * others.shape[1], added, states, others):
-        pairs = zip(states.contiguous(), others.contiguous(), strict=True)
-        return torch.stack([multiply(*pair) for pair in pairs]).add_(added)
-    return torch.baddbmm(added, states, others.mT)
+    if can_multiply(math.prod(states.shape[1:]) * others.shape[1], states, others):
+        # Matrix by matrix: torch copies a transposed matrix four times as fast as a batch of one.
+        pairs = zip(states, others, strict=True)
+        return stack([multiply(one.contiguous(), other.contiguous()) for one, other in pairs])
+    return torch.bmm(states, others.mT)
+
+
+def stack(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """`torch.stack` that does not copy a single tensor."""
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)
 
 
 class EfficientSamLinear(nn.Linear):
@@ -99,4 +105,4 @@ def attention_forward(
     return output, None
 
 
-__all__ = ["EfficientSamLinear", "add_products", "attention_forward", "can_attend", "can_multiply", "linear"]
+__all__ = ["EfficientSamLinear", "attention_forward", "can_attend", "can_multiply", "linear", "products", "stack"]
