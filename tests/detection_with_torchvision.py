@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from script_runs import TWO_PROCESSES, assert_close, assert_equal, curve, run, start, steps_saved, stopped_after
+from script_runs import FORKS, IMPORTED, assert_close, assert_equal, curve, fork, run, steps_saved, stopped_after
 
 from hf_efficientsam import EfficientSamBackbone, EfficientSamForPreTraining, EfficientSamSamiConfig
 from hf_efficientsam.training.detection.mask_rcnn import load_detector
@@ -145,14 +145,15 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(arguments, whole, tmp_pa
     assert "holds a finished run" in said
 
 
-def test_two_processes_and_accumulated_gradients_agree_with_one(arguments, tmp_path):
+def test_two_processes_and_accumulated_gradients_agree_with_one(arguments, val, tmp_path):
     # Without drop path, which is drawn for a batch. One step at a time lest AdamW make a step of a rounding error.
     given = [*arguments, "--drop_path", 0, "--learning_rate", 1e-4, "--epochs", 1, "--warmup_epochs", 0]
     run("finetune_detection", *given, "--output_dir", tmp_path / "one")
-    run("finetune_detection", *given, "--output_dir", tmp_path / "accumulated", "--batch_size", 1)
+    unmeasured = [one for one in given if one not in ("--val", val)]
+    run("finetune_detection", *unmeasured, "--output_dir", tmp_path / "accumulated", "--batch_size", 1)
     assert_close(tmp_path / "accumulated", tmp_path / "one", curves=1e-3, values=1e-4)
-    shim = [*TWO_PROCESSES, __file__.replace("detection_with_torchvision", "torchvision_shim")]
-    done = start("finetune_detection", *given, "--output_dir", tmp_path / "two", python=shim)
+    FORKS.set_forkserver_preload(["torchvision_shim", *IMPORTED])
+    done = fork("finetune_detection", *given, "--output_dir", tmp_path / "two", processes=2)
     assert done.returncode == 0, done.stderr
     assert_close(tmp_path / "two", tmp_path / "one", curves=1e-3, values=1e-4)
     one, two = (read(tmp_path / name, "metrics.json") for name in ("one", "two"))

@@ -34,7 +34,6 @@ from hf_efficientsam.training.engine.run import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = ROOT / "training"
-TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 @functools.cache
@@ -73,7 +72,8 @@ def free_port() -> int:
 # Processes of their own are forked from one that has imported the libraries and done nothing else: so they neither
 # inherit Accelerate's state and threads, nor need the seconds that the imports take.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["accelerate", "hf_efficientsam", "hf_efficientsam.training.engine.run"])
+IMPORTED = ["accelerate", "hf_efficientsam", "hf_efficientsam.training.engine.run"]
+FORKS.set_forkserver_preload(IMPORTED)
 
 
 def fork(script: str, *arguments, before: Callable[[], None] | None = None, **options) -> subprocess.CompletedProcess:
