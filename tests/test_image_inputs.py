@@ -276,7 +276,7 @@ def test_every_option_holds_for_every_way(tiny_model, onnx, monkeypatch, options
     predictor.set_image(image)
     monkeypatch.setattr(onnx, "options", describe("", model, processor)["preprocessing"])
     onnx.set_image(image)
-    ((embedding, _),) = generator.embed([generator.image_processor.process_image(image)], batch_size=1)
+    ((embedding, _),) = generator.embed([generator.image_processor.read_pixels(image)], batch_size=1)
     for found in (predictor.features, onnx.features, embedding.detach()):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
     assert np.array_equal(predictor.image, RGB[:50]) and np.array_equal(onnx.image, RGB[:50])

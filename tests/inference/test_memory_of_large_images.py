@@ -16,7 +16,7 @@ from PIL import Image
 from hf_efficientsam import SegmentationResult
 from hf_efficientsam.inference import amg, drawing, mask_bounds, results
 from hf_efficientsam.inference.results import RleMasks, mask_rles
-from hf_efficientsam.model import image_processing_efficientsam, mask_operations_efficientsam
+from hf_efficientsam.model import image_reading_efficientsam, mask_operations_efficientsam
 
 # One process for all, as its imports take longer than the rest. Its peak counts from what it holds as the work begins.
 GROWTH = """
@@ -64,6 +64,23 @@ few, many = (growth(lambda: search(points_per_side)) for points_per_side in (16,
 print(json.dumps({"process": process, "segment": all_boxes - one, "stability": stability, "search": many - few}))
 """
 
+EVERYTHING = """
+import numpy as np, tiny, torch
+from PIL import Image
+from hf_efficientsam import EfficientSamMaskGenerator
+torch.set_num_threads(1)
+thresholds = {"pred_iou_thresh": 0, "stability_score_thresh": 0.01}
+generator = EfficientSamMaskGenerator(
+    tiny.model_for_mask_generation(), tiny.image_processor(), 2, output_mode="coco_rle", **thresholds
+)
+coarse = Image.fromarray(np.random.default_rng(0).integers(0, 255, (7, 9, 3), dtype=np.uint8))
+generator.generate(coarse.resize((90, 70)))
+image = coarse.resize((8000, 6000))
+before = peak()
+assert generator.generate(image)
+print(peak() - before)
+"""
+
 
 @pytest.fixture(scope="module")
 def growth(tmp_path_factory) -> dict[str, float]:
@@ -95,6 +112,12 @@ def test_the_pixels_of_a_stable_mask_are_counted_without_eight_bytes_each(growth
 def test_memory_does_not_grow_with_points(growth):
     """The 4800 candidates of 1600 points have 75 MiB of logits, those of 256 points 12 MiB."""
     assert growth["search"] < 20
+
+
+@pytest.mark.slow
+def test_everything_has_neither_image_nor_mask_as_a_whole():
+    """At 48 megapixels the image as an array would take 137 MiB, a mask in float32 183 and as bool 46."""
+    assert printed_by(EVERYTHING) < 120
 
 
 def peak_bytes(call) -> int:
@@ -152,11 +175,12 @@ def test_in_parts_results_are_those_in_one(monkeypatch):
 
     def answers() -> list[np.ndarray]:
         enlarged = tiny.image_processor().post_process_masks([logits], [(300, 200)], [(60, 75)])[0]
+        seen = tiny.image_processor()(image)["pixel_values"]
         measured = mask_bounds.measure_masks(logits.flatten(0, 1), (300, 200), (64, 80), 0.0, 1.0, 0.1)
-        return [np.asarray(one) for one in (enlarged, *measured, drawing.draw_masks(image, [mask]))]
+        return [np.asarray(one) for one in (enlarged, *measured, seen, drawing.draw_masks(image, [mask]))]
 
     expected = answers()
-    for module in (drawing, mask_bounds, image_processing_efficientsam, mask_operations_efficientsam):
+    for module in (drawing, mask_bounds, image_reading_efficientsam, mask_operations_efficientsam):
         monkeypatch.setattr(module, "PIXELS_AT_ONCE", 500)
     for ours, theirs in zip(answers(), expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)

@@ -48,6 +48,7 @@ CODE = CONFIGURATIONS | {
     "onednn_efficientsam.py",
     "processing_efficientsam.py",
     "prompts_efficientsam.py",
+    "run_lengths_efficientsam.py",
 }
 SAMI_CODE = CONFIGURATIONS | {
     "modeling_sami.py",

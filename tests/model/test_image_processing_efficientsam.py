@@ -15,8 +15,8 @@ from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImag
 from hf_efficientsam.model.mask_operations_efficientsam import (
     batched_mask_to_box,
     mask_to_rle_pytorch,
-    rle_to_mask,
 )
+from hf_efficientsam.model.run_lengths_efficientsam import rle_to_mask
 
 CASES = [
     "batch_of_two_images_three_queries",

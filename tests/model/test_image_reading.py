@@ -12,7 +12,14 @@ from PIL import Image
 
 from hf_efficientsam.inference.image_files import find_images, read_image
 from hf_efficientsam.model import image_reading_efficientsam
-from hf_efficientsam.model.image_reading_efficientsam import ImageError, image_to_array, open_image, upright_size
+from hf_efficientsam.model.image_reading_efficientsam import (
+    ImageError,
+    image_to_array,
+    open_image,
+    read_pixels,
+    upright_image,
+    upright_size,
+)
 from hf_efficientsam.training.data.reading import decode_image
 
 
@@ -136,3 +143,31 @@ def test_a_limit_that_is_set_while_reading_stays():
         assert Image.MAX_IMAGE_PIXELS == 1234
     finally:
         Image.MAX_IMAGE_PIXELS = before
+
+
+def test_an_upright_image_is_not_copied():
+    image, turned = Image.new("RGB", (9, 5)), Image.new("RGB", (9, 5))
+    turned.getexif()[274] = 6
+    assert upright_image(image) is image and upright_image(turned).size == (5, 9)
+    assert read_pixels(image).source is image and read_pixels(turned).size == (9, 5)
+    array = np.zeros((5, 9, 3), np.uint8)
+    assert np.shares_memory(image_to_array(array), array)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    with open_image(file.getvalue()) as opened:
+        upright = upright_image(opened)
+    assert upright is opened and upright.crop((0, 0, 2, 2)).tobytes() == bytes(12)  # also once the file is closed
+
+
+@pytest.mark.parametrize("make", [Image.fromarray, np.asarray, np.float32], ids=["PIL", "bytes", "floats"])
+def test_pixels_are_read_in_bands(make, monkeypatch):
+    image = np.random.default_rng(0).integers(0, 256, (60, 100, 3), np.uint8)
+    pixels = read_pixels(make(image))
+    whole = pixels.array()
+    monkeypatch.setattr(image_reading_efficientsam, "PIXELS_AT_ONCE", 350)
+    for part, expected in ((pixels, whole), (pixels.crop(7, 3, 90, 50).crop(0, 1, 83, 47), whole[:, 4:50, 7:90])):
+        bands = list(part.bands())
+        assert len(bands) > 10 and all(band.shape[1] * band.shape[2] <= 350 for band in bands)
+        np.testing.assert_array_equal(np.concatenate(bands, axis=1), expected)
+        np.testing.assert_array_equal(part.array(), expected)
+        assert part.size == expected.shape[1:] and part.are_bytes == (make is not np.float32)

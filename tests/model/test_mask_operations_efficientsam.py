@@ -2,19 +2,25 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from pycocotools import mask as coco_mask
 
+from hf_efficientsam.model import mask_operations_efficientsam
 from hf_efficientsam.model.mask_operations_efficientsam import (
     batched_mask_to_box,
     boxes_from_masks,
     is_box_near_crop_edge,
     mask_to_rle_pytorch,
+    measure_resized_masks,
     non_maximum_suppression,
-    rle_to_mask,
+    resize_masks,
+    resize_masks_in_parts,
     suppress_duplicates,
     uncrop_boxes_xyxy,
     uncrop_masks,
 )
+from hf_efficientsam.model.run_lengths_efficientsam import mask_to_rle, rle_from_borders, rle_to_mask, run_borders
 
 
 def test_rle_by_hand_and_back():
@@ -24,6 +30,41 @@ def test_rle_by_hand_and_back():
     rles = mask_to_rle_pytorch(masks)
     assert [rle["counts"] for rle in rles[:2]] == [[12], [0, 12]]
     assert all(np.array_equal(rle_to_mask(rle), mask) for rle, mask in zip(rles, masks.numpy(), strict=True))
+
+
+@pytest.mark.parametrize("density", [0, 0.02, 0.5, 0.98, 1])
+def test_rle_in_bands_is_that_of_the_whole_and_of_pycocotools(density):
+    mask = np.random.default_rng(0).random((13, 40)) < density
+    mask[:, 5:9] = mask[:4, 9:20] = mask[9:, 20:30] = True  # runs that go on in the next column, and that end there
+    expected = mask_to_rle(mask)
+    compressed = coco_mask.frPyObjects(expected, *mask.shape)["counts"]
+    assert compressed == coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"]
+    for columns in (1, 5, 7, 39):
+        parts = [run_borders(mask[:, left : left + columns], 13, left) for left in range(0, 40, columns)]
+        assert rle_from_borders(parts, (13, 40)) == expected
+    whole = np.zeros((20, 50), dtype=bool)
+    whole[3:16, 6:46] = mask
+    parts = [run_borders(mask[:, left : left + 8], 20, 6 + left, 3) for left in range(0, 40, 8)]
+    assert rle_from_borders(parts, whole.shape) == mask_to_rle(whole)
+
+
+@pytest.mark.parametrize("size", [(300, 200), (17, 900), (900, 17), (64, 64), (3, 5), (1, 40)])
+@pytest.mark.parametrize("input_size", [None, (64, 80), (64, 51), (33, 80), (37, 53)])
+@pytest.mark.parametrize("pixels_at_once", [7, 900, 40_000])
+def test_masks_resized_in_parts_are_those_of_the_whole_to_the_bit(size, input_size, pixels_at_once, monkeypatch):
+    logits = 10 * tiny.random(5, 16, 20) - 5
+    expected = resize_masks(logits[:, None], size, input_size)[:, 0]
+    monkeypatch.setattr(mask_operations_efficientsam, "PIXELS_AT_ONCE", pixels_at_once)
+    found, parts = torch.full_like(expected, torch.nan), 0
+    for masks, columns, resized in resize_masks_in_parts(logits, size, input_size):
+        assert resized.numel() <= max(pixels_at_once, size[0])
+        found[masks, :, columns] = resized
+        parts += 1
+    assert torch.equal(found, expected)
+    assert parts > 1 or expected.numel() <= pixels_at_once
+    counts, boxes = measure_resized_masks(logits, size, input_size, [1.0, 0.0])
+    assert counts.tolist() == [(expected > threshold).flatten(1).sum(dim=1).tolist() for threshold in (1, 0)]
+    assert torch.equal(boxes, batched_mask_to_box(expected > 0))
 
 
 def test_boxes_are_tight():

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 from torch.export import Dim
 
 from hf_efficientsam import __version__
-from hf_efficientsam.inference.image_files import find_images, read_image, write_files
+from hf_efficientsam.inference.image_files import find_images, read_image, upright_image, write_files
 from hf_efficientsam.inference.loading import checkpoint_fingerprint, find_checkpoint, load_model
 from hf_efficientsam.inference.onnx_predictor import METADATA_KEY, EfficientSamOnnxPredictor, file_name, open_session
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
@@ -222,7 +222,7 @@ def save(model: onnx.ModelProto, file: Path, description: dict) -> None:
 
 def load_images(folder: Path) -> list[Image.Image]:
     images = [
-        read_image(folder / name, EfficientSamImageProcessor.max_image_pixels, ImageOps.exif_transpose)
+        read_image(folder / name, EfficientSamImageProcessor.max_image_pixels, upright_image)
         for name in find_images(folder, [])
     ]
     if not images:

@@ -2,7 +2,7 @@
 
 Those that the image processor needs too are defined in model/mask_operations_efficientsam.py, because a Hub repository
 carries model/ alone. In place of torchvision's `batched_nms` stand `non_maximum_suppression` and
-`suppress_duplicates` there, and in place of `coco_encode_rle` stands `mask_rles` of results.py. `MaskData` is the
+`suppress_duplicates` there. `MaskData` is the
 `Candidate` of mask_generation.py.
 """
 
@@ -16,10 +16,12 @@ from hf_efficientsam.model.mask_operations_efficientsam import (
     generate_crop_boxes,
     is_box_near_crop_edge,
     mask_to_rle_pytorch,
-    rle_to_mask,
     uncrop_boxes_xyxy,
     uncrop_masks,
 )
+from hf_efficientsam.model.run_lengths_efficientsam import rle_to_mask
+
+from .results import coco_encode_rle
 
 PIXELS_AT_ONCE = 2**20  # numpy makes indices of 8 bytes of labels: not of all pixels of a large image together
 
@@ -73,6 +75,7 @@ __all__ = [
     "build_all_layer_point_grids",
     "build_point_grid",
     "calculate_stability_score",
+    "coco_encode_rle",
     "generate_crop_boxes",
     "is_box_near_crop_edge",
     "mask_to_rle_pytorch",

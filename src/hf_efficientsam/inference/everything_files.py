@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
@@ -24,6 +24,7 @@ from .image_files import (
     find_images,
     pil_limit_lifted,
     read_image,
+    upright_image,
     write_files,
 )
 from .mask_generation import THRESHOLDS, EfficientSamMaskGenerator
@@ -63,7 +64,7 @@ class EverythingSegmenter(JobSegmenter):
 
     def __call__(self, path: Path) -> tuple[Image.Image, list[dict]]:
         """The upright image and its annotations in the order of the generator, as COCO has them but without ids."""
-        image = read_image(path, self.max_pixels, ImageOps.exif_transpose)
+        image = read_image(path, self.max_pixels, upright_image)
         try:
             found = self.generator.generate(image, progress=self.crop_progress)
         except ValueError as error:  # the options are checked, so these are pixels without sense

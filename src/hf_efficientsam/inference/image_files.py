@@ -23,6 +23,7 @@ from hf_efficientsam.model.image_reading_efficientsam import (
     open_image,
     pil_limit_lifted,
     to_pil_image,
+    upright_image,
     upright_size,
 )
 
@@ -53,7 +54,7 @@ def read_image(path: Path, max_pixels: int, read: Callable[[Image.Image], Any]) 
     Args:
         path: the file.
         max_pixels: larger images are refused before they are decoded.
-        read: for example `upright_size`, or `PIL.ImageOps.exif_transpose` for the upright image.
+        read: for example `upright_size` or `upright_image`.
 
     Raises:
         ImageError: if there is no such file, if it is no whole image, or if it has more than `max_pixels`.
@@ -76,7 +77,8 @@ def as_model_sees(image: Any, image_processor) -> Image.Image:
     An image in RGB, upright, with the pixels that the model is given: PIL's own conversion turns 16-bit images white.
     `image_processor` is an [`EfficientSamImageProcessor`], and the image anything that it takes.
     """
-    return to_pil_image(image_processor.process_image(image))
+    source = image_processor.read_pixels(image).source
+    return source if isinstance(source, Image.Image) else to_pil_image(source)
 
 
 def find_files(folder: str | Path) -> list[Path]:
@@ -194,6 +196,7 @@ __all__ = [
     "local_path",
     "pil_limit_lifted",
     "read_image",
+    "upright_image",
     "upright_size",
     "write_files",
 ]

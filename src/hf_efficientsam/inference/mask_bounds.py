@@ -15,9 +15,8 @@ import torch.nn.functional as F
 
 from hf_efficientsam.model.mask_operations_efficientsam import (
     INPUT_PIXELS_PER_MASK_PIXEL,
-    batched_mask_to_box,
-    calculate_stability_score,
-    resize_masks,
+    measure_resized_masks,
+    stability_score,
 )
 
 from .resampling import cubic_weights
@@ -113,15 +112,11 @@ def measure_masks(
         never &= ~dense
         undecided = ~never & (dense | ~surely | (part_boxes[0] != part_boxes[1]).any(dim=1))
         stable[part], boxes[part] = surely & ~never & ~undecided, part_boxes[0]
-        for few in part[undecided].split(max(1, 2**22 // math.prod(size))):
-            resized = resize_masks(logits[few, None], size, input_size)[:, 0]
-            masks = resized > mask_threshold
-            good = masks.flatten(1).any(dim=1)
-            if stability_score_thresh > 0:
-                stability = calculate_stability_score(resized, mask_threshold, stability_score_offset)
-                good &= stability > stability_score_thresh
-            del resized  # before the next ones are made
-            stable[few[good]], boxes[few[good]] = True, batched_mask_to_box(masks[good])
+        few = part[undecided]
+        counts, boxes[few] = measure_resized_masks(logits[few], size, input_size, thresholds)
+        stable[few] = counts[-1] > 0
+        if stability_score_thresh > 0:
+            stable[few] &= stability_score(counts[0], counts[1]) > stability_score_thresh
     return stable, boxes
 
 

@@ -5,11 +5,12 @@ transformers' `pipeline("mask-generation")` finds with this package's image proc
 
 - the decoder predicts the IoU of a mask before it makes the mask, and makes only those above the threshold;
 - whether a mask is stable, and its box, follow from its low-resolution logits (mask_bounds.py);
-- only masks that are left at the end are resized to the image, one by one.
+- only masks that are left at the end are resized to the image, one by one, and large ones by bands of columns.
 
-Peak memory grows with the image and with the number of masks that are left, not with the number of points. Images may
-have as many pixels as the image processor's `max_image_pixels`; where that is raised, about 25 bytes of memory a
-pixel are needed beside the masks, which are best requested as RLE. Crops find the small objects of large images.
+Peak memory does not grow with the number of points. With masks as RLE it hardly grows with the image either, beside
+the image itself: 3 bytes a pixel as an array, 4 as an image of PIL, which is also what a file becomes. Only
+`min_mask_region_area` works on whole masks. Images may have as many pixels as the image processor's
+`max_image_pixels`. Crops find the small objects of large images.
 """
 
 import math
@@ -21,35 +22,37 @@ from itertools import groupby, islice
 
 import numpy as np
 import torch
+from pycocotools import mask as coco_mask
 from tqdm import tqdm
 from transformers.image_utils import ImageInput
 
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
+from hf_efficientsam.model.image_reading_efficientsam import ImagePixels
 from hf_efficientsam.model.mask_decoder_shared_efficientsam import SharedImageDecoder
 from hf_efficientsam.model.mask_operations_efficientsam import (
+    count_above,
     non_maximum_suppression,
-    resize_masks,
+    resize_masks_in_parts,
+    stability_score,
     suppress_duplicates,
 )
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
+from hf_efficientsam.model.run_lengths_efficientsam import mask_to_rle, rle_from_borders, run_borders
 
 from .amg import (
-    batched_mask_to_box,
     box_xyxy_to_xywh,
     build_all_layer_point_grids,
     calculate_stability_score,
+    coco_encode_rle,
     generate_crop_boxes,
     is_box_near_crop_edge,
-    mask_to_rle_pytorch,
     remove_small_regions,
     uncrop_boxes_xyxy,
-    uncrop_masks,
 )
 from .loading import find_checkpoint, load_model, load_processor
 from .mask_bounds import measure_masks
 from .point_grids import check_point_grids, distinct_points
-from .results import mask_rles
 
 THRESHOLDS = ("pred_iou_thresh", "stability_score_thresh", "stability_score_offset")  # that checkpoints choose
 OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
@@ -237,33 +240,33 @@ class EfficientSamMaskGenerator:
             crop_progress: show a bar over the crops of these.
         """
         images = iter(images)
-        while group := [self.image_processor.process_image(image) for image in islice(images, batch_size)]:
+        while group := [self.image_processor.read_pixels(image) for image in islice(images, batch_size)]:
             jobs = [  # image, crop, layer of the crop
                 (number, box, layer)
                 for number, pixels in enumerate(group)
                 for box, layer in zip(
-                    *generate_crop_boxes(pixels.shape[1:], self.crop_n_layers, self.crop_overlap_ratio), strict=True
+                    *generate_crop_boxes(pixels.size, self.crop_n_layers, self.crop_overlap_ratio), strict=True
                 )
             ]
-            crops = [group[number][:, top:bottom, left:right] for number, (left, top, right, bottom), _ in jobs]
+            crops = [group[number].crop(*box) for number, box, _ in jobs]
             found: list[list[Candidate]] = [[] for _ in group]
             bar = tqdm(self.embed(crops, batch_size), total=len(crops), unit="crop", disable=not crop_progress)
-            sizes = [pixels.shape[1:] for pixels in group]
+            sizes = [pixels.size for pixels in group]
             for (number, box, layer), (embedding, input_size) in zip(jobs, bar, strict=True):
                 found[number] += self.search(embedding, input_size, box, sizes[number], self.point_grids[layer])
             del group, crops  # before masks are enlarged
             for size, masks in zip(sizes, found, strict=True):
                 yield self.finish(masks, size)
 
-    def embed(self, crops: list[np.ndarray], batch_size: int) -> Iterator[tuple[torch.Tensor, tuple[int, int]]]:
-        """The image embedding `[1, C, h, w]` of each crop `[3, height, width]`, and its size in the model input."""
+    def embed(self, crops: list[ImagePixels], batch_size: int) -> Iterator[tuple[torch.Tensor, tuple[int, int]]]:
+        """The image embedding `[1, C, h, w]` of each crop, and its size in the model input."""
 
-        def input_size(crop: np.ndarray) -> tuple[int, int]:
-            return self.image_processor.get_reshaped_input_size(crop.shape[1:])
+        def input_size(crop: ImagePixels) -> tuple[int, int]:
+            return self.image_processor.get_reshaped_input_size(crop.size)
 
         for size, same in groupby(crops, input_size):
             while batch := list(islice(same, batch_size)):
-                inputs = self.image_processor(batch, input_data_format="channels_first", return_tensors="pt")
+                inputs = self.image_processor(batch, return_tensors="pt")
                 pixel_values = inputs["pixel_values"].to(self.model.device, self.model.dtype)
                 for embedding in self.model.get_image_embeddings(pixel_values):
                     yield embedding[None], size
@@ -357,49 +360,57 @@ class EfficientSamMaskGenerator:
         crop_boxes = torch.tensor([mask.crop_box for mask in masks], device=boxes.device)
         ranks = torch.tensor([mask.rank for mask in masks], dtype=torch.float32, device=boxes.device)
         keep = suppress_duplicates(boxes, ranks, crop_boxes, self.box_nms_thresh, self.crop_nms_thresh).tolist()
-        records, boxes, changed = [], [], []
+        records, changed = [], []
         for mask in (masks[i] for i in keep):
-            segmentation, stability = self.enlarge(mask, image_size)
+            pixels, rle, stability = self.enlarge(mask, image_size)
             if self.min_mask_region_area:
-                segmentation, filled = remove_small_regions(segmentation, self.min_mask_region_area, "holes")
-                segmentation, removed = remove_small_regions(segmentation, self.min_mask_region_area, "islands")
+                pixels, filled = remove_small_regions(pixels, self.min_mask_region_area, "holes")
+                pixels, removed = remove_small_regions(pixels, self.min_mask_region_area, "islands")
                 changed.append(filled or removed)
-            boxes.append(batched_mask_to_box(torch.from_numpy(segmentation)[None])[0].tolist())
-            records.append(self.record(mask, segmentation, stability, boxes[-1]))
+                rle = mask_to_rle(pixels)
+            records.append(self.record(mask, pixels, rle, stability))
         if self.min_mask_region_area:  # masks that are now alike: those that were left as they were are better
             threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
-            boxes, changed = torch.from_numpy(np.array(boxes)), torch.from_numpy(np.array(changed))
-            keep = non_maximum_suppression(boxes, 1 - changed.float(), threshold)
+            boxes = np.array([[x, y, x + w, y + h] for x, y, w, h in (record["bbox"] for record in records)])
+            scores = 1 - torch.from_numpy(np.array(changed)).float()
+            keep = non_maximum_suppression(torch.from_numpy(boxes), scores, threshold)
             records = [records[i] for i in sorted(keep.tolist())]
         return records
 
-    def record(self, mask: Candidate, segmentation: np.ndarray, stability: float, box: list[int]) -> dict:
+    def enlarge(self, mask: Candidate, image_size: tuple[int, int]) -> tuple[np.ndarray | None, dict, float]:
+        """
+        A mask in the image: its pixels `[height, width]`, bool, if they are wanted; its uncompressed RLE; and its
+        stability.
+        """
+        left, top, right, bottom = mask.crop_box
+        wants_pixels = self.output_mode == "binary_mask" or self.min_mask_region_area
+        pixels = np.zeros(image_size, dtype=bool) if wants_pixels else None
+        inner = outer = 0
+        borders = []
+        for _, columns, logits in resize_masks_in_parts(
+            mask.logits[None].float(), (bottom - top, right - left), mask.input_size
+        ):
+            inner += count_above(logits, self.mask_threshold + self.stability_score_offset)
+            outer += count_above(logits, self.mask_threshold - self.stability_score_offset)
+            band = (logits[0] > self.mask_threshold).cpu().numpy()
+            borders.append(run_borders(band, image_size[0], left + columns.start, top))
+            if wants_pixels:
+                pixels[top:bottom, left + columns.start : left + columns.stop] = band
+        return pixels, rle_from_borders(borders, image_size), stability_score(inner, outer).item()
+
+    def record(self, mask: Candidate, pixels: np.ndarray | None, rle: dict, stability: float) -> dict:
         """The record of one mask, as `generate` documents it."""
+        compressed = coco_encode_rle(rle)
+        x, y, width, height = coco_mask.toBbox(compressed).astype(int).tolist()
         return {
-            "segmentation": self.encode(segmentation),
-            "area": int(segmentation.sum()),
-            "bbox": box_xyxy_to_xywh(box),
+            "segmentation": dict(zip(OUTPUT_MODES, (pixels, rle, compressed), strict=True))[self.output_mode],
+            "area": int(coco_mask.area(compressed)),
+            "bbox": [x, y, max(width - 1, 0), max(height - 1, 0)],
             "predicted_iou": mask.score,
             "point_coords": [mask.point],
             "stability_score": stability,
             "crop_box": box_xyxy_to_xywh(mask.crop_box),
         }
-
-    def enlarge(self, mask: Candidate, image_size: tuple[int, int]) -> tuple[np.ndarray, float]:
-        """A mask in the image, bool `[height, width]`, and its stability."""
-        left, top, right, bottom = mask.crop_box
-        logits = resize_masks(mask.logits[None, None].float(), (bottom - top, right - left), mask.input_size)[0]
-        stability = calculate_stability_score(logits, self.mask_threshold, self.stability_score_offset).item()
-        segmentation = uncrop_masks((logits > self.mask_threshold).cpu(), mask.crop_box, *image_size)
-        return segmentation[0].numpy(), stability
-
-    def encode(self, segmentation: np.ndarray) -> np.ndarray | dict:
-        """A mask `[height, width]`, bool, in the form that `output_mode` asks for."""
-        if self.output_mode == "binary_mask":
-            return segmentation
-        if self.output_mode == "uncompressed_rle":
-            return mask_to_rle_pytorch(torch.from_numpy(segmentation)[None])[0]
-        return mask_rles(segmentation[None])[0]
 
 
 # ------------------------------------------------------------------------------------------------ options

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from ..model.run_lengths_efficientsam import mask_to_rle
 from .formats.annotation_files import coco_annotations, label_studio_task, labelme_file, yolo_file
 from .formats.polygons import EDITABLE_TOLERANCE, polygons_of_mask
 
@@ -34,7 +35,7 @@ class RleMasks(Sequence):
     def __getitem__(self, index: int | slice) -> "np.ndarray | RleMasks":
         if isinstance(index, slice):
             return RleMasks(self.rles[index], self.shape[1:])
-        return coco_mask.decode(self.rles[index]).astype(bool)
+        return coco_mask.decode(self.rles[index]).view(bool)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         masks = np.empty(self.shape, dtype=dtype or bool)
@@ -194,9 +195,13 @@ class SegmentationResult:
 
 def mask_rles(masks: np.ndarray) -> list[dict]:
     """`[N, height, width]`, bool -> N compressed COCO RLEs with text in place of bytes, as json needs it."""
-    # One at a time: pycocotools needs a copy, by column.
-    rles = [coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in masks]
-    return [{"size": list(rle["size"]), "counts": rle["counts"].decode()} for rle in rles]
+    return [coco_encode_rle(mask_to_rle(mask)) for mask in masks]  # a fourth of the time of pycocotools' own
+
+
+def coco_encode_rle(uncompressed_rle: dict) -> dict:
+    """An uncompressed COCO RLE -> a compressed one, with text in place of bytes, as json needs it."""
+    rle = coco_mask.frPyObjects(uncompressed_rle, *uncompressed_rle["size"])
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
 
 
 def draw_label_map(masks: Sequence[np.ndarray], areas: Sequence[int], size: tuple[int, int]) -> Image.Image:
@@ -237,4 +242,12 @@ def boxes_from_masks_np(masks: np.ndarray | RleMasks) -> np.ndarray:
     return boxes
 
 
-__all__ = ["RleMasks", "SegmentationResult", "boxes_from_masks_np", "draw_label_map", "largest_first", "mask_rles"]
+__all__ = [
+    "RleMasks",
+    "SegmentationResult",
+    "boxes_from_masks_np",
+    "coco_encode_rle",
+    "draw_label_map",
+    "largest_first",
+    "mask_rles",
+]

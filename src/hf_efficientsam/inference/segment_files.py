@@ -10,14 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import ImageOps
 
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 
 from .drawing import draw_masks
 from .folder_runs import FolderJob, JobSegmenter, check_not_of_another, name_results
-from .image_files import ImageError, encode_image, encode_mask, pil_limit_lifted, read_image, upright_size, write_files
+from .image_files import (
+    ImageError,
+    encode_image,
+    encode_mask,
+    pil_limit_lifted,
+    read_image,
+    upright_image,
+    upright_size,
+    write_files,
+)
 from .predictor import EfficientSamPredictor
 from .prompt_files import PROMPTS, check_objects
 from .records import image_record, mask_record
@@ -35,7 +43,7 @@ def set_image_file(predictor: EfficientSamPredictor, path: Path, objects: list[d
         ImageError: an image that cannot be read.
         ValueError: objects that do not fit the image or the model.
     """
-    image = read_image(path, predictor.processor.image_processor.max_image_pixels, ImageOps.exif_transpose)
+    image = read_image(path, predictor.processor.image_processor.max_image_pixels, upright_image)
     if objects is not None:
         check_objects(objects, image.size, predictor.model, predictor.processor)
     try:

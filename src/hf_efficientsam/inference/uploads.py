@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from hf_efficientsam.model.image_reading_efficientsam import ImageError, open_image, upright_size
+from hf_efficientsam.model.image_reading_efficientsam import ImageError, open_image, upright_image, upright_size
 from hf_efficientsam.model.prompts_efficientsam import BOX_IS_CLIPPED, clip_box
 
 from .prompt_files import group_prompts, read_prompts
@@ -39,7 +39,7 @@ def read_upload(source: Path | bytes, name: str, max_pixels: int = MAX_PIXELS) -
                 raise ImageError(
                     f"{width} x {height} pixels are too many; up to {max_pixels / 1e6:g} million are taken here."
                 )
-            return ImageOps.exif_transpose(image)
+            return upright_image(image)
     except MemoryError:
         raise ImageError(f"{name}: the image does not fit into memory; make it smaller.") from None
 

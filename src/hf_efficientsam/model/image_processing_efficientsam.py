@@ -17,7 +17,8 @@ from transformers.processing_utils import Unpack
 
 from .image_reading_efficientsam import (
     MAX_IMAGE_PIXELS,
-    image_to_array,
+    ImagePixels,
+    read_pixels,
     resized_size,
     segmentation_map_to_array,
 )
@@ -30,13 +31,12 @@ from .mask_operations_efficientsam import (
     is_box_near_crop_edge,
     mask_to_rle_pytorch,
     resize_masks,
-    rle_to_mask,
+    resize_masks_in_parts,
     suppress_duplicates,
     uncrop_boxes_xyxy,
     uncrop_masks,
 )
-
-PIXELS_AT_ONCE = 2**24  # of masks that are resized before they become bool
+from .run_lengths_efficientsam import rle_to_mask
 
 
 class EfficientSamImageProcessorKwargs(TypedDict, total=False):
@@ -176,9 +176,9 @@ class EfficientSamImageProcessor(PilBackend):
         # One image at a time: each is decoded, resized and let go before the next one is decoded.
         pixel_values, original_sizes, reshaped_input_sizes = [], [], []
         for image in _list_images(images):
-            image = self.process_image(image, **kwargs)
-            original_sizes.append(image.shape[-2:])
-            pixel_values.append(self._preprocess(image, **kwargs))
+            pixels = self.read_pixels(image, **kwargs)
+            original_sizes.append(pixels.size)
+            pixel_values.append(self._preprocess(pixels, **kwargs))
             reshaped_input_sizes.append(tuple(pixel_values[-1].shape[-2:]))
         data = {
             "pixel_values": _pad_and_stack(pixel_values, kwargs["size_divisor"]),
@@ -196,13 +196,17 @@ class EfficientSamImageProcessor(PilBackend):
         `do_rescale` is off). `do_convert_rgb`, `do_rescale` and `max_image_pixels` may be overridden as in a call.
         Errors: see the class.
         """
+        return self.read_pixels(image, input_data_format, **kwargs).array()
+
+    def read_pixels(self, image: Any, input_data_format: str | None = None, **kwargs) -> ImagePixels:
+        """What `process_image` makes an array of, not yet one; a call of the image processor takes it, too."""
         names = ("do_convert_rgb", "do_rescale", "max_image_pixels")
         options = {name: kwargs.get(name, getattr(self, name)) for name in names}
-        return image_to_array(image, input_data_format=input_data_format, **options)
+        return read_pixels(image, input_data_format=input_data_format, **options)
 
     def _preprocess(
         self,
-        image: np.ndarray,
+        image: ImagePixels,
         do_rescale: bool,
         rescale_factor: float,
         do_normalize: bool,
@@ -211,15 +215,10 @@ class EfficientSamImageProcessor(PilBackend):
         device: str | torch.device | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Array [3, h, w] of `process_image` -> float32 tensor [3, H, W], resized and normalised, not padded."""
-        size = self.get_reshaped_input_size(image.shape[-2:], **kwargs)
-        channels = []
-        for channel in image:  # one at a time: a large image takes four times its memory in float32
-            channel = torch.from_numpy(np.ascontiguousarray(channel)).to(device=device, dtype=torch.float32)
-            channels.append(F.interpolate(channel[None, None], size=size, mode="bilinear", align_corners=False)[0])
-        pixels = torch.cat(channels)
+        """-> float32 tensor [3, H, W], resized and normalised, not padded."""
+        pixels = _resize_image(image, self.get_reshaped_input_size(image.size, **kwargs), device)
         if do_rescale:
-            pixels = pixels * (rescale_factor if image.dtype == np.uint8 else 255 * rescale_factor)
+            pixels = pixels * (rescale_factor if image.are_bytes else 255 * rescale_factor)
         if do_normalize:
             mean, std = (pixels.new_tensor(x).reshape(-1, 1, 1) for x in (image_mean, image_std))
             pixels = (pixels - mean) / std
@@ -270,12 +269,11 @@ class EfficientSamImageProcessor(PilBackend):
             image_masks = image_masks[:count]
             if image_masks.ndim != 4:
                 raise ValueError(f"Masks of an image must be [Q, M, h, w], got shape {tuple(image_masks.shape)}.")
-            if binarize:  # a few masks at a time, as floats take four times the memory of the answer
-                flat = image_masks.flatten(0, 1)[:, None]
+            if binarize:
+                flat = image_masks.flatten(0, 1)
                 answer = flat.new_empty(len(flat), *size, dtype=torch.bool)
-                at_once = max(1, PIXELS_AT_ONCE // math.prod(size))
-                for part, few in zip(answer.split(at_once), flat.split(at_once), strict=True):
-                    part.copy_(resize_masks(few, size, input_size)[:, 0] > mask_threshold)
+                for some, columns, resized in resize_masks_in_parts(flat, size, input_size):
+                    answer[some, :, columns] = resized > mask_threshold
                 output_masks.append(answer.unflatten(0, image_masks.shape[:2]))
             else:
                 output_masks.append(resize_masks(image_masks, size, input_size))
@@ -419,6 +417,23 @@ def _list_images(images) -> list:
     if not flat:
         raise ValueError("There is no image in the batch; pass at least one.")
     return flat
+
+
+def _resize_image(image: ImagePixels, size: tuple[int, int], device: str | torch.device | None) -> torch.Tensor:
+    """
+    -> float32 [3, *size], by bilinear interpolation without antialiasing: along the rows of one band after the other,
+    and then down the columns. That is to the bit what both at once give (see `resize_masks_in_parts`), without the
+    whole image in float32.
+    """
+    rows, start = torch.empty(3, 1, image.size[0], size[1], device=device), 0
+    for band in image.bands():
+        band = torch.from_numpy(np.ascontiguousarray(band)).to(device=device, dtype=torch.float32)[:, None]
+        if band.shape[2] == image.size[0]:
+            return F.interpolate(band, size=size, mode="bilinear", align_corners=False)[:, 0]
+        end = start + band.shape[2]
+        rows[:, :, start:end] = F.interpolate(band, (band.shape[2], size[1]), mode="bilinear", align_corners=False)
+        start = end
+    return F.interpolate(rows, size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
 def _pad_and_stack(images: list[torch.Tensor], divisor: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -76,6 +77,13 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
     sideways = 5 <= image.getexif().get(ExifTags.Base.Orientation, 1) <= 8
     return (height, width) if sideways else (width, height)
+
+
+def upright_image(image: Image.Image) -> Image.Image:
+    """An image turned as its EXIF tag says: the image itself, decoded, if it is upright."""
+    image.load()  # some files have their EXIF tags after their pixels
+    is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    return image if is_upright else ImageOps.exif_transpose(image)  # which copies in any case
 
 
 def _as_file(source: Any) -> AbstractContextManager[BinaryIO]:
@@ -152,27 +160,88 @@ def pil_limit_lifted() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ arrays
 
 
-def image_to_array(
+@dataclass(frozen=True)
+class ImagePixels:
+    """
+    The pixels of an image, or of a crop of it, that become an array some rows at a time: for a large image of PIL the
+    whole array would nearly double the memory.
+
+    Attributes:
+        source: of the whole image: `[3, height, width]`, bytes or float32, or an upright image of PIL in RGB.
+        box: (left, top, right, bottom) of the crop.
+    """
+
+    source: np.ndarray | Image.Image
+    box: tuple[int, int, int, int]
+
+    @classmethod
+    def whole(cls, source: np.ndarray | Image.Image) -> "ImagePixels":
+        height, width = source.shape[1:] if isinstance(source, np.ndarray) else source.size[::-1]
+        return cls(source, (0, 0, width, height))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        left, top, right, bottom = self.box
+        return bottom - top, right - left
+
+    @property
+    def are_bytes(self) -> bool:
+        return not isinstance(self.source, np.ndarray) or self.source.dtype == np.uint8
+
+    def crop(self, left: int, top: int, right: int, bottom: int) -> "ImagePixels":
+        """A part of these."""
+        x, y, _, _ = self.box
+        return ImagePixels(self.source, (x + left, y + top, x + right, y + bottom))
+
+    def bands(self) -> Iterator[np.ndarray]:
+        """`[3, rows, width]`, from the top down."""
+        left, top, right, bottom = self.box
+        rows = max(1, PIXELS_AT_ONCE // (right - left))
+        for start in range(top, bottom, rows):
+            end = min(start + rows, bottom)
+            if isinstance(self.source, np.ndarray):
+                yield self.source[:, start:end, left:right]
+            else:
+                with pil_limit_lifted():
+                    band = np.asarray(self.source.crop((left, start, right, end)))
+                yield np.moveaxis(band, -1, 0)
+
+    def array(self) -> np.ndarray:
+        """`[3, height, width]`; of an array a view."""
+        left, top, right, bottom = self.box
+        if isinstance(self.source, np.ndarray):
+            return self.source[:, top:bottom, left:right]
+        pixels, start = np.moveaxis(np.empty((*self.size, 3), np.uint8), -1, 0), 0
+        for band in self.bands():
+            pixels[:, start : start + band.shape[1]] = band
+            start += band.shape[1]
+        return pixels
+
+
+def image_to_array(image: Any, *args, **kwargs) -> np.ndarray:
+    """One image with the arguments of `read_pixels`: `[3, H, W]`, bytes where the image has bytes, else float32."""
+    return read_pixels(image, *args, **kwargs).array()
+
+
+def read_pixels(
     image: Any,
     do_convert_rgb: bool = True,
     do_rescale: bool = True,
     max_image_pixels: int | None = None,
     input_data_format: str | None = None,
     name: str | None = None,
-) -> np.ndarray:
+) -> ImagePixels:
     """
     One image, read as [`EfficientSamImageProcessor`] says.
 
     Args:
-        image: a path, URL, `bytes`, file object, PIL image, array or tensor.
+        image: a path, URL, `bytes`, file object, PIL image, array or tensor, or what this function returned.
         do_convert_rgb: turn every other mode into RGB; if off, there must be three channels.
         do_rescale: bring the values to [0, 1]; if off, they stay as they are.
         max_image_pixels: larger images are refused, files before they are decoded; `None`: no limit.
         input_data_format: "channels_first" or "channels_last", of an array or tensor.
         name: of a file, for error messages; by default its path or URL.
-
-    Returns:
-        `[3, H, W]`: bytes where the image has bytes, else float32.
 
     Raises:
         ImageError (a ValueError): as of `open_image`; or no pixels, or too many, a shape that is no image, NaN, or
@@ -182,10 +251,14 @@ def image_to_array(
     options = do_convert_rgb, do_rescale, max_image_pixels
     if is_file_like(image):
         with open_image(image, name) as opened:
-            return image_to_array(opened, *options)
+            return read_pixels(opened, *options)
+    if isinstance(image, ImagePixels):
+        return image
     if isinstance(image, Image.Image):
         _check_image_size(image.height, image.width, max_image_pixels)
-        pixels, input_data_format = _pil_to_array(image, do_convert_rgb), "channels_last"
+        pixels, input_data_format = _pil_to_pixels(image, do_convert_rgb), "channels_last"
+        if isinstance(pixels, Image.Image):
+            return ImagePixels.whole(pixels)
     elif isinstance(image, np.ndarray):
         pixels = image
         input_data_format = input_data_format or infer_data_format(pixels.shape, "channels_last")
@@ -204,7 +277,7 @@ def image_to_array(
         pixels = np.repeat(pixels, 3, axis=0) if len(pixels) == 1 else pixels[:3]
     if len(pixels) != 3:
         raise ImageError(f"The model needs 3 channels, got {len(pixels)}; set do_convert_rgb=True.")
-    return _to_bytes_or_unit_floats(pixels, do_rescale)
+    return ImagePixels.whole(_to_bytes_or_unit_floats(pixels, do_rescale))
 
 
 def to_pil_image(pixels: np.ndarray) -> Image.Image:
@@ -231,7 +304,7 @@ def segmentation_map_to_array(segmentation_map) -> np.ndarray:
         with open_image(segmentation_map) as opened:
             return segmentation_map_to_array(opened)
     if isinstance(segmentation_map, Image.Image):
-        segmentation_map = ImageOps.exif_transpose(segmentation_map)
+        segmentation_map = upright_image(segmentation_map)
     values = np.asarray(segmentation_map)
     if values.ndim != 2 or values.dtype.kind not in "bui":
         raise ImageError(
@@ -251,11 +324,9 @@ def _check_image_size(height: int, width: int, max_image_pixels: int | None):
         )
 
 
-def _pil_to_array(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
-    """The upright image as H x W or H x W x C."""
-    image.load()  # some files have their EXIF tags after their pixels
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)  # it copies in any case
+def _pil_to_pixels(image: Image.Image, do_convert_rgb: bool) -> np.ndarray | Image.Image:
+    """The upright image in RGB; where it is to have other values than bytes in RGB, H x W or H x W x C."""
+    image = upright_image(image)
     if image.mode.startswith("I"):
         # 16-bit gray ("I;16..."), or "I", which is how PIL has long opened 16-bit files: convert("RGB") would clip it.
         pixels = np.array(image)
@@ -268,17 +339,7 @@ def _pil_to_array(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
         image = image.convert(image.mode.upper())
     if "transparency" in image.info:
         image = image.convert("RGBA")  # PIL asks for this detour for palettes with transparency
-    return _rgb_to_array(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def _rgb_to_array(image: Image.Image) -> np.ndarray:
-    """`np.array(image)`, some rows at a time: for all of them PIL makes bytes, from which numpy copies."""
-    pixels = np.empty((image.height, image.width, 3), np.uint8)
-    rows = max(1, PIXELS_AT_ONCE // image.width)
-    with pil_limit_lifted():
-        for top in range(0, image.height, rows):
-            pixels[top : top + rows] = image.crop((0, top, image.width, min(top + rows, image.height)))
-    return pixels
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _lab_to_rgb(image: Image.Image) -> Image.Image:

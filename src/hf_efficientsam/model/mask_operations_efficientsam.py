@@ -1,15 +1,18 @@
 """Functions on masks, their boxes and run-length encodings, and on the crops and points of "segment everything"."""
 
 import math
+from collections.abc import Iterator
 from itertools import product
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .run_lengths_efficientsam import mask_to_rle
+
 # The mask decoder enlarges the patch grid (1/16 of the input) four times: a pixel of its masks is 4 x 4 of the input.
 INPUT_PIXELS_PER_MASK_PIXEL = 4
-PIXELS_AT_ONCE = 2**22  # that are counted
+PIXELS_AT_ONCE = 2**22  # of resized masks that are computed, or counted, together
 
 
 def resize_masks(masks: torch.Tensor, size: tuple[int, int], input_size: tuple[int, int] | None) -> torch.Tensor:
@@ -21,16 +24,73 @@ def resize_masks(masks: torch.Tensor, size: tuple[int, int], input_size: tuple[i
     each other, so padding is left out in the same single interpolation that undoes the resize.
     """
     masks = masks.to(torch.promote_types(masks.dtype, torch.float32))
+    return torch.ops.aten.upsample_bicubic2d(masks, list(size), False, *_resize_scales(masks, size, input_size))
+
+
+def _resize_scales(
+    masks: torch.Tensor, size: tuple[int, int], input_size: tuple[int, int] | None
+) -> tuple[float | None, float | None]:
+    """By how much `resize_masks` enlarges rows and columns; `None`: as the sizes say, as nothing is padded."""
     padded_size = [INPUT_PIXELS_PER_MASK_PIXEL * n for n in masks.shape[-2:]]
     if input_size is None or list(input_size) == padded_size:
-        return F.interpolate(masks, size=tuple(size), mode="bicubic", align_corners=False)
+        return None, None
     if any(n > padded for n, padded in zip(input_size, padded_size, strict=True)):
         raise ValueError(
             f"reshaped_input_sizes gives {tuple(input_size)}, but masks of {tuple(masks.shape[-2:])} cover an input "
             f"of only {tuple(padded_size)} pixels."
         )
-    scales = [INPUT_PIXELS_PER_MASK_PIXEL * n / n_input for n, n_input in zip(size, input_size, strict=True)]
-    return torch.ops.aten.upsample_bicubic2d(masks, list(size), False, *scales)
+    return tuple(INPUT_PIXELS_PER_MASK_PIXEL * n / n_input for n, n_input in zip(size, input_size, strict=True))
+
+
+def resize_masks_in_parts(
+    masks: torch.Tensor, size: tuple[int, int], input_size: tuple[int, int] | None
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """
+    `resize_masks` some pixels at a time, so that memory does not grow with the size or the number of the masks.
+
+    Args:
+        masks: [N, h, w] logits.
+        size, input_size: as of `resize_masks`.
+
+    Yields:
+        Which masks, which columns, and their resized logits [n, height, columns], to the bit those of `resize_masks`:
+        some whole masks, or of a large one bands of columns from the left to the right.
+    """
+    upsample = torch.ops.aten.upsample_bicubic2d
+    height, width = size
+    masks_at_once, columns_at_once = max(1, PIXELS_AT_ONCE // (height * width)), max(1, PIXELS_AT_ONCE // height)
+    for start in range(0, len(masks), masks_at_once):
+        some = slice(start, min(start + masks_at_once, len(masks)))
+        if columns_at_once >= width:
+            yield some, slice(0, width), resize_masks(masks[some, None], size, input_size)[:, 0]
+            continue
+        # The operator goes along the rows first and then down the columns. Where an axis stays as it is, each pixel
+        # lies on a logit, whose weight is exactly 1 and that of its neighbours 0: so the two steps may be apart.
+        one = masks[some, None].to(torch.promote_types(masks.dtype, torch.float32))
+        down, across = _resize_scales(one, size, input_size)
+        rows = upsample(one, [one.shape[2], width], False, None, across)
+        for left in range(0, width, columns_at_once):
+            band = rows[..., left : left + columns_at_once]
+            resized = upsample(band, [height, band.shape[3]], False, down, None)[:, 0]
+            yield some, slice(left, left + band.shape[3]), resized
+
+
+def measure_resized_masks(
+    masks: torch.Tensor, size: tuple[int, int], input_size: tuple[int, int] | None, thresholds: list[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    [N, h, w] logits -> the numbers of pixels of `resize_masks` above each of T thresholds, int64 [T, N], and the
+    boxes of those above the last, [N, 4], as of `batched_mask_to_box`.
+    """
+    counts = torch.zeros(len(thresholds), len(masks), dtype=torch.long, device=masks.device)
+    rows, columns = (torch.zeros(len(masks), n, dtype=torch.bool, device=masks.device) for n in size)
+    for some, band, resized in resize_masks_in_parts(masks, size, input_size):
+        for count, threshold in zip(counts, thresholds, strict=True):
+            count[some] += count_above(resized, threshold)
+        inside = resized > thresholds[-1]
+        rows[some] |= inside.amax(dim=2)
+        columns[some, band] = inside.amax(dim=1)
+    return counts, _inclusive(_boxes_of(columns, rows))
 
 
 def calculate_stability_score(masks: torch.Tensor, mask_threshold: float, threshold_offset: float) -> torch.Tensor:
@@ -40,6 +100,11 @@ def calculate_stability_score(masks: torch.Tensor, mask_threshold: float, thresh
     """
     inner = count_above(masks, mask_threshold + threshold_offset)
     outer = count_above(masks, mask_threshold - threshold_offset)
+    return stability_score(inner, outer)
+
+
+def stability_score(inner: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
+    """`calculate_stability_score` from the numbers of pixels of the two masks."""
     return inner.float() / outer.clamp(min=1)
 
 
@@ -57,8 +122,12 @@ def boxes_from_masks(masks: torch.Tensor) -> torch.Tensor:
     Tight boxes [..., 4] of masks [..., h, w], float32, (x1, y1, x2, y2) in pixels, right and bottom exclusive as
     prompts and COCO have them: pixel (0, 0) alone has the box (0, 0, 1, 1), an empty mask (0, 0, 0, 0).
     """
-    x1, x2 = _extent(masks.amax(-2) > 0)  # several times as fast as any()
-    y1, y2 = _extent(masks.amax(-1) > 0)
+    return _boxes_of(masks.amax(-2) > 0, masks.amax(-1) > 0)  # several times as fast as any()
+
+
+def _boxes_of(columns: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Boxes from which columns [..., w] and rows [..., h] hold a pixel."""
+    (x1, x2), (y1, y2) = _extent(columns), _extent(rows)
     return torch.stack([x1, y1, x2, y2], dim=-1).float()
 
 
@@ -76,7 +145,11 @@ def batched_mask_to_box(masks: torch.Tensor) -> torch.Tensor:
     `boxes_from_masks` with the first and last column and row that hold a pixel, int64: the boxes of the records of
     "segment everything", as segment-anything and the pipeline have them. An empty mask has the box (0, 0, 0, 0).
     """
-    boxes = boxes_from_masks(masks).long()
+    return _inclusive(boxes_from_masks(masks))
+
+
+def _inclusive(boxes: torch.Tensor) -> torch.Tensor:
+    boxes = boxes.long()
     return (boxes - boxes.new_tensor([0, 0, 1, 1])).clamp(min=0)
 
 
@@ -108,20 +181,7 @@ def is_box_near_crop_edge(
 
 def mask_to_rle_pytorch(masks: torch.Tensor) -> list[dict]:
     """[N, h, w] bool -> N uncompressed COCO RLEs: lengths of runs down the columns, the first of them background."""
-    height, width = masks.shape[-2:]
-    rles = []
-    for mask in masks.cpu().numpy():
-        starts = np.flatnonzero(np.diff(mask.ravel(order="F"), prepend=False))
-        counts = np.diff(starts, prepend=0, append=height * width)
-        rles.append({"size": [height, width], "counts": counts.tolist()})
-    return rles
-
-
-def rle_to_mask(rle: dict) -> np.ndarray:
-    """An uncompressed COCO RLE -> bool [h, w]."""
-    height, width = rle["size"]
-    inside = np.arange(len(rle["counts"])) % 2 == 1
-    return np.repeat(inside, rle["counts"]).reshape(width, height).T
+    return [mask_to_rle(mask) for mask in masks.cpu().numpy()]
 
 
 def non_maximum_suppression(

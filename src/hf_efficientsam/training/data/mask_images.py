@@ -1,9 +1,9 @@
 """Masks that are stored as images: which pixels are an object, and how many objects there are."""
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from hf_efficientsam.model.image_reading_efficientsam import ImageError
+from hf_efficientsam.model.image_reading_efficientsam import ImageError, upright_image
 
 MAP_MODES = ("P", "I", "I;16", "I;16B", "I;16L")  # of label images alone: their values are no shades
 COLORS = np.uint32  # of numbers that stand for colours, and are no shades
@@ -19,7 +19,7 @@ def mask_values(image: Image.Image) -> np.ndarray:
         ImageError: for floats, for a JPEG of more than black and white, and where both colour and transparency could
             be the mask.
     """
-    is_jpeg, image = image.format in ("JPEG", "MPO"), ImageOps.exif_transpose(image)
+    is_jpeg, image = image.format in ("JPEG", "MPO"), upright_image(image)
     if is_jpeg and not _is_black_and_white(np.asarray(image.convert("L"))):
         raise ImageError("a mask is a JPEG, whose values are not exact; save masks as PNG")
     if image.mode == "P" and (shades := _shades_of(image)) is not None:

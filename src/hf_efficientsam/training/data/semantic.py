@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import Dataset
 
-from hf_efficientsam.model.image_reading_efficientsam import open_image
+from hf_efficientsam.model.image_reading_efficientsam import open_image, upright_image
 from hf_efficientsam.training.engine.config import PositiveFloat, PositiveInt, RatioBelowOne
 
 from .augment import jitter_color
@@ -130,7 +130,7 @@ class LabelledImages:
         key, image = self.images[index]
         path = self.label_files[index]
         with open_image(path) as opened:
-            values = TURNS[self.orientations[index]](np.array(ImageOps.exif_transpose(opened)))
+            values = TURNS[self.orientations[index]](np.array(upright_image(opened)))
         if values.shape != (image.height, image.width):
             raise ValueError(f"{path} has changed since it was first looked at; put it back.")
         labels = self.meaning[values]
