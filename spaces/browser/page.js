@@ -241,5 +241,8 @@ function showCandidates(isAnswered) {
   [...group.children].forEach((button, i) => button.setAttribute("aria-pressed", i === found.chosen));
 }
 
-picture.addEventListener("load", show);
+picture.addEventListener("load", () => {
+  stage.style.setProperty("--ratio", picture.naturalWidth / picture.naturalHeight);
+  show();
+});
 new ResizeObserver(show).observe(stage);
