@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from hf_efficientsam.training.data.feature_cache import ViewParts, open_manifest, part_path, write_index, write_part
 from hf_efficientsam.training.data.images import ImageSourceConfig, ImageViews, StreamedViews, open_images
-from hf_efficientsam.training.engine.config import PositiveInt, check_ranges, parse_config
+from hf_efficientsam.training.engine.config import OutputFolder, PositiveInt, check_ranges, parse_config
 from hf_efficientsam.training.engine.run import run_script
 from hf_efficientsam.training.sami.teachers import Teacher, load_teacher
 
@@ -42,7 +42,7 @@ class CacheFeaturesConfig(ImageSourceConfig):
     batch_size: PositiveInt = field(default=32, metadata={"help": "images at a time and process"})
     num_workers: int = field(default=2, metadata={"help": "processes that read images, each a part of its own"})
     part_size: PositiveInt = field(default=512, metadata={"help": "images in a file; of shards, each makes one"})
-    output_dir: str = field(default="runs/features", metadata={"help": "folder of the cache"})
+    output_dir: OutputFolder = field(default="runs/features", metadata={"help": "folder of the cache"})
 
 
 def build_views(config: CacheFeaturesConfig, teacher: Teacher) -> ImageViews | StreamedViews:

@@ -25,6 +25,7 @@ from hf_efficientsam.training.data.images import normalize
 from hf_efficientsam.training.engine.checkpoints import replaced_folder
 from hf_efficientsam.training.engine.config import (
     NotNegativeInt,
+    OutputFolder,
     PositiveFloat,
     PositiveInt,
     RunConfig,
@@ -60,7 +61,7 @@ class DistillConfig(MaskModelConfig, RunConfig, StepsConfig, StreamConfig, Teach
     target: str = field(default="embeddings", metadata={"help": "embeddings (of a promptable teacher) or features"})
     learning_rate: PositiveFloat = field(default=1e-3, metadata={"help": "peak of the learning rate"})
     size: PositiveInt = 1024
-    output_dir: str = "runs/distill"
+    output_dir: OutputFolder = "runs/distill"
     num_workers: NotNegativeInt = 1
 
 

@@ -26,7 +26,7 @@ from hf_efficientsam.inference.image_files import describe_error
 from hf_efficientsam.inference.loading import checkpoint_fingerprint, load_model
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.training.data.coco import AnnotationConfig, CocoMasks
-from hf_efficientsam.training.engine.config import PositiveInt, check_ranges, parse_config
+from hf_efficientsam.training.engine.config import OutputFile, OutputFolder, PositiveInt, check_ranges, parse_config
 from hf_efficientsam.training.engine.reports import end_without, replace_text, write_report
 from hf_efficientsam.training.engine.run import check_device, run_script
 from hf_efficientsam.training.masks.coco_ar import NAMES, PROTOCOL, average_recall
@@ -50,8 +50,10 @@ class EvaluateEverythingConfig(AnnotationConfig):
     search: list[str] = field(
         default_factory=lambda: ["exact"], metadata={"help": "which points are asked about: exact, adaptive, or both"}
     )
-    output: str | None = field(default=None, metadata={"help": "json file for the numbers"})
-    masks: str | None = field(default=None, metadata={"help": "folder that keeps what was found, to go on from"})
+    output: OutputFile | None = field(default=None, metadata={"help": "json file for the numbers"})
+    masks: OutputFolder | None = field(
+        default=None, metadata={"help": "folder that keeps what was found, to go on from"}
+    )
     device: str | None = field(default=None, metadata={"help": "by default a GPU if there is one"})
 
 

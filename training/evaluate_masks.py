@@ -38,7 +38,7 @@ from hf_efficientsam.inference.loading import checkpoint_fingerprint
 from hf_efficientsam.training.data.coco import AnnotationConfig, decode_rles, with_folders
 from hf_efficientsam.training.data.folder_masks import open_annotations
 from hf_efficientsam.training.data.sa1b import Sa1bShards
-from hf_efficientsam.training.engine.config import NotNegativeInt, PositiveInt, check_ranges, parse_config
+from hf_efficientsam.training.engine.config import NotNegativeInt, OutputFile, PositiveInt, check_ranges, parse_config
 from hf_efficientsam.training.engine.reports import end_without, replace_text, write_report
 from hf_efficientsam.training.engine.run import check_device, run_script
 from hf_efficientsam.training.masks.coco_ap import CANDIDATES, Detections, RleEncoder, segment_detections
@@ -101,11 +101,13 @@ class EvaluateMasksConfig(AnnotationConfig):
         default="box_iou", metadata={"help": "which mask of a detection is scored", "choices": list(CANDIDATES)}
     )
     # What is written.
-    output: str | None = field(default=None, metadata={"help": "json file for the numbers"})
-    cases: str | None = field(
+    output: OutputFile | None = field(default=None, metadata={"help": "json file for the numbers"})
+    cases: OutputFile | None = field(
         default=None, metadata={"help": "image file for the first model's best, median and worst case by box"}
     )
-    write_masks: str | None = field(default=None, metadata={"help": "json file for the detections' masks, as COCO's"})
+    write_masks: OutputFile | None = field(
+        default=None, metadata={"help": "json file for the detections' masks, as COCO's"}
+    )
     # How it is done.
     batch_size: PositiveInt = field(default=8, metadata={"help": "images that are encoded together"})
     prompts_at_once: PositiveInt = field(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_efficientsam.training.data.coco_json import find_folder, read_json
-from hf_efficientsam.training.engine.config import PositiveInt, parse_config
+from hf_efficientsam.training.engine.config import OutputFile, PositiveInt, check_ranges, parse_config
 from hf_efficientsam.training.engine.run import run_script
 
 
@@ -26,7 +26,7 @@ class FilterConfig:
         default="", metadata={"help": "COCO-style json file, its images where `--train` finds them"}
     )
     images: str | None = field(default=None, metadata={"help": "folder of its images, if they are elsewhere"})
-    output: str = field(default="", metadata={"help": "json file to write, in a folder of its own"})
+    output: OutputFile = field(default="", metadata={"help": "json file to write, in a folder of its own"})
     sources: list[str] = field(default_factory=list, metadata={"help": "only images of these; by default of all"})
     limit: PositiveInt | None = field(default=None, metadata={"help": "so many of them at most, evenly spread"})
     min_predicted_iou: float = field(
@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = parse_config(FilterConfig, __doc__, arguments)
     if not config.annotations or not config.output:
         raise ValueError("Give --annotations a COCO-style json file and --output the name of another.")
+    check_ranges(config)
     source, output = Path(config.annotations), Path(config.output)
     content = read_json(source)
     folder = Path(config.images) if config.images else find_folder(source, content["images"])

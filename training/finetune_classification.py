@@ -48,6 +48,7 @@ from hf_efficientsam.training.engine.config import (
     EpochsConfig,
     EvaluationConfig,
     LearningRateConfig,
+    OutputFolder,
     PositiveFloat,
     PositiveInt,
     PositiveRatio,
@@ -101,7 +102,7 @@ class ClassificationConfig(
         default=0.875, metadata={"help": "side of the square in the middle that is looked at, of the shorter side"}
     )
     eval_batch_size: PositiveInt = field(default=64, metadata={"help": "images at a time and process"})
-    output_dir: str = "runs/classification"
+    output_dir: OutputFolder = "runs/classification"
 
 
 def check(config: ClassificationConfig) -> None:

@@ -72,6 +72,7 @@ from hf_efficientsam.training.engine.config import (
     LoaderConfig,
     NotNegativeFloat,
     NotNegativeInt,
+    OutputFolder,
     PositiveFloat,
     PositiveInt,
     RatioBelowOne,
@@ -138,7 +139,7 @@ class DetectionConfig(
     # Evaluation.
     eval_batch_size: PositiveInt = field(default=4, metadata={"help": "images at a time and process"})
     eval_steps: PositiveInt = 20000
-    output_dir: str = "runs/detection"
+    output_dir: OutputFolder = "runs/detection"
 
 
 def check(config: DetectionConfig) -> None:

@@ -36,6 +36,7 @@ from hf_efficientsam.training.engine.config import (
     LearningRateConfig,
     NotNegativeFloat,
     NotNegativeInt,
+    OutputFolder,
     PositiveFloat,
     PositiveInt,
     Ratio,
@@ -109,7 +110,7 @@ class MasksConfig(
         default=False,
         metadata={"help": "run the frozen layers of the encoder once for each view of an image, and keep the result"},
     )
-    cache_dir: str | None = field(
+    cache_dir: OutputFolder | None = field(
         default=None,
         metadata={"help": "folder of the cached embeddings, the teacher's too; by default OUTPUT_DIR/embeddings"},
     )
@@ -134,7 +135,7 @@ class MasksConfig(
     schedule: str = field(default="cosine", metadata={"help": "how it falls to zero: cosine, linear or constant"})
     encoder_lr_scale: NotNegativeFloat = 0.5
     # Output.
-    output_dir: str = "runs/masks"
+    output_dir: OutputFolder = "runs/masks"
     num_workers: NotNegativeInt = 1
     shuffle_buffer: PositiveInt = 500
     save_steps: PositiveInt = 200

@@ -56,6 +56,7 @@ from hf_efficientsam.training.engine.config import (
     LoaderConfig,
     NotNegativeFloat,
     NotNegativeInt,
+    OutputFolder,
     PositiveFloat,
     PositiveInt,
     RunConfig,
@@ -127,7 +128,7 @@ class SemanticConfig(
     evaluation: str = field(
         default="whole", metadata={"help": "images are looked at whole, or by windows of --size: whole or slide"}
     )
-    output_dir: str = "runs/semantic"
+    output_dir: OutputFolder = "runs/semantic"
 
 
 def check(config: SemanticConfig) -> None:

@@ -22,7 +22,7 @@ from hf_efficientsam.training.data.augment import crop_image, large_enough_masks
 from hf_efficientsam.training.data.coco import CocoMasks, encode_mask
 from hf_efficientsam.training.data.rle_resizing import resize_rles
 from hf_efficientsam.training.engine.checkpoints import replaced_folder
-from hf_efficientsam.training.engine.config import PositiveFloat, PositiveInt, check_ranges, parse_config
+from hf_efficientsam.training.engine.config import OutputFolder, PositiveFloat, PositiveInt, check_ranges, parse_config
 from hf_efficientsam.training.engine.run import run_script
 
 Record = tuple[str, dict[str, bytes]]  # the key of an image, and its files by their suffix
@@ -31,7 +31,7 @@ Record = tuple[str, dict[str, bytes]]  # the key of an image, and its files by t
 @dataclass(frozen=True)
 class PackConfig:
     annotations: list[str] = field(default_factory=list, metadata={"help": "COCO-style json files, `images` beside"})
-    output_dir: str = field(default="runs/pack", metadata={"help": "folder of the packed folders"})
+    output_dir: OutputFolder = field(default="runs/pack", metadata={"help": "folder of the packed folders"})
     size: PositiveInt | None = field(default=None, metadata={"help": "side of the squashed images in pixels"})
     quality: PositiveInt = field(default=80, metadata={"help": "WebP's, of squashed images"})
     shard_mib: PositiveFloat = field(default=4.0, metadata={"help": "a file has at most so many MiB"})

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from hf_efficientsam.training.data.classification import ClassFolders
 from hf_efficientsam.training.data.images import normalize
-from hf_efficientsam.training.engine.config import parse_config
+from hf_efficientsam.training.engine.config import OutputFile, check_ranges, parse_config
 from hf_efficientsam.training.engine.encoder_weights import load_encoder
 from hf_efficientsam.training.engine.reports import write_report
 from hf_efficientsam.training.engine.run import run_script
@@ -47,7 +47,7 @@ class ProbeConfig:
     batch_size: int = field(default=64, metadata={"help": "images at a time"})
     num_workers: int = field(default=0, metadata={"help": "processes that read images"})
     device: str | None = field(default=None, metadata={"help": "by default a GPU if there is one"})
-    output: str | None = field(default=None, metadata={"help": "json file for the numbers"})
+    output: OutputFile | None = field(default=None, metadata={"help": "json file for the numbers"})
 
 
 class Squares(Dataset):
@@ -109,6 +109,7 @@ def open_all(config: ProbeConfig) -> tuple[nn.Module, ClassFolders, ClassFolders
 
 def main(arguments: list[str] | None = None) -> None:
     config = parse_config(ProbeConfig, __doc__, arguments)
+    check_ranges(config)
     started = time.perf_counter()
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     encoder, train, test = open_all(config)

@@ -25,6 +25,7 @@ from hf_efficientsam.training.engine.checkpoints import replaced_folder
 from hf_efficientsam.training.engine.config import (
     EpochsConfig,
     NotNegativeFloat,
+    OutputFolder,
     PositiveFloat,
     PositiveInt,
     RunConfig,
@@ -76,7 +77,7 @@ class SamiConfig(RunConfig, EpochsConfig, StreamConfig, TeacherViewsConfig):
         default=1.5e-4, metadata={"help": "for each 256 images of the global batch"}
     )
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's"})
-    output_dir: str = "runs/sami"
+    output_dir: OutputFolder = "runs/sami"
 
 
 def build_teacher(config: SamiConfig, device: torch.device) -> Teacher | None:

@@ -32,6 +32,7 @@ from hf_efficientsam.training.engine.config import (
     NotNegativeFloat,
     NotNegativeInt,
     OptimizationConfig,
+    OutputFolder,
     PositiveFloat,
     PositiveInt,
     RatioBelowOne,
@@ -76,7 +77,7 @@ class InMemoryConfig(
     val_images: PositiveInt = field(default=24, metadata={"help": "so many images each time, but all at the end"})
     ema_decay: RatioBelowOne = 0.998
     # Output.
-    output_dir: str = field(default="runs/in_memory", metadata={"help": "model and summary.json"})
+    output_dir: OutputFolder = field(default="runs/in_memory", metadata={"help": "model and summary.json"})
     num_workers: NotNegativeInt = field(default=8, metadata={"help": "processes that read the files at the start"})
     device: str | None = field(default=None, metadata={"help": "by default the GPU; cpu to try a configuration"})
 

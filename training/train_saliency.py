@@ -36,6 +36,7 @@ from hf_efficientsam.training.data.folder_masks import UnitedMasks, open_annotat
 from hf_efficientsam.training.engine.checkpoints import replaced_folder
 from hf_efficientsam.training.engine.config import (
     EvaluationConfig,
+    OutputFolder,
     PositiveFloat,
     PositiveInt,
     RatioBelowOne,
@@ -80,7 +81,7 @@ class SaliencyConfig(RunConfig, StepsConfig, EvaluationConfig, AnnotationConfig)
     # Optimisation.
     learning_rate: PositiveFloat = field(default=1e-3, metadata={"help": "its peak; a cosine takes it to zero"})
     # Output.
-    output_dir: str = "runs/saliency"
+    output_dir: OutputFolder = "runs/saliency"
     eval_steps: PositiveInt = 500
     save_steps: PositiveInt = 200
     image_steps: PositiveInt = 500

@@ -227,3 +227,37 @@ def test_an_image_of_another_folder_does_not_take_the_place_of_one_of_the_same_n
     document = document_of(everything(tmp_path / "more", out, "--json", model=model), done=1, failed=1)
     assert f"is of another image, {photos / 'a.png'}" in document["failed"][0]["error"]
     assert (out / "records/a.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["segment", "PHOTO", "--point", "20,20", "--output", "OUT/mask.png"],
+        ["segment", "PHOTO", "--point", "20,20", "--overlay", "OUT/overlay.png"],
+        ["segment", "PHOTO", "--point", "20,20", "--output", "OUT", "--format", "coco"],
+        ["segment", "PHOTOS", "--prompts", "PROMPTS", "--output", "OUT"],
+        ["salient", "PHOTO", "--output", "OUT/mask.png"],
+        ["everything", "PHOTO", "--output", "OUT"],
+        ["everything", "PHOTOS", "--output", "OUT"],
+        ["convert", "any.pt", "OUT"],
+        ["export-onnx", "MODEL", "OUT"],
+        ["export-browser", "MODEL", "OUT"],
+        ["publish", "MODEL", "someone/tiny", "--output", "OUT"],
+    ],
+    ids=lambda command: " ".join(command),
+)
+def test_nothing_is_written_below_a_file(photos, model, tmp_path, command):
+    """Which is said before any work, by the name of the file."""
+    file, prompts = tmp_path / "file.txt", tmp_path / "prompts.jsonl"
+    file.touch()
+    prompts.write_text(json.dumps({"image": "a.png", **POINT_PROMPT}))
+    names = {"PHOTOS": photos, "PHOTO": photos / "a.png", "MODEL": model, "OUT": file / "out", "PROMPTS": prompts}
+
+    def filled(word):
+        first, slash, rest = word.partition("/")
+        return f"{names[first]}{slash}{rest}" if first in names else word
+
+    result = run(*map(filled, command))
+    assert result.exit_code == 2
+    sentence = f"{file} is a file, so {file / 'out'} cannot be a folder; give another name."
+    assert result.stderr == f"efficientsam: {sentence}\n"

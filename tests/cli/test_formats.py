@@ -144,7 +144,7 @@ def test_found_objects_have_their_labels(photo, model, monkeypatch):
     ("arguments", "words"),
     [
         ([], ("--format", "--output")),
-        (["--output", "{photo}"], ("must be a folder",)),
+        (["--output", "{photo}"], ("is a file, so",)),
         (["--output", "{folder}"], ("does not hold the images",)),
     ],
 )

@@ -251,7 +251,7 @@ def test_wrong_arguments_are_refused_and_nothing_is_written(photos, model):
         (["--prompts", photos / "none.jsonl", "--output", out], ("none.jsonl", "no such file")),
         (["--prompts", prompts, "--output", photos], ("does not hold the images",)),
         (["--prompts", prompts, "--output", photos.parent], ("does not hold the images",)),
-        (["--prompts", prompts, "--output", photos.parent / "file"], ("must be a folder",)),
+        (["--prompts", prompts, "--output", photos.parent / "file"], ("is a file, so",)),
         (["--prompts", prompts, "--output", out, "--overlay", photos], ("does not hold the images",)),
         (["--prompts", prompts, "--output", out, "--overlay", out], ("twice",)),
     ]:

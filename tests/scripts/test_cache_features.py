@@ -157,7 +157,10 @@ def test_it_refuses_to_mix_caches(images, cached, teacher, tmp_path):
         (["--images", "IMAGES", "--size", 100], "must be a multiple of"),
         (["--images", "IMAGES", "--views", 0], "it must be more than 0"),
         (["--images", "IMAGES", "--part_size", 0], "it must be more than 0"),
-        (["--images", "IMAGES", "--output_dir", "/dev/null/cache"], "Not a directory"),
+        (
+            ["--images", "IMAGES", "--output_dir", "/dev/null/cache"],
+            "--output_dir is /dev/null/cache; it must be a folder, or a name for one",
+        ),
     ],
 )
 def test_it_refuses_bad_input_in_one_sentence(images, teacher, tmp_path, arguments, sentence):

@@ -11,12 +11,13 @@ from transformers import PreTrainedConfig
 
 from hf_efficientsam.export.convert import convert
 from hf_efficientsam.export.metrics_report import is_of_another, metrics_as_text, read_metrics
+from hf_efficientsam.inference.image_files import check_folder
 from hf_efficientsam.inference.loading import checkpoint_fingerprint, find_checkpoint, load_model
 from hf_efficientsam.model.configuration_vision_efficientsam import EfficientSamAutoVisionConfig
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 from hf_efficientsam.model.processing_efficientsam import EfficientSamProcessor
 
-from .options import LOCAL, check_output_directory, local_path, new_commands
+from .options import LOCAL, local_path, new_commands
 
 commands = new_commands()
 
@@ -82,7 +83,7 @@ def convert_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a directory that is not empty.")] = False,
 ) -> None:
     """Convert an official EfficientSAM checkpoint for from_pretrained and --model."""
-    check_output_directory(output)
+    check_folder(output)
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise ValueError(f"{output} is not empty; choose another directory, or pass --overwrite.")
     model = convert(
@@ -140,7 +141,7 @@ def export_command(
     --layout writes files that other tools call: official as the authors' (osam, samexporter), sam as
     segment-anything's with a config.yaml (AnyLabeling, X-AnyLabeling), or transformers.js.
     """
-    check_output_directory(output)
+    check_folder(output)
     if not variants and (images is not None or allow_loss):
         raise ValueError("--images and --allow-loss are for variants; add --variant float16 or --variant int8.")
     if variants and images is None:
@@ -181,7 +182,7 @@ def export_browser_command(
     The page needs no server of its own and sends nothing: an image is opened, encoded and cut out in the browser, with
     WebGPU or WebAssembly. The command fetches onnxruntime-web (33 MB) from npm's registry, unless OUTPUT has it.
     """
-    check_output_directory(output)
+    check_folder(output)
     name = find_checkpoint(model)
     try:
         from hf_efficientsam.export.browser_page import export_browser

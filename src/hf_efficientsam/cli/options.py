@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hf_efficientsam.inference.folder_runs import check_results_folder
-from hf_efficientsam.inference.image_files import local_path
+from hf_efficientsam.inference.image_files import check_folder, local_path
 from hf_efficientsam.inference.record_datasets import WRITERS
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
 
@@ -68,8 +68,11 @@ def new_commands() -> typer.Typer:
 
 def check_ending(path: Path | None, name: str, endings: Iterable[str]) -> None:
     """Raises a ValueError if an option `name` is given that is no file name with one of the endings."""
-    if path is not None and (path.suffix.lower() not in endings or path.is_dir()):
+    if path is None:
+        return
+    if path.suffix.lower() not in endings or path.is_dir():
         raise ValueError(f"{name} {path} must be the name of a file that ends in {', '.join(endings)}.")
+    check_folder(path.parent)
 
 
 def check_image_outputs(image: Path, output: Path | None, overlay: Path | None, formats: list[Format]) -> None:
@@ -84,9 +87,3 @@ def check_image_outputs(image: Path, output: Path | None, overlay: Path | None, 
     else:
         check_ending(output, "--output", [".png"])
     check_ending(overlay, "--overlay", OVERLAY_ENDINGS)
-
-
-def check_output_directory(output: Path) -> None:
-    """Raises a ValueError if a directory to be written is a file."""
-    if output.is_file():
-        raise ValueError(f"{output} is a file; give the name of a directory.")

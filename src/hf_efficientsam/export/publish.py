@@ -23,6 +23,7 @@ from hf_efficientsam.export.metrics_report import is_of_another, metrics_as_entr
 from hf_efficientsam.export.model_card import GENERATED, Provenance, complete_card, model_card
 from hf_efficientsam.export.package_wheel import WHEEL_NAME, build_wheel
 from hf_efficientsam.export.standalone import verify_standalone
+from hf_efficientsam.inference.image_files import check_folder
 from hf_efficientsam.inference.loading import (
     checkpoint_fingerprint,
     find_checkpoint,
@@ -89,8 +90,7 @@ def check_repository_name(name: str) -> None:
 def check_output(output: Path, directory: Path) -> None:
     if output.resolve().is_relative_to(directory.resolve()):
         raise ValueError(f"{output} lies in the checkpoint {directory}; choose another folder.")
-    if output.is_file():
-        raise ValueError(f"{output} is a file; give the name of a folder.")
+    check_folder(output)
     if output.is_dir() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; choose another folder.")
 

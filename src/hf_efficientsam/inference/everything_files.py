@@ -20,6 +20,7 @@ from .folder_runs import FolderJob, JobSegmenter, check_not_of_another, check_re
 from .image_files import (
     ImageError,
     as_model_sees,
+    check_folder,
     encode_image,
     find_images,
     pil_limit_lifted,
@@ -157,8 +158,7 @@ def plan_everything_jobs(images: Path, output: Path, with_overlay: bool) -> list
         if not names:
             raise ValueError(f"{images} holds no images.")
     else:
-        if output.is_file():
-            raise ValueError(f"{output} must be a folder for results, but is a file.")
+        check_folder(output)
         folder, names = images.parent, [Path(images.name)]
     if not (output / "records").is_dir():
         for name in ("instances.json", "labels", "overlays"):

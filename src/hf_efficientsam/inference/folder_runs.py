@@ -21,7 +21,7 @@ from hf_efficientsam import __version__
 from hf_efficientsam.model.image_processing_efficientsam import EfficientSamImageProcessor
 from hf_efficientsam.model.modeling_efficientsam import EfficientSamModel
 
-from .image_files import describe_error, write_files
+from .image_files import check_folder, describe_error, write_files
 from .loading import checkpoint_fingerprint
 from .records import recorded_file
 
@@ -141,8 +141,9 @@ class FolderJob(ABC):
 
 
 def check_results_folder(results: Path, images: Path) -> None:
-    """Raises a ValueError if the folder for results is a file, or holds the images."""
-    if results.is_file() or images.resolve().is_relative_to(results.resolve()):
+    """Raises a ValueError if the folder for results cannot be one, or holds the images."""
+    check_folder(results)
+    if images.resolve().is_relative_to(results.resolve()):
         raise ValueError(f"{results} must be a folder for results that does not hold the images.")
 
 

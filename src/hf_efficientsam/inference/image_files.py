@@ -43,7 +43,8 @@ def local_path(name: str | Path) -> Path:
 def describe_error(error: Exception) -> str:
     """An error in one line; one of the operating system as the file's name and what is wrong with it."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}."
+        is_blocked = isinstance(error, FileExistsError | NotADirectoryError)
+        return f"{error.filename}: {'a file is where a folder is needed' if is_blocked else error.strerror}."
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -161,6 +162,18 @@ def errors_about(path: Path) -> Iterator[None]:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
+def blocking_file(folder: Path) -> Path | None:
+    """The file that keeps a folder from being made: one of its name, or one that it would lie below."""
+    nearest = next(one for one in (folder, *folder.parents) if one.exists())
+    return None if nearest.is_dir() else nearest
+
+
+def check_folder(folder: Path) -> None:
+    """Raises a ValueError if what is to be written into is no folder and cannot become one."""
+    if (file := blocking_file(folder)) is not None:
+        raise ValueError(f"{file} is a file, so {folder} cannot be a folder; give another name.")
+
+
 def write_files(files: dict[Path, bytes]) -> None:
     """
     Writes all files, or none if one cannot be written. Each appears whole, in the order given.
@@ -187,6 +200,8 @@ def write_files(files: dict[Path, bytes]) -> None:
 __all__ = [
     "ImageError",
     "as_model_sees",
+    "blocking_file",
+    "check_folder",
     "describe_error",
     "encode_image",
     "encode_mask",

@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from hf_efficientsam.inference.image_files import blocking_file
 from hf_efficientsam.inference.project_files import project_files
 
 Config = TypeVar("Config")
@@ -19,16 +20,21 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field may hold, and the words that say so; checked by [`check_ranges`]."""
+    """What a field may hold, and the words that say so; checked by [`check_ranges`]."""
 
     words: str
-    contains: Callable[[float], bool]
+    contains: Callable[[Any], bool]
 
 
 POSITIVE = Range("more than 0", lambda value: value > 0)
 NOT_NEGATIVE = Range("0 or more", lambda value: value >= 0)
 UP_TO_ONE = Range("between 0 and 1", lambda value: 0 <= value <= 1)
 BELOW_ONE = Range("at least 0 and less than 1", lambda value: 0 <= value < 1)
+FOLDER = Range("a folder, or a name for one that lies below no file", lambda name: blocking_file(Path(name)) is None)
+FILE = Range(
+    "a file, or a name for one, in a folder that is there or can be made",
+    lambda name: not Path(name).is_dir() and blocking_file(Path(name).parent) is None,
+)
 PositiveInt = Annotated[int, POSITIVE]
 PositiveFloat = Annotated[float, POSITIVE]
 NotNegativeInt = Annotated[int, NOT_NEGATIVE]
@@ -36,6 +42,8 @@ NotNegativeFloat = Annotated[float, NOT_NEGATIVE]
 Ratio = Annotated[float, UP_TO_ONE]
 PositiveRatio = Annotated[float, POSITIVE, UP_TO_ONE]
 RatioBelowOne = Annotated[float, BELOW_ONE]
+OutputFolder = Annotated[str, FOLDER]
+OutputFile = Annotated[str, FILE]
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,9 @@ class OptimizationConfig:
 class RunConfig(OptimizationConfig):
     """The fields of every training run that can be resumed."""
 
-    output_dir: str = field(default="runs/training", metadata={"help": "checkpoints, model, numbers and images"})
+    output_dir: OutputFolder = field(
+        default="runs/training", metadata={"help": "checkpoints, model, numbers and images"}
+    )
     global_batch_size: PositiveInt = field(default=8, metadata={"help": "images a step, over all processes"})
     batch_size: PositiveInt | None = field(
         default=None,

@@ -19,6 +19,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 
+from hf_efficientsam.inference.image_files import describe_error
 from hf_efficientsam.inference.logs import log_shown
 
 from .checkpoints import Checkpoints, SaveError
@@ -273,6 +274,8 @@ def run_script(name: str, main: Callable[[], None]) -> None:
 
 
 def last_line(error: BaseException) -> str:
-    """Of what a worker of a DataLoader raises, which comes with its traceback, the sentence at its end."""
+    """The sentence of an error; of what a worker of a DataLoader raises, which comes with its traceback, its end."""
+    if getattr(error, "filename", None) is not None:  # the operating system's
+        return describe_error(error)
     text = str(error).strip()
     return text.splitlines()[-1].removeprefix("ValueError: ") if text.startswith("Caught ") else text

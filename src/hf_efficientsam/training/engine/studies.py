@@ -14,7 +14,7 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from .config import PositiveInt
+from .config import OutputFolder, PositiveInt, check_ranges
 from .reports import fill_between, replace_text, versions_of
 
 Scores = dict[str, dict[str, dict]]  # by arm and seed: numbers by their names, and the `versions` behind them
@@ -29,7 +29,7 @@ class StudyConfig:
     arms: list[str] | None = field(default=None, metadata={"help": "which of the arms; by default all"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "each arm is run with each"})
     jobs: PositiveInt = field(default=1, metadata={"help": "runs at a time, each on one thread"})
-    output_dir: str | None = field(
+    output_dir: OutputFolder | None = field(
         default=None, metadata={"help": "where every stage keeps its result; by default runs/ and the study's name"}
     )
 
@@ -89,9 +89,11 @@ def run_study(
         measure: `(arm, seed, folder)` -> scores; runs the stages whose results are not in the folder yet.
 
     Raises:
-        ValueError: for an arm that there is not, and if what is under `folder` was made from something else.
+        ValueError: for an option out of range and an arm that there is not, and if what is under `folder` was made
+            from something else.
         ChildProcessError: if a script fails; what is finished is kept.
     """
+    check_ranges(config)
     if unknown := set(config.arms or ()) - set(arms):
         raise ValueError(f"There is no arm {min(unknown)}; the arms are {', '.join(arms)}.")
     check_same_study(config, folder, scripts)
