@@ -155,6 +155,19 @@ def test_evaluations_after_the_checkpoint_are_dropped_and_plotted(tmp_path):
     assert not (tmp_path / "curve.png").exists()
 
 
+def test_a_plot_is_drawn_again_once_there_are_new_rows(tmp_path):
+    _, log = log_steps(tmp_path, 9)
+    plot = tmp_path / "curve.png"
+    log.plot()
+    plot.unlink()
+    log.plot()
+    assert not plot.exists()
+    for step in (10, 11, 12):
+        log.add(step, images=8, loss=torch.tensor(1.0), rate=0.1)
+    log.plot()
+    assert plot.exists()
+
+
 def test_a_torn_last_line_is_dropped(tmp_path):
     """As a kill leaves it."""
     path = tmp_path / "evaluation.jsonl"

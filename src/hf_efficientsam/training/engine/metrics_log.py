@@ -71,7 +71,7 @@ class MetricsLog:
             config: the configuration, which the trackers show.
         """
         self.first, self.started = step, time.perf_counter()
-        self.clock = self.started
+        self.clock, self.drawn = self.started, {}
         main = self.accelerator.is_main_process
         if main:
             self.rows, self.furthest = _read_rows(self.folder / "curve.jsonl", step)
@@ -137,10 +137,12 @@ class MetricsLog:
                 tracker.log({name: trackio.Image(image)}, step)
 
     def plot(self) -> None:
-        """Draws each value over the steps into `curve.png` and `evaluation.png`."""
+        """Draws each value over the steps into `curve.png` and `evaluation.png`, unless these have all rows."""
         if self.accelerator.is_main_process:
-            _plot(self.folder / "curve.png", self.rows)
-            _plot(self.folder / "evaluation.png", self.evaluations)
+            for name, rows in (("curve", self.rows), ("evaluation", self.evaluations)):
+                if rows and rows[-1]["step"] != self.drawn.get(name):
+                    _plot(self.folder / f"{name}.png", rows)
+                    self.drawn[name] = rows[-1]["step"]
 
     def close(self) -> None:
         self.progress.close()
@@ -166,11 +168,9 @@ def _add_row(path: Path, rows: list[dict], row: dict) -> None:
 
 
 def _plot(path: Path, rows: list[dict]) -> None:
-    """A panel for each value but the step and the timings; no file without rows."""
+    """A panel for each value but the step and the timings."""
     from matplotlib.figure import Figure
 
-    if not rows:
-        return
     names = [name for name in rows[-1] if name not in ("step", *TIMINGS)]
     figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
