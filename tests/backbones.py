@@ -29,7 +29,7 @@ def configs() -> dict[str, PreTrainedConfig]:
         "convnextv2": ConvNextV2Config(**STAGES),
         "resnet": ResNetConfig(embedding_size=4, layer_type="basic", **STAGES),
         "pvt_v2": PvtV2Config(**STAGES | {"hidden_sizes": [4, 6, 8, 16]}, **heads),
-        "swin": SwinConfig(window_size=2, drop_path_rate=0.0, **ATTENTION),
+        "swin": SwinConfig(window_size=4, drop_path_rate=0.0, **ATTENTION | {"depths": [1, 1, 1, 2]}),  # one shifted
         "hiera": HieraConfig(**ATTENTION),
         "dinov2": Dinov2Config(patch_size=16, **PLAIN),
         "dinov2_14": Dinov2Config(patch_size=14, **PLAIN),

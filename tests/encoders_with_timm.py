@@ -14,6 +14,7 @@ from hf_efficientsam import (
     EfficientSamMaskGenerator,
     EfficientSamModel,
 )
+from hf_efficientsam.export.onnx_export import export_onnx
 from hf_efficientsam.training.engine.optimization import count_layers, layer_depth
 
 # EdgeSAM's encoder, and others that are made for phones: names and channels of the last three stages.
@@ -66,6 +67,13 @@ def test_it_is_trained_and_evaluated_and_finds_everything(name, coco, tmp_path):
     )
     image = np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8)
     assert all(one["segmentation"].shape == (50, 90) for one in generator.generate(image))
+
+
+def test_it_is_exported_to_onnx(name, tmp_path):
+    """Which compares the files with torch."""
+    tiny.save(tmp_path / "model", model(name), tiny.processor(size_divisor=32))
+    report = export_onnx(str(tmp_path / "model"), tmp_path / "onnx")
+    assert max(one["difference"] for one in report.values()) < 1e-4
 
 
 def test_one_with_a_table_of_positions_is_refused():

@@ -277,8 +277,10 @@ assert not any(name.startswith("hf_efficientsam") for name in sys.modules)
 
 
 @pytest.mark.slow
-def test_a_saved_folder_needs_no_package(tmp_path):
-    model, processor = backbones.model(), tiny.processor(size_divisor=32)
+@pytest.mark.parametrize("name", ["convnext", "dinov2_14"])
+def test_a_saved_folder_needs_no_package(name, tmp_path):
+    model = backbones.model(name)
+    processor = tiny.processor(size_divisor=model.config.vision_config.size_divisor)
     tiny.save(tmp_path / "model", model, processor)
     assert (tmp_path / "model" / "modeling_auto_vision_efficientsam.py").is_file()
     inputs = processor(np.arange(50 * 70 * 3, dtype=np.uint8).reshape(50, 70, 3), input_points=[[[[10, 20]]]])

@@ -155,10 +155,12 @@ def test_it_is_evaluated_as_others_are(coco, tmp_path):
     assert json.loads((tmp_path / "scores.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["convnext", "hiera"])
+@pytest.mark.parametrize("name", ["convnext", "hiera", "swin", "dinov2_14"])
 def test_it_is_exported_to_onnx(name, tmp_path):
     """Which compares the files with torch, for images of any size, or of the only size that Hiera takes."""
-    tiny.save(tmp_path / "model", backbones.model(name), tiny.processor(size_divisor=32))
+    model = backbones.model(name)
+    vision = model.config.vision_config
+    tiny.save(tmp_path / "model", model, tiny.processor(vision.image_size, size_divisor=vision.size_divisor))
     report = export_onnx(str(tmp_path / "model"), tmp_path / "onnx")
     assert max(one["difference"] for one in report.values()) < 1e-4
     image = np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8)

@@ -106,10 +106,15 @@ def export_encoder(model: EfficientSamModel) -> onnx.ModelProto:
     Raises:
         ValueError: if torch cannot export the backbone, which the plain ViT's never is.
     """
-    vision, axes = model.config.vision_config, {0: Dim("batch")}
+    vision, axes, window = model.config.vision_config, {0: Dim("batch")}, 2
     if vision.fixed_size is None:
         axes |= {2: vision.size_divisor * Dim("rows"), 3: vision.size_divisor * Dim("columns")}
-    inputs, outputs = encoder_inputs(model, 2, (3, 4)), ["image_embeddings"]
+    if isinstance(model.vision_encoder, EfficientSamAutoVisionEncoder):
+        # The exporter's decomposition of sdpa leaves layouts that a backbone's `reshape` cannot view: Swin's.
+        model.vision_encoder.backbone.set_attn_implementation("eager")
+        window = max(window, getattr(vision.backbone_config, "window_size", 0))
+    # A single window would be traced as a constant, and a map that needs no padding as one that never does.
+    inputs, outputs = encoder_inputs(model, 2, (window + 1, window + 2)), ["image_embeddings"]
     try:
         return export(ExportedEncoder(model), inputs, outputs, {"pixel_values": axes})
     except torch.onnx.OnnxExporterError as error:
