@@ -280,6 +280,18 @@ def test_a_phone(browser, tiny_page):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("screen", "width"), [(DESK, 700), (PHONE, 340)], ids=["desk", "phone"])
+def test_a_small_picture_fills_its_space(browser, tiny_page, tmp_path, screen, width):
+    Image.new("RGB", (60, 40)).save(tmp_path / "small.png")
+    with served(tiny_page[1]) as address, visit(browser, address, **screen) as page:
+        page.set_input_files("#file input", tmp_path / "small.png")
+        wait_until_encoded(page, "small.png")
+        stage, picture = (page.locator(name).bounding_box() for name in ("#stage", "#picture"))
+        assert stage == picture and stage["width"] > width
+        assert stage["height"] == pytest.approx(stage["width"] / 1.5, abs=1)
+
+
+@pytest.mark.slow
 def test_without_a_mouse_and_without_background_points(browser, tiny_page):
     checkpoint, folder = tiny_page
     predictor = EfficientSamPredictor.from_pretrained(checkpoint)
