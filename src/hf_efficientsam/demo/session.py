@@ -48,7 +48,7 @@ class WatchedGenerator(EfficientSamMaskGenerator):
         super().__init__(predictor.model, predictor.processor, output_mode="coco_rle", **options)
         self.predictor, self.report, self.most_points = predictor, report, 1
 
-    def embed(self, crops: list[np.ndarray], batch_size: int) -> Iterator[tuple]:
+    def embed(self, crops: list, batch_size: int) -> Iterator[tuple]:
         yield self.predictor.features, self.predictor.input_size
 
     def predict(self, embedding: torch.Tensor, points: torch.Tensor, *shared) -> tuple:
