@@ -43,11 +43,17 @@ checkpoint: $(CLEARED) runs/salient/instances.json
 	  --model runs/s_512_1/model --output_dir runs/s_512_2 $(OPTIONS)
 	accelerate launch --mixed_precision bf16 training/finetune_masks.py --config training/recipes/bundled/s_512_3_six_layers.yaml $(MASKS) \
 	  --model runs/s_512_2/model --output_dir runs/s_512_3 $(OPTIONS)
-	accelerate launch training/train_saliency.py --config training/recipes/bundled/6_saliency.yaml --model runs/s_512_3/model \
+	accelerate launch --mixed_precision bf16 training/finetune_masks.py --config training/recipes/bundled/s_512_3_six_layers.yaml $(MASKS) \
+	  --model runs/s_512_3/model --learning_rate 3e-4 --steps 3000 --output_dir runs/s_512_4 $(OPTIONS)
+	python training/average_models.py --models runs/s_512_3/model runs/s_512_4/model --output_dir runs/s_512_average
+	accelerate launch --mixed_precision bf16 training/finetune_masks.py --config training/recipes/bundled/s_640_5_six_layers.yaml $(MASKS) \
+	  --model runs/s_512_average --output_dir runs/s_640_5 $(OPTIONS)
+	python training/average_models.py --models runs/s_512_3/model runs/s_512_4/model runs/s_640_5/model --output_dir runs/s_512
+	accelerate launch training/train_saliency.py --config training/recipes/bundled/6_saliency.yaml --model runs/s_512 \
 	  $(SALIENCY) --output_dir runs/saliency $(OPTIONS)
-	python training/bundle_checkpoint.py --model runs/s_512_3/model --saliency runs/saliency/model $(THRESHOLDS) \
+	python training/bundle_checkpoint.py --model runs/s_512 --saliency runs/saliency/model $(THRESHOLDS) \
 	  --annotations $(DATA)/coco-val-dev/instances_val.json --salient $(DATA)/saliency \
-	  --curves runs/s_512_1 runs/s_512_2 runs/s_512_3 runs/saliency
+	  --curves runs/s_512_1 runs/s_512_2 runs/s_512_3 runs/s_512_4 runs/s_640_5 runs/saliency
 
 # Only a new saliency head for the checkpoint that is there.
 SALIENCY = --train runs/salient/instances.json --val $(DATA)/saliency/val

@@ -91,7 +91,9 @@ const HANDLERS = {
       status.textContent = `Encoding the picture: ${Math.round((performance.now() - start) / 1000)} s`;
     }, 1000);
   },
-  encoded(answer) {
+  async encoded(answer) {
+    await picture.decode().catch(() => {}); // a small picture is encoded before the page has its size
+    if (answer.picture !== number) return;
     encoded = answer;
     document.querySelector("[value=background]").disabled = !answer.backgroundPoints;
     show();
