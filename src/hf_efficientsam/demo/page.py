@@ -183,7 +183,7 @@ class Page:
 
     def build_finder(self, label: str, find: Callable, *settings) -> None:
         """`settings` are the inputs of `find` after the session."""
-        self.finders.append((gr.Button(label, variant="primary"), find, settings))
+        self.finders.append((gr.Button(label, variant="primary", elem_classes="slow"), find, settings))
 
     def build_objects(self) -> None:
         heading("Objects")
@@ -198,7 +198,9 @@ class Page:
     def build_downloads(self) -> None:
         heading("Download all objects")
         with gr.Row(elem_classes="buttons"):
-            self.saves = {kind: gr.Button(label, size="sm", min_width=60) for kind, label in FORMATS.items()}
+            self.saves = {
+                kind: gr.Button(label, size="sm", min_width=60, elem_classes="slow") for kind, label in FORMATS.items()
+            }
         self.file = gr.HTML(
             {"file": {"url": "", "orig_name": ""}, "version": 0},
             html_template=DOWNLOAD_HTML,

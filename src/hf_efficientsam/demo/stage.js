@@ -117,3 +117,21 @@ element.addEventListener("keydown", (event) => {
   event.preventDefault();
   show("cross", cursor);
 });
+
+// ---------------------------------------------------------------- buttons whose work takes long
+
+const PRESS_INTERVAL = 500; // milliseconds in which a second press of a button does not count
+const lastPressed = new WeakMap();
+
+// gradio takes note of an event, and disables the button, only after it has gathered the inputs: the second press of a
+// double click would come sooner and be queued.
+element.ownerDocument.addEventListener(
+  "click",
+  (event) => {
+    const button = event.target.closest(".slow");
+    if (!button) return;
+    if (performance.now() - (lastPressed.get(button) ?? -Infinity) < PRESS_INTERVAL) event.stopImmediatePropagation();
+    else lastPressed.set(button, performance.now());
+  },
+  true,
+);
