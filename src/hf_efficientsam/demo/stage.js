@@ -120,7 +120,7 @@ element.addEventListener("keydown", (event) => {
 
 // ---------------------------------------------------------------- buttons whose work takes long
 
-const PRESS_INTERVAL = 500; // milliseconds in which a second press of a button does not count
+const PRESS_INTERVAL = 150; // milliseconds in which a second press of a button does not count
 const lastPressed = new WeakMap();
 
 // gradio takes note of an event, and disables the button, only after it has gathered the inputs: the second press of a
