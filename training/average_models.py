@@ -8,15 +8,16 @@ along a training, arXiv 1803.05407). Nothing guarantees it: measure the average 
 processor are those of the first model. A saliency head is not averaged, because it belongs to one encoder.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from hf_efficientsam import EfficientSamModel, EfficientSamProcessor
-from hf_efficientsam.inference.loading import find_checkpoint
+from hf_efficientsam import EfficientSamModel
+from hf_efficientsam.inference.loading import load_model
 from hf_efficientsam.training.engine.checkpoints import replaced_folder
-from hf_efficientsam.training.engine.config import parse_config
+from hf_efficientsam.training.engine.config import OutputFolder, check_ranges, parse_config
 from hf_efficientsam.training.engine.run import run_script
 
 
@@ -25,10 +26,10 @@ class AverageConfig:
     models: list[str] = field(
         default_factory=list, metadata={"help": "two or more checkpoints (directories, Hub names, or: bundled)"}
     )
-    output_dir: str = field(default="", metadata={"help": "folder for the averaged model"})
+    output_dir: OutputFolder = field(default="", metadata={"help": "folder for the averaged model"})
 
 
-def average_weights(models: list[EfficientSamModel], names: list[str]) -> dict[str, torch.Tensor]:
+def average_weights(models: Sequence[EfficientSamModel], names: Sequence[str]) -> dict[str, torch.Tensor]:
     """
     The mean of each weight, in the precision of the first model. A weight that all models share keeps its bits.
 
@@ -53,14 +54,14 @@ def average_weights(models: list[EfficientSamModel], names: list[str]) -> dict[s
 
 def main(arguments: list[str] | None = None) -> None:
     config = parse_config(AverageConfig, __doc__, arguments)
+    check_ranges(config)
     if len(config.models) < 2 or not config.output_dir:
         raise ValueError("Give --models two or more checkpoints and --output_dir a folder for their average.")
-    names = [find_checkpoint(name) for name in config.models]
-    models = [EfficientSamModel.from_pretrained(name, dtype=torch.float32) for name in names]
+    models, processors = zip(*(load_model(name, device="cpu") for name in config.models), strict=True)
     models[0].load_state_dict(average_weights(models, config.models))
     with replaced_folder(Path(config.output_dir)) as writing:
         models[0].save_pretrained(writing)
-        EfficientSamProcessor.from_pretrained(names[0]).save_pretrained(writing)
+        processors[0].save_pretrained(writing)
     print(f"{config.output_dir}: the average of {len(models)} models")
 
 

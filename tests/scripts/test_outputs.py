@@ -4,6 +4,7 @@ import pytest
 from script_runs import refuse
 
 OUTPUTS = {
+    "average_models": ["output_dir"],
     "cache_features": ["output_dir"],
     "distill": ["output_dir"],
     "evaluate_everything": ["output", "masks"],

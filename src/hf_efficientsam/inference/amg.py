@@ -2,8 +2,7 @@
 
 Those that the image processor needs too are defined in model/mask_operations_efficientsam.py, because a Hub repository
 carries model/ alone. In place of torchvision's `batched_nms` stand `non_maximum_suppression` and
-`suppress_duplicates` there. `MaskData` is the
-`Candidate` of mask_generation.py.
+`suppress_duplicates` there. `MaskData` is the `Candidate` of mask_generation.py.
 """
 
 import numpy as np
