@@ -62,9 +62,10 @@ def clean_environment() -> dict[str, str]:
 
 def free_port() -> int:
     """A port for a process that is started next. It lies below those that systems give to whoever asks for any port
-    (32768 and more), so no other process is given it in between."""
+    (32768 and more), so no other process is given it in between. It is drawn apart from the generators that trainings
+    seed: two workers of pytest with equal seeds would both be given the same one."""
     while True:
-        port = random.randrange(20000, 32000)
+        port = random.SystemRandom().randrange(20000, 32000)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
 

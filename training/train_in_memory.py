@@ -299,7 +299,8 @@ def train_prompts(
 
 def train(config: InMemoryConfig, signals: StopSignals) -> None:
     device = find_device(config.device)
-    torch.set_float32_matmul_precision("high")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     summary = Summary(config, device)
     model = build_model(config, config.image_size, config.seed)
     size = config.image_size or model.config.vision_config.image_size
