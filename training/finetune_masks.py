@@ -209,7 +209,9 @@ def fit_to_model(config: MasksConfig, model: PreTrainedModel) -> MasksConfig:
 def build_data(config: MasksConfig, input_format: InputFormat) -> MaskTrainingSet | MaskViews | StreamedMasks:
     sources = open_masks(config)
     if config.cache_embeddings or config.teacher is not None:
-        return MaskViews(sources, config, config.noise_size, config.seed, config.views)
+        # The step reads cached embeddings in place of pixels.
+        with_pixels = not config.cache_embeddings
+        return MaskViews(sources, config, config.noise_size, config.seed, config.views, with_pixels)
     if not config.shards:
         return MaskTrainingSet(sources, config, config.noise_size, config.seed, input_format)
     state = PartialState()
@@ -279,14 +281,19 @@ def save_model(
 
 
 @torch.no_grad()
-def draw(model: PreTrainedModel, input_format: InputFormat, batch: Batch) -> Image.Image:
+def draw(
+    model: PreTrainedModel, input_format: InputFormat, batch: Batch, data: MaskTrainingSet | MaskViews | StreamedMasks
+) -> Image.Image:
     """The first images' masks, and what the model makes of their boxes, side by side."""
-    boxes, adapter = boxes_from_masks(batch.masks[:4]), adapt(model)
+    boxes, adapter, pixel_values = boxes_from_masks(batch.masks[:4]), adapt(model), batch.pixel_values
+    if pixel_values is None:  # of a run from cached embeddings
+        shown = zip(batch.indices[:4], batch.views, strict=False)
+        pixel_values = torch.stack([data.view_pixels(*place)[1] for place in shown]).to(boxes.device)
     with evaluation_mode(model):
-        output = adapter.decode(adapter.embed(batch.pixel_values[:4]), {"input_boxes": boxes}, multimask_output=True)
+        output = adapter.decode(adapter.embed(pixel_values[:4]), {"input_boxes": boxes}, multimask_output=True)
     _, predicted = most_confident(output, batch.masks.shape[-2:])
     columns = {"images": [], "their masks": [], "by their boxes": []}
-    for pixels, *rows in zip(batch.pixel_values[:4], batch.valid, batch.masks, predicted, boxes, strict=False):
+    for pixels, *rows in zip(pixel_values[:4], batch.valid, batch.masks, predicted, boxes, strict=False):
         valid, true, guess, box = (row.cpu() for row in rows)
         image = input_format.to_image(pixels)
         columns["images"].append(image)
@@ -390,7 +397,7 @@ def training_function(config: MasksConfig, run: TrainingRun) -> None:
             average.update_parameters(segmenter)
         run.log.add(step, images=config.global_batch_size, **means, lr=lr)
         if run.is_due(step, config.image_steps):
-            run.log.add_image(step, draw(segmenter, input_format, batch), "masks")
+            run.log.add_image(step, draw(segmenter, input_format, batch, loader.dataset), "masks")
         is_measured = validation is not None and run.is_due(step, config.eval_steps)
         if is_measured and validate(validation, averaged, config, run, step):
             save("best")

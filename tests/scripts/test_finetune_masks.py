@@ -38,7 +38,9 @@ from hf_efficientsam import (
     EfficientSamVisionModel,
 )
 from hf_efficientsam.inference.loading import load_own_head
+from hf_efficientsam.training.data import coco as coco_module
 from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
+from hf_efficientsam.training.data.reading import decode_image
 from hf_efficientsam.training.engine.config import parse_config
 from hf_efficientsam.training.engine.encoder_weights import select_weights
 from hf_efficientsam.training.masks.metrics import filled_box, mask_iou
@@ -385,6 +387,17 @@ def test_a_run_on_cells_and_cached_views_resumes_exactly_and_encodes_each_view_o
     assert_equal(tmp_path / "resumed", tmp_path / "whole")
     run("finetune_masks", *given, "--batch_size", 2, "--output_dir", tmp_path / "accumulated")
     assert_close(tmp_path / "accumulated", tmp_path / "whole", curves=1e-4, values=1e-4)
+
+
+def test_a_run_from_a_complete_cache_reads_images_to_draw_them_alone(arguments, tmp_path, monkeypatch):
+    cached = ["--freeze", "vision_encoder", "--cache_embeddings", "true", "--views", 2, "--image_steps", 100]
+    given = [*arguments, *ALIKE, *cached, "--cache_dir", tmp_path / "cache"]
+    run("finetune_masks", *given, "--output_dir", tmp_path / "encodes")
+    read = []
+    monkeypatch.setattr(coco_module, "decode_image", lambda path, name: read.append(path) or decode_image(path, name))
+    run("finetune_masks", *given, "--output_dir", tmp_path / "reads_the_cache")
+    assert len(read) == 4, "of the last step's batch, which is drawn"
+    assert_equal(tmp_path / "reads_the_cache", tmp_path / "encodes")
 
 
 def test_a_new_decoder_starts_with_geometric_weights(recipe, coco, tmp_path):

@@ -1,6 +1,7 @@
 import io
 import json
 import pickle
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from pycocotools import mask as rle_codec
 from torch.utils.data import DataLoader
 
+from hf_efficientsam.training.data import images as images_module
 from hf_efficientsam.training.data.coco import decode_rles
 from hf_efficientsam.training.data.dataset_masks import DatasetMasks
 
@@ -264,6 +266,13 @@ def test_source_can_be_pickled(tmp_path):
     feature, value = KINDS["images L"]
     source = DatasetMasks(save(tmp_path, feature, [value] * 3))
     assert same(pickle.loads(pickle.dumps(source))[2], source[2])
+
+
+def test_masks_can_be_read_without_decoding_the_image(tmp_path, monkeypatch):
+    dataset = DatasetMasks(save(tmp_path, List(ImageFeature()), [[encoded(mask) for mask in MASKS]]))
+    whole = dataset[0]
+    monkeypatch.setattr(images_module, "decode_image", None)
+    assert dataset.without_image(0) == replace(whole, image=None)
 
 
 @pytest.mark.slow

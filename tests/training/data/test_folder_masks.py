@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter, ImageOps
@@ -29,6 +31,8 @@ def test_each_image_has_its_mask(tmp_path):
         assert (decode_rles(sample.rles) == expected[None]).all()
         assert sample.image.size == (20, 10) and abs(sample.image.getpixel((0, 0))[0] - 90 * number) < 5
         assert (sample.image_id, sample.annotation_ids, sample.source) == (number, [number], tmp_path.name)
+        (tmp_path / "images" / f"{number}.jpg").unlink()
+        assert dataset.without_image(number) == replace(sample, image=None)
 
 
 def colors(*objects):

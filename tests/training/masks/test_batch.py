@@ -134,6 +134,20 @@ def views_of(sources, views):
     return MaskViews(sources, MaskDataConfig(image_size=32, color_jitter=0), noise_size=5, views=views)
 
 
+def test_views_without_pixels_are_the_same_and_open_no_image(two_sets, tmp_path):
+    options = {"options": MaskDataConfig(image_size=32), "noise_size": 5, "views": [4]}
+    whole, masks_alone = MaskViews(two_sets, **options), MaskViews(two_sets, **options, with_pixels=False)
+    expected = [whole[i] for i in range(5)]
+    for path in tmp_path.rglob("*.png"):
+        path.unlink()
+    for item, one in zip(map(masks_alone.__getitem__, range(5)), expected, strict=True):
+        assert item.keys() == one.keys() - {"pixel_values"}
+        assert all(torch.equal(item[name], one[name]) for name in ("mask_bits", "noise"))
+        assert all(item[name] == one[name] for name in ("key", "index", "view"))
+    batch = collate([masks_alone[i] for i in (3, 1)])
+    assert batch.pixel_values is None and batch.indices == [3, 1] and len(batch.views) == 2
+
+
 def test_views_are_one_number_or_one_for_each_file_the_same_wherever_it_is_given(two_sets):
     one, other = two_sets
     data = views_of([one, other, one], [1, 4, 1])

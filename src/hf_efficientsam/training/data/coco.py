@@ -2,7 +2,7 @@
 
 import os.path
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,11 @@ DEFAULT_READING = AnnotationConfig()
 class Sample:
     """One image with its masks.
 
-    `image` is RGB and upright; `rles` are compressed COCO RLEs at the image's size, one for each of `annotation_ids`.
+    `image` is RGB and upright, or None where only the masks were asked for; `rles` are compressed COCO RLEs at the
+    image's size, one for each of `annotation_ids`.
     """
 
-    image: Image.Image
+    image: Image.Image | None
     rles: list[dict]
     image_id: int
     annotation_ids: list[int]
@@ -212,13 +213,17 @@ class CocoMasks(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
-        record = self.records[index]
-        path = self.files[index]
+        record, path = self.records[index], self.files[index]
         image = decode_image(path, path)
         if image.size != (record["width"], record["height"]):
             raise ValueError(self._other_size(record, path, image.size))
+        return replace(self.without_image(index), image=image)
+
+    def without_image(self, index: int) -> Sample:
+        """The sample without its image, whose file is not opened."""
+        record = self.records[index]
         source = record.get("source", self.annotations.parent.name)
-        return Sample(image, self.rles[index], record["id"], self.annotation_ids[index], source)
+        return Sample(None, self.rles[index], record["id"], self.annotation_ids[index], source)
 
     def fingerprint(self) -> str:
         """Changes with the name or the size in bytes of any image, and with any mask."""

@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset
 from .coco import DEFAULT_READING, AnnotationConfig, Sample, encode_mask, to_rle, turn_rle
 from .images import DatasetImages, load_split
 from .mask_images import all_objects, is_soft, mask_values, one_object
-from .reading import logger, read_header, say_what_is_read
+from .reading import Header, logger, read_header, say_what_is_read
 from .shards import CountedWarnings, hash_lines
 
 MASKS_PER_ROW = 100_000  # ids that each row reserves for its masks
@@ -101,6 +102,11 @@ class DatasetMasks(Dataset):
         return len(self.row_numbers)
 
     def __getitem__(self, index: int) -> Sample:
+        sample = self.without_image(index)
+        return replace(sample, image=self.images[sample.image_id][1])
+
+    def without_image(self, index: int) -> Sample:
+        """The sample without its image, of which the header alone is read."""
         if not -len(self) <= index < len(self):  # also what ends a loop over the dataset
             raise IndexError(f"index {index} is out of range for {len(self)} rows")
         for number in range(len(self)):
@@ -118,10 +124,10 @@ class DatasetMasks(Dataset):
         return hash_lines([self.images.fingerprint(), *map(str, self.row_numbers)])
 
     def _read_row(self, row: int) -> Sample | None:
-        _, image = self.images[row]
         place = f"Row {row} of {self.name}, split {self.split},"
+        header = read_header(self.images.file(row), place)
         try:
-            rles = self._read_upright(row)
+            rles = self._read_upright(row, header)
         except MemoryError:
             raise
         except Exception as error:  # damaged masks make Pillow and pycocotools raise nearly anything
@@ -132,11 +138,11 @@ class DatasetMasks(Dataset):
         if len(kept) < len(rles):
             self.empty(f"{place} has {len(rles) - len(kept)} crowds or masks of less than {self.min_area} pixels.")
         annotation_ids = [row * MASKS_PER_ROW + i for i in kept]
-        return Sample(image, [rles[i] for i in kept], row, annotation_ids, self.name)
+        return Sample(None, [rles[i] for i in kept], row, annotation_ids, self.name)
 
-    def _read_upright(self, row: int) -> list[dict | None]:
+    def _read_upright(self, row: int, header: Header) -> list[dict | None]:
         """The masks of a row, upright: read at the upright image's size, or at the stored one's."""
-        value, header = self.rows[row][self.mask_column], read_header(self.images.file(row))
+        value = self.rows[row][self.mask_column]
         if self.keeps_crowds:
             value = _unmarked(value)
         if header.hides_frame and self.mask_frame is None:

@@ -80,13 +80,18 @@ class FolderMasks(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
-        number, path = self.numbers[index], self.files[index]
+        path = self.files[index]
         image = decode_image(path, path)
         if image.size != self.sizes[index]:
             raise ValueError(f"{path} has another size than when it was first looked at; put the image back.")
+        return replace(self.without_image(index), image=image)
+
+    def without_image(self, index: int) -> Sample:
+        """The sample without its image, whose file is not opened."""
+        number = self.numbers[index]
         # The first object has the image's number, so that clicks on folders of one object each stay the same.
         ids = [number + place * self.num_images for place in range(len(self.rles[index]))]
-        return Sample(image, self.rles[index], number, ids, self.folder.name)
+        return Sample(None, self.rles[index], number, ids, self.folder.name)
 
     def fingerprint(self) -> str:
         """Changes with the name or the size in bytes of any image, and with any mask."""

@@ -27,16 +27,17 @@ from .views import View, view_of
 class Batch:
     """B images with Q masks each; images with fewer are padded with empty masks that are not `valid`.
 
-    pixel_values float32 [B,3,S,S] (normalised), mask_bits uint8 [B,Q,S,S/8] (see `unpack_masks`), valid bool [B,Q],
-    noise float32 [B,Q,K] (uniform, for the prompts), keys: B names of images, views: which of its fixed views each
-    image is shown in, if it has any.
+    pixel_values float32 [B,3,S,S] (normalised), None where cached features stand for them; mask_bits uint8
+    [B,Q,S,S/8] (see `unpack_masks`), valid bool [B,Q], noise float32 [B,Q,K] (uniform, for the prompts), keys: B names
+    of images. Of `MaskViews` also the images' indices, and which of its fixed views each is shown in.
     """
 
-    pixel_values: torch.Tensor
+    pixel_values: torch.Tensor | None
     mask_bits: torch.Tensor
     valid: torch.Tensor
     noise: torch.Tensor
     keys: list[str]
+    indices: list[int] = field(default_factory=list)
     views: list[int] = field(default_factory=list)
 
     @property
@@ -168,12 +169,13 @@ class MaskTrainingSet(_Items, Dataset):
     def __getitem__(self, index: int) -> dict:
         return self.make(*self.sample(index), index)
 
-    def sample(self, index: int) -> tuple[str, Sample]:
+    def sample(self, index: int, with_image: bool = True) -> tuple[str, Sample]:
         """Name and sample of an image, as its source has it."""
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} images")
         first, row = self._place(index)
-        sample = self.sources[first][row]
+        source = self.sources[first]
+        sample = source[row] if with_image else source.without_image(row)
         source = sample.source + (f" (file {first + 1})" if first else "")  # folders of one name are two sources
         return f"{source}/{sample.image_id}", sample
 
@@ -191,11 +193,12 @@ class MaskTrainingSet(_Items, Dataset):
 class MaskViews(MaskTrainingSet):
     """
     The items of `MaskTrainingSet` with each image in one of its fixed views, drawn anew in every epoch, in place of a
-    random crop; an item has the number of its `view`.
+    random crop; an item has its `index` and the number of its `view`.
 
     Args:
         sources, options, noise_size, seed: see `MaskTrainingSet`; crops, flips and colours are not used.
         views: how many each image has, see `view_of`; one number, or one for each source.
+        with_pixels: whether items have `pixel_values`; without them no image is read.
 
     Raises:
         ValueError: if there are not as many numbers as sources, or two of them for one source.
@@ -208,6 +211,7 @@ class MaskViews(MaskTrainingSet):
         noise_size: int = 0,
         seed: int = 0,
         views: Sequence[int] = (1,),
+        with_pixels: bool = True,
     ):
         super().__init__(sources, options, noise_size, seed)
         if len(views) not in (1, len(self.sources)):
@@ -215,25 +219,27 @@ class MaskViews(MaskTrainingSet):
         self.views = list(views) * len(self.sources) if len(views) == 1 else list(views)
         if any(self.views[self._first(which)] != number for which, number in enumerate(self.views)):
             raise ValueError("--views gives two numbers to one file of --train; give the same to both.")
+        self.with_pixels = with_pixels
 
-    def make(self, name: str, sample: Sample, number: int) -> dict:
-        generator = self.chance(number)
-        number = int(torch.randint(self.views[self._place(number)[0]], (), generator=generator))
+    def __getitem__(self, index: int) -> dict:
+        name, sample = self.sample(index, self.with_pixels)
+        generator = self.chance(index)
+        number = int(torch.randint(self.views[self._place(index)[0]], (), generator=generator))
         size, max_masks = self.options.image_size, self.options.max_masks
-        view = view_of(name, number, sample.image.size, sample.rles)
+        view = view_of(name, number, sample.rles)
         masks = crop_masks(sample.rles, view.box, (size, size), max_masks, generator)
         if not len(masks):  # of an image whose masks are all too small or too large
             number = min(number, 1)
-            view = view_of(name, number, sample.image.size, sample.rles)
+            view = view_of(name, number, sample.rles)
             masks = any_masks(sample.rles, size, max_masks, generator)
         masks = masks.flip(-1) if view.is_mirrored else masks
-        pixel_values = self._pixels(sample, view)
-        return {"pixel_values": pixel_values, **self.prompted(masks, generator), "key": name, "view": number}
+        item = {**self.prompted(masks, generator), "key": name, "index": index, "view": number}
+        return item | ({"pixel_values": self._pixels(sample, view)} if self.with_pixels else {})
 
     def view_pixels(self, index: int, number: int) -> tuple[str, torch.Tensor]:
         """Name and pixels float32 [3,S,S] of a view of an image."""
         name, sample = self.sample(index)
-        return name, self._pixels(sample, view_of(name, number, sample.image.size, sample.rles))
+        return name, self._pixels(sample, view_of(name, number, sample.rles))
 
     def _pixels(self, sample: Sample, view: View) -> torch.Tensor:
         pixels = normalize(crop_image(sample.image, view.box, self.options.image_size))
@@ -305,10 +311,11 @@ def collate(items: list[dict]) -> Batch:
 
     mask_bits = padded("mask_bits")
     return Batch(
-        pixel_values=torch.stack([item["pixel_values"] for item in items]),
+        pixel_values=torch.stack([item["pixel_values"] for item in items]) if "pixel_values" in items[0] else None,
         mask_bits=mask_bits,
         valid=torch.arange(mask_bits.shape[1]) < counts[:, None],
         noise=padded("noise"),
         keys=[item["key"] for item in items],
+        indices=[item["index"] for item in items if "index" in item],
         views=[item["view"] for item in items if "view" in item],
     )

@@ -116,7 +116,7 @@ class InteractiveSegmentation(nn.Module):
 
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None,
         masks: torch.Tensor,
         valid: torch.Tensor,
         noise: torch.Tensor,
@@ -129,7 +129,7 @@ class InteractiveSegmentation(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """
         Args:
-            pixel_values: `[B, 3, S, S]`.
+            pixel_values: `[B, 3, S, S]`; not used, and may be None, where there are `hidden_states`.
             masks: the objects, `[B, Q, S, S]` of 0 and 1.
             valid: `[B, Q]` bool, false for padding.
             noise: uniform random numbers `[B, Q, K]`, K being the options' `noise_size`: all that is random about a
@@ -148,7 +148,7 @@ class InteractiveSegmentation(nn.Module):
         single_mask, correct = torch.rand(2, generator=generator).tolist()
         kind, box, clicks, corrections, ellipse = noise.split(self.options.noise_columns, dim=-1)
         if synthetic:
-            masks = random_ellipses(ellipse, pixel_values.shape[-1], self.options.smallest_ellipse)
+            masks = random_ellipses(ellipse, masks.shape[-1], self.options.smallest_ellipse)
         with torch.set_grad_enabled(not synthetic and torch.is_grad_enabled()):
             embeddings = self.embed(pixel_values, hidden_states)
         prompt = self.first_prompt(masks, kind, box, clicks)
@@ -170,7 +170,7 @@ class InteractiveSegmentation(nn.Module):
             parts.append(result)
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
-    def embed(self, pixel_values: torch.Tensor, hidden_states: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def embed(self, pixel_values: torch.Tensor | None, hidden_states: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """The image embeddings that the decoder takes, from the pixels or from what the frozen layers made of them."""
         if hidden_states is None:
             return self.adapter.embed(pixel_values)

@@ -18,17 +18,16 @@ class View(NamedTuple):
     is_mirrored: bool
 
 
-def view_of(name: str, number: int, size: tuple[int, int], rles: list[dict]) -> View:
+def view_of(name: str, number: int, rles: list[dict]) -> View:
     """
     A view of an image.
 
     Args:
         name: of the image.
         number: 0 whole, 1 whole and mirrored, from 2 on zoomed on a small object, or on any where none is small.
-        size: width and height in pixels.
-        rles: compressed COCO RLEs of the image's masks.
+        rles: compressed COCO RLEs of the image's masks, at least one of them.
     """
-    width, height = size
+    height, width = rles[0]["size"]
     if number < 2:
         return View((0, 0, width, height), number == 1)
     chance = np.random.default_rng([hash_key(name), number])
