@@ -54,7 +54,7 @@ def test_the_weights_come_back_in_few_files_and_load(trained, tiny_model):
     assert {weight.dtype for weight in stored.values()} == {torch.float16}
     model, processor = load_model(str(trained / "model"))
     assert model.dtype == torch.float32 and processor.image_processor.size.height == SIZE
-    assert torch.get_float32_matmul_precision() == "highest"  # "high" is for a GPU, and would stay for what comes after
+    assert torch.get_float32_matmul_precision() == "highest"  # "high" is for a GPU, and would stay for what follows
     before = EfficientSamModel.from_pretrained(tiny_model).state_dict()
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert {"vision_encoder.embeddings.projection.weight", "mask_decoder.iou_token.weight"} <= changed
