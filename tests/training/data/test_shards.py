@@ -344,6 +344,27 @@ def test_fast_forward_equals_drawing_and_dropping(tmp_path, workers, process, pr
         assert batches(skip) == whole[skip:]
 
 
+def test_a_resumed_run_opens_no_shard_of_the_epochs_before_its_own(tmp_path, monkeypatch):
+    """Nor those that come later in its own, so what it passes over does not grow with the run."""
+    memory, opened = fsspec.filesystem("memory"), []
+    for shard in range(30):
+        members = {f"{k}.txt": b"%d" % (100 * k) for k in range(5 * shard, 5 * shard + 5)}
+        memory.pipe(f"/resumed/{shard}.tar", Path(write_shard(tmp_path / f"{shard}.tar", members)).read_bytes())
+    iter_archive = shards_module.StreamingDownloadManager.iter_archive
+    monkeypatch.setattr(
+        shards_module.StreamingDownloadManager,
+        "iter_archive",
+        lambda manager, shard: opened.append(shard) or iter_archive(manager, shard),
+    )
+    items = Items(Numbers(["memory://resumed/{0..29}.tar"]), shuffle_buffer=4)
+    for epoch in (0, 30):
+        items.set_epoch(epoch)
+        items.fast_forward(batches=6, batch_size=2, num_workers=0)
+        next(iter(items))
+        assert len(opened) <= 10, "which `datasets` reads in turns; 12 records are passed over, of 150"
+        opened.clear()
+
+
 @pytest.mark.filterwarnings("ignore:.* Replaced")
 def test_a_record_that_is_broken_is_decoded_once(tmp_path):
     source = write(tmp_path, 1, 40, range(1, 40))
