@@ -129,6 +129,16 @@ def test_the_mean_over_many_draws_is_the_full_loss():
         assert (error.abs() < tolerance).all(), name
 
 
+def test_a_cells_mask_ends_where_the_chance_of_a_pixel_is_the_threshold():
+    """Two pixels of five are the object's and all have one logit: at the chance of 0.4 its gradient is nothing."""
+    targets = torch.tensor([1.0, 1, 0, 0, 0]).view(1, 1, 1, 5)
+    for threshold in (0.4, 0.5):
+        logit = torch.zeros((), requires_grad=True)
+        given = logit.expand(1, 1, 1, 1, 5), targets, torch.ones(1, 1, 1), torch.full((1, 1), 2.0)
+        cell_losses(*given, bce_threshold=threshold)["bce"].backward()
+        assert logit.grad.item() == pytest.approx(5 * (threshold - 0.4) / 4, abs=1e-6)
+
+
 def test_the_mean_loss_of_the_sampled_decoder_is_near_the_full_one(prompted):
     model, inputs = prompted
     masks, draws = rectangles(), 60

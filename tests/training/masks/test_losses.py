@@ -47,6 +47,20 @@ def test_a_perfect_prediction_costs_nothing():
     assert result["loss"].item() == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["balanced_bce_weight", "bce_weight"])
+def test_a_mask_ends_where_the_chance_of_a_pixel_is_the_threshold(kind):
+    """All pixels have one logit: where their chance is the threshold, its gradient at 0 is nothing."""
+    target = torch.zeros(1, 1, 4, 5, dtype=torch.uint8)
+    target[..., :2] = 1
+    chance = 0.5 if kind == "balanced_bce_weight" else 0.4  # balanced, the object has half of the weight
+    others = {"focal_weight": 0, "dice_weight": 0, "iou_weight": 0, "balanced_bce_weight": 0}
+    for threshold in (0.3, chance):
+        logit = torch.zeros((), requires_grad=True)
+        given = logit.expand(1, 1, 1, 4, 5), torch.zeros(1, 1, 1), target, torch.ones(1, 1, dtype=torch.bool)
+        MaskLoss(replace(SAM_LOSS, **others | {kind: 1}, bce_threshold=threshold))(*given)["loss"].backward()
+        assert logit.grad.item() == pytest.approx(threshold - chance, abs=1e-6)
+
+
 @pytest.mark.parametrize("weights", [(20, 1, 0), (0, 1, 0), (1, 0, 5)])
 def test_the_best_candidate_is_trained_and_every_score(weights):
     logits, scores, targets, valid = example(batch=5)

@@ -42,6 +42,7 @@ NotNegativeFloat = Annotated[float, NOT_NEGATIVE]
 Ratio = Annotated[float, UP_TO_ONE]
 PositiveRatio = Annotated[float, POSITIVE, UP_TO_ONE]
 RatioBelowOne = Annotated[float, BELOW_ONE]
+InnerRatio = Annotated[float, POSITIVE, BELOW_ONE]
 OutputFolder = Annotated[str, FOLDER]
 OutputFile = Annotated[str, FILE]
 

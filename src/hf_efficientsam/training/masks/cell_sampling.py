@@ -24,7 +24,7 @@ from hf_efficientsam.model.modeling_efficientsam import (
     EfficientSamTwoWayLayer,
 )
 
-from .losses import MaskLossConfig
+from .losses import MaskLossConfig, threshold_shift
 
 SINGLE_WEIGHT = 0.5  # of the single mask beside the candidates
 BCE_LIMIT = 20.0  # a cross-entropy above this is cut off: a small object would drown all others
@@ -181,7 +181,7 @@ def _normalize(norm: nn.GroupNorm, image: torch.Tensor, weight: torch.Tensor) ->
 
 
 def cell_losses(
-    logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor, areas: torch.Tensor
+    logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor, areas: torch.Tensor, bce_threshold: float = 0.5
 ) -> dict[str, torch.Tensor]:
     """
     The losses of masks that are known on some cells.
@@ -191,6 +191,7 @@ def cell_losses(
         targets: `[..., K, R]`, the part of each pixel that is the object, in [0, 1].
         weight: `[..., K]`.
         areas: `[...]`, the sum of the whole target: known, so it need not be estimated.
+        bce_threshold: see `MaskLossConfig`.
 
     Returns:
         each `[..., M]`: `bce`, the cross-entropy summed over pixels, by twice the object's area: as much for the
@@ -199,7 +200,7 @@ def cell_losses(
     """
     weight, targets = weight[..., None, :, None], targets.unsqueeze(-3).expand_as(logits)
     areas = areas.unsqueeze(-1).clamp(min=1)
-    entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    entropy = F.binary_cross_entropy_with_logits(logits + threshold_shift(bce_threshold), targets, reduction="none")
     probability = logits.sigmoid()
 
     def total(values: torch.Tensor) -> torch.Tensor:

@@ -199,7 +199,8 @@ class InteractiveSegmentation(nn.Module):
         positions, tokens, multiplicity, dense = self.model.encode_prompts(image_embeddings, **prompt)
         image = decoder.embed_image(image_embeddings, dense)
         logits, scores = decode_cells(decoder, image, positions, tokens, multiplicity, cells)
-        parts = cell_losses(logits, cells.gather(targets), cells.weight, targets.sum((-2, -1)))
+        areas, threshold = targets.sum((-2, -1)), self.loss.weights.bce_threshold
+        parts = cell_losses(logits, cells.gather(targets), cells.weight, areas, threshold)
         is_box = (prompt["input_boxes"] != MISSING_BOX).any(-1)
         return total_cell_loss(parts, scores, is_box, valid, num_prompts, self.loss.weights)
 
