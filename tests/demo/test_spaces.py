@@ -4,22 +4,30 @@ The web demo in a real browser and through its API, against the predictor's own 
 EFFICIENTSAM_SCREENSHOTS=1 pytest tests/demo/test_spaces.py writes the pictures of spaces/README.md, too.
 """
 
-import base64
-import io
 import json
-import os
 import runpy
-import signal
-import socket
-import subprocess
 import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-from chromium import chromium
+from demo_visitor import (
+    BUS,
+    BUS_BOX,
+    answer,
+    click,
+    copy_code,
+    download,
+    drag,
+    mode,
+    pick_example,
+    picture,
+    press,
+    same,
+    screenshot,
+    shown,
+    spot,
+)
 from huggingface_hub import SpaceCard
 from PIL import ExifTags, Image
 from playwright.sync_api import expect
@@ -27,175 +35,11 @@ from pycocotools import mask as coco_mask
 from scipy.ndimage import binary_dilation
 from typer.testing import CliRunner
 
-from hf_efficientsam import EfficientSamPredictor
 from hf_efficientsam.cli.app import app
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-SWITCHES = ["--disable-gpu", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-BUS, BUS_BOX = ROOT / "examples" / "bus.jpg", (192, 127, 477, 293)
-DESK = {"viewport": {"width": 1280, "height": 820}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
-expect.set_options(timeout=30_000)
-
-
-# ------------------------------------------------------------------------------------------------ server and browser
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Where `efficientsam demo` serves, on a free port; at the end no temporary file of its is left."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("gradio")
-    command = [sys.executable, "-c", "from hf_efficientsam.cli.app import app; app()", "demo"]
-    log = (folder.parent / "server.log").open("w+")
-    process = subprocess.Popen(
-        [*command, "--port", str(port), "--max-pixels", "3000000"],
-        env={**os.environ, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
-    url = f"http://127.0.0.1:{port}/"
-    deadline = time.monotonic() + 180
-    while url.rstrip("/") not in Path(log.name).read_text():
-        assert process.poll() is None and time.monotonic() < deadline, Path(log.name).read_text()
-        time.sleep(0.2)
-    yield url
-    said = Path(log.name).read_text()
-    assert "--share" in said and "share=True" not in said and "gradio.live" not in said  # no public link unless asked
-    process.send_signal(signal.SIGINT)
-    process.wait(60)
-    assert not [path for path in folder.rglob("*") if path.is_file() or "efficientsam" in path.name]
-    assert "Traceback" not in Path(log.name).read_text()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as start:
-        yield start(*SWITCHES)
-
-
-@pytest.fixture
-def visit(browser, server):
-    """A function that opens the page as another visitor; at the end nobody must have asked a foreign server."""
-    contexts, requests, errors = [], [], []
-
-    def visit(**options):
-        context = browser.new_context(**{**DESK, **options})
-        context.set_default_timeout(30_000)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(server)
-        return page
-
-    yield visit
-    for context in contexts:
-        context.close()
-    assert not [url for url in requests if not url.startswith((server, "data:", "blob:"))]
-    assert not errors
-
-
-@pytest.fixture(scope="module")
-def predictor() -> EfficientSamPredictor:
-    predictor = EfficientSamPredictor.from_pretrained()
-    predictor.set_image(BUS)
-    return predictor
-
-
-# ------------------------------------------------------------------------------------------------ what a visitor does
-
-
-def pick_example(page, name: str = "bus"):
-    page.locator("#examples").get_by_role("button", name=name).click()
-    return page.locator(".stage img")
-
-
-def spot(page, x: float, y: float) -> dict:
-    """A place of bus.jpg, in its pixels, on the stage."""
-    frame = page.locator(".stage").bounding_box()
-    return {"x": (x + 0.5) / 640 * frame["width"], "y": (y + 0.5) / 427 * frame["height"]}
-
-
-@contextmanager
-def answer(page):
-    """Waits until the picture shows the answer to what is done inside. Other parts may follow a moment later."""
-    version = page.locator(".stage").get_attribute("data-version")
-    yield
-    page.wait_for_function("old => document.querySelector('.stage').dataset.version !== old", arg=version)
-
-
-def click(page, x: float, y: float, **options) -> None:
-    with answer(page):
-        page.locator(".stage").click(position=spot(page, x, y), **options)
-
-
-def press(page, button: str) -> None:
-    with answer(page):
-        page.get_by_role("button", name=button, exact=True).click()
-
-
-def mode(page, name: str) -> None:
-    page.get_by_role("tab", name=name).click()
-
-
-def drag(page, x1, y1, x2, y2) -> None:
-    frame = page.locator(".stage").bounding_box()
-    from_, to = spot(page, x1, y1), spot(page, x2, y2)
-    with answer(page):
-        page.mouse.move(frame["x"] + from_["x"], frame["y"] + from_["y"])
-        page.mouse.down()
-        page.mouse.move(frame["x"] + to["x"], frame["y"] + to["y"], steps=3)
-        page.mouse.up()
-
-
-def download(page, button: str) -> tuple[str, bytes]:
-    with page.expect_download() as found:
-        page.get_by_role("button", name=button, exact=True).click()
-    return found.value.suggested_filename, Path(found.value.path()).read_bytes()
-
-
-def picture(content: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(content)))
-
-
-def shown(page) -> np.ndarray:
-    source = page.locator(".stage img").get_attribute("src")
-    return picture(base64.b64decode(source.split(",")[1]))
-
-
-def copy_code(page, *parts: str) -> str:
-    """The code from the clipboard, as soon as `parts` are in it."""
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    if not page.locator(".cm-content").is_visible():
-        page.get_by_text("Python for this result").click()
-    deadline = time.monotonic() + 60
-    while True:
-        page.get_by_role("button", name="Copy").first.click()
-        code = page.evaluate("navigator.clipboard.readText()")
-        if all(part in code for part in parts):
-            return code
-        assert time.monotonic() < deadline, code
-        page.wait_for_timeout(100)
-
-
-def screenshot(page, name: str) -> None:
-    if os.environ.get("EFFICIENTSAM_SCREENSHOTS"):
-        page.evaluate("scrollTo(0, 0)")
-        page.mouse.move(0, 0)
-        page.wait_for_timeout(700)  # for transitions
-        page.screenshot(path=ROOT / "spaces" / "screenshots" / f"{name}.jpg", type="jpeg", quality=80)
-
-
-def same(mask: np.ndarray, other: np.ndarray) -> bool:
-    """But for pixels on the edge, which rounding may turn: the server has another number of threads."""
-    return mask.shape == other.shape and (mask != other).mean() < 1e-3
-
-
-# ------------------------------------------------------------------------------------------------ tests
 
 
 def test_a_click_shows_the_models_mask_where_it_is(visit, predictor):
@@ -321,87 +165,6 @@ def test_everything_and_salient_objects(visit):
     expect(page.locator("#objects")).to_contain_text("salient object", use_inner_text=True)
     screenshot(page, "salient")
     assert page.get_by_role("tab", name="Text").count() == 0  # it needs a detector
-
-
-def test_a_search_shows_how_far_it_is_runs_once_and_can_be_stopped(visit):
-    page = visit()
-    pick_example(page).wait_for()
-    click(page, 400, 220)
-    mode(page, "Everything")
-    page.get_by_label("How closely to look").first.fill("32")
-    version = page.locator(".stage").get_attribute("data-version")
-    find, stop = (page.get_by_role("button", name=name, exact=True) for name in ("Find everything", "Stop"))
-    assert stop.is_disabled()
-    find.evaluate("(button) => { button.click(); button.click(); }")  # the second before gradio has seen the first
-    page.get_by_role("progressbar", name="Find everything").wait_for()
-    for name in ("Find everything", "Mask", "Other picture"):
-        expect(page.get_by_role("button", name=name, exact=True)).to_be_disabled()
-    stop.click()
-    page.locator("#status").get_by_text("Stopped; nothing was changed.").wait_for()
-    page.wait_for_function("[...document.querySelectorAll('button')].find((b) => b.innerText === 'Stop').disabled")
-    expect(find).to_be_enabled()
-    expect(page.locator("#objects button")).to_have_count(1)
-    page.wait_for_timeout(1500)  # a second search would still run
-    assert int(page.locator(".stage").get_attribute("data-version")) == int(version) + 1
-    expect(page.get_by_role("progressbar")).not_to_be_visible()
-
-
-def test_nothing_moves_and_nothing_can_be_pressed_that_has_no_effect(visit):
-    page = visit()
-    pick_example(page).wait_for()
-    page.wait_for_timeout(500)
-    frame = page.locator(".stage").bounding_box()
-    assert frame["width"] > 700  # the photograph has 640 pixels
-    names = ("Undo", "Redo", "Clear", "Stop", "New object", "Remove", "Mask", "Cut-out", "Label map", "COCO", "RLE")
-    buttons = {name: page.get_by_role("button", name=name, exact=True) for name in names}
-    assert all(button.is_disabled() for button in buttons.values())
-    places = []
-    for name in ("Points", "Box", "Everything", "Main objects"):
-        mode(page, name)
-        page.wait_for_timeout(300)
-        places.append(page.locator(".stage").bounding_box())
-    drag(page, *BUS_BOX)
-    places.append(page.locator(".stage").bounding_box())
-    assert all(place == frame for place in places)
-    for name, button in buttons.items():
-        expect(button).to_be_enabled(enabled=name not in ("Redo", "Stop"))
-
-
-def test_the_mask_under_the_mouse_is_shown_before_a_click(visit, predictor):
-    page = visit()
-    pick_example(page).wait_for()
-    frame, place = page.locator(".stage").bounding_box(), spot(page, 400, 220)
-    page.mouse.move(frame["x"] + 5, frame["y"] + 5)
-    page.mouse.move(frame["x"] + place["x"], frame["y"] + place["y"])
-    preview = page.locator(".stage .preview")
-    masks, scores, _ = predictor.predict([[400, 220]], [1], mask_size=(342, 512))
-    deadline = time.monotonic() + 30
-    while True:  # the last place counts, though a preview of the first may come before
-        style = preview.get_attribute("style") or ""
-        if "base64," in style:
-            drawn = picture(base64.b64decode(style.split("base64,")[1].split('"')[0])) > 0
-            if same(drawn, masks[scores.argmax()]):
-                break
-        assert time.monotonic() < deadline
-        page.wait_for_timeout(100)
-    assert preview.is_visible() and page.locator("#objects button").count() == 0
-    mode(page, "Box")
-    page.locator(".stage").hover(position=spot(page, 300, 200))
-    page.wait_for_timeout(500)
-    expect(preview).not_to_be_visible()
-
-
-def test_no_click_is_lost_while_something_else_is_computed(visit):
-    """Clicks in quick succession are requests of their own, which may overtake each other on a busy computer."""
-    page = visit()
-    pick_example(page).wait_for()
-    mode(page, "Everything")
-    page.get_by_role("button", name="Find everything").click()
-    mode(page, "Points")
-    places = [[300 + 20 * i, 200] for i in range(4)]
-    for place in places:
-        page.locator(".stage").click(position=spot(page, *place))
-    copy_code(page, "point_labels=[1, 1, 1, 1]", *map(str, places))
 
 
 def test_without_a_mouse(visit):

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from pathlib import PurePath
 
+from hf_efficientsam.inference.results import SegmentationResult
+
 from .session import Session, no_report
 
 FORMATS = {
@@ -41,14 +43,21 @@ def file_of(session: Session, kind: str, report: Callable[[float], None] = no_re
         raise ValueError("there is nothing to download yet; mark an object first.")
     stem = re.sub(r"[^\w. -]+", "_", PurePath(session.file_name).stem)
     stem = stem.encode()[:200].decode(errors="ignore") or "picture"  # a file's name has up to 255 bytes
+    report(0.9)
+    content = content_of(session, result, kind)
+    report(1)
+    return f"{stem}_{kind}.{'json' if kind in ('coco', 'rle') else 'png'}", content
+
+
+def content_of(session: Session, result: SegmentationResult, kind: str) -> bytes:
     if kind == "coco":
-        return f"{stem}_coco.json", json.dumps(result.coco(session.file_name)).encode()
+        return json.dumps(result.coco(session.file_name)).encode()
     if kind == "rle":
         objects = [
             {"label": label, "score": round(float(score), 4), "segmentation": rle}
             for label, score, rle in zip(result.labels, result.scores, result.rles(), strict=True)
         ]
-        return f"{stem}_rle.json", json.dumps({"image": session.file_name, "objects": objects}).encode()
+        return json.dumps({"image": session.file_name, "objects": objects}).encode()
     drawings = {
         "mask": result.union,
         "cutout": lambda: result.cut_out(session.predictor.image),
@@ -56,7 +65,7 @@ def file_of(session: Session, kind: str, report: Callable[[float], None] = no_re
     }
     content = io.BytesIO()
     drawings[kind]().save(content, "PNG")
-    return f"{stem}_{kind}.png", content.getvalue()
+    return content.getvalue()
 
 
 def python_code(session: Session) -> str:

@@ -309,12 +309,15 @@ class Page:
         done = event(work, [self.session, *inputs], outputs, **options)
 
         def rest(session: Session | None) -> list:
-            session.stopping.clear()
-            can_save = any(one.candidates for one in session.objects)
+            can_save = False
+            if session is not None:
+                session.stopping.clear()
+                can_save = any(one.candidates for one in session.objects)
             states = [False, True, *[True] * len(self.finders), *[can_save] * len(self.saves)]
             return [gr.update(interactive=state) for state in states]
 
-        done.then(rest, self.session, slow, queue=False, api_visibility="private", show_progress="hidden")
+        for follow in (done.success, done.failure):  # gradio's `then` does not follow an error
+            follow(rest, self.session, slow, queue=False, api_visibility="private", show_progress="hidden")
 
     def connect_finders(self) -> None:
         for button, find, settings in self.finders:
