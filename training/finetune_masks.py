@@ -24,13 +24,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
-from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, get_scheduler
 
 from hf_efficientsam import EfficientSamProcessor, EfficientSamSaliencyHead
-from hf_efficientsam.inference.drawing import draw_masks, image_table
-from hf_efficientsam.model.mask_operations_efficientsam import boxes_from_masks
 from hf_efficientsam.training.engine.checkpoints import replaced_folder
 from hf_efficientsam.training.engine.config import (
     LearningRateConfig,
@@ -68,12 +66,12 @@ from hf_efficientsam.training.masks.batch import (
     open_masks,
 )
 from hf_efficientsam.training.masks.distillation import MaskTeacher
+from hf_efficientsam.training.masks.drawing import draw_answers
 from hf_efficientsam.training.masks.feature_views import CachedViews, cache_views
 from hf_efficientsam.training.masks.input_formats import InputFormat, PlainImageProcessor
 from hf_efficientsam.training.masks.interactive import InteractiveSegmentation, PromptConfig
 from hf_efficientsam.training.masks.lora import merged, save_lora
 from hf_efficientsam.training.masks.losses import MaskLoss, MaskLossConfig
-from hf_efficientsam.training.masks.metrics import most_confident
 from hf_efficientsam.training.masks.model_building import (
     MaskModelConfig,
     build_model,
@@ -81,7 +79,7 @@ from hf_efficientsam.training.masks.model_building import (
     kept_saliency_head,
 )
 from hf_efficientsam.training.masks.trained_parts import TrainedPartsConfig, choose_trained
-from hf_efficientsam.training.masks.validation import Validation, ValidationConfig, evaluation_mode
+from hf_efficientsam.training.masks.validation import Validation, ValidationConfig
 
 MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "masks.yaml"
 
@@ -231,10 +229,8 @@ def get_loader(
     config: MasksConfig, input_format: InputFormat, accelerator: Accelerator
 ) -> tuple[DataLoader, int, int]:
     """Batches, optimiser steps an epoch, and in all."""
-    data, loading = (
-        build_data(config, input_format),
-        (config.global_batch_size, config.num_workers, config.epoch_images),
-    )
+    data = build_data(config, input_format)
+    loading = (config.global_batch_size, config.num_workers, config.epoch_images)
     loader, epoch_steps = epoch_loader(accelerator, data, *loading, collate_fn=collate)
     steps = config.steps if config.epochs is None else round(config.epochs * epoch_steps)
     if steps == 0:
@@ -280,28 +276,6 @@ def save_model(
         describe_model(writing, "finetune_masks", whole, config)
 
 
-@torch.no_grad()
-def draw(
-    model: PreTrainedModel, input_format: InputFormat, batch: Batch, data: MaskTrainingSet | MaskViews | StreamedMasks
-) -> Image.Image:
-    """The first images' masks, and what the model makes of their boxes, side by side."""
-    boxes, adapter, pixel_values = boxes_from_masks(batch.masks[:4]), adapt(model), batch.pixel_values
-    if pixel_values is None:  # of a run from cached embeddings
-        shown = zip(batch.indices[:4], batch.views, strict=False)
-        pixel_values = torch.stack([data.view_pixels(*place)[1] for place in shown]).to(boxes.device)
-    with evaluation_mode(model):
-        output = adapter.decode(adapter.embed(pixel_values[:4]), {"input_boxes": boxes}, multimask_output=True)
-    _, predicted = most_confident(output, batch.masks.shape[-2:])
-    columns = {"images": [], "their masks": [], "by their boxes": []}
-    for pixels, *rows in zip(pixel_values[:4], batch.valid, batch.masks, predicted, boxes, strict=False):
-        valid, true, guess, box = (row.cpu() for row in rows)
-        image = input_format.to_image(pixels)
-        columns["images"].append(image)
-        columns["their masks"].append(draw_masks(image, true[valid]))
-        columns["by their boxes"].append(draw_masks(image, guess[valid], boxes=box[valid].tolist()))
-    return image_table(columns)
-
-
 def validate(validation: Validation, model: PreTrainedModel, config: MasksConfig, run: TrainingRun, step: int) -> bool:
     """Logs a model's scores, writes them into metrics.json, and says if they are the best so far: on the main process
     alone, which keeps that model."""
@@ -339,6 +313,25 @@ def count_prompts(batches: list[Batch], accelerator: Accelerator) -> torch.Tenso
     return accelerator.reduce(num_prompts) / (len(batches) * accelerator.num_processes)
 
 
+def batch_losses(
+    config: MasksConfig,
+    task: nn.Module,
+    batch: Batch,
+    step: int,
+    num_prompts: torch.Tensor,
+    num_cells: int,
+    caches: tuple[CachedViews | None, CachedViews | None],
+) -> dict[str, torch.Tensor]:
+    """What `InteractiveSegmentation` returns for a batch of a step, on the batch's device; see its `forward`."""
+    chance, generator = step_chance(config.seed, step - 1)
+    synthetic = step <= config.synthetic_steps or chance < config.synthetic_ratio
+    hidden_states, teacher_features = (
+        None if cache is None else cache.read(batch.keys, batch.views).to(batch.valid.device) for cache in caches
+    )
+    inputs = (batch.pixel_values, batch.masks, batch.valid, batch.noise)
+    return task(*inputs, generator, num_prompts, synthetic, hidden_states, num_cells, teacher_features)
+
+
 def training_function(config: MasksConfig, run: TrainingRun) -> None:
     accelerator = run.accelerator
     segmenter = build_model(config, config.image_size, config.seed)
@@ -362,26 +355,17 @@ def training_function(config: MasksConfig, run: TrainingRun) -> None:
         if accelerator.is_main_process:
             save_model(averaged, processor, config, run.output_dir / name, saliency_head)
 
-    embeddings = teacher_features = None
-    if done < steps:
-        embeddings, teacher_features = open_caches(config, segmenter, teacher, loader.dataset, run)
+    caches = open_caches(config, segmenter, teacher, loader.dataset, run) if done < steps else ()
     sampled_steps = steps - round(config.all_cells_ratio * steps) if config.cells else 0
     task.train()
     for step, batches in step_batches(accelerator, loader, done, steps, epoch_steps):
         batches, losses = list(batches), []
         num_prompts = count_prompts(batches, accelerator)
+        num_cells = config.cells if step <= sampled_steps else 0
         for batch in batches:
             batch = batch.to(accelerator.device, non_blocking=True)
-            chance, generator = step_chance(config.seed, step - 1)
-            synthetic = step <= config.synthetic_steps or chance < config.synthetic_ratio
-            known, taught = (
-                None if cache is None else cache.read(batch.keys, batch.views).to(accelerator.device)
-                for cache in (embeddings, teacher_features)
-            )
-            num_cells = config.cells if step <= sampled_steps else 0
             with accelerator.accumulate(task):
-                inputs = (batch.pixel_values, batch.masks, batch.valid, batch.noise)
-                parts = task(*inputs, generator, num_prompts, synthetic, known, num_cells, taught)
+                parts = batch_losses(config, task, batch, step, num_prompts, num_cells, caches)
                 accelerator.backward(parts["loss"])
                 if accelerator.sync_gradients:
                     grad_norm = clip_gradients(accelerator, task.parameters(), config.max_grad_norm)
@@ -397,7 +381,7 @@ def training_function(config: MasksConfig, run: TrainingRun) -> None:
             average.update_parameters(segmenter)
         run.log.add(step, images=config.global_batch_size, **means, lr=lr)
         if run.is_due(step, config.image_steps):
-            run.log.add_image(step, draw(segmenter, input_format, batch, loader.dataset), "masks")
+            run.log.add_image(step, draw_answers(segmenter, input_format, batch, loader.dataset), "masks")
         is_measured = validation is not None and run.is_due(step, config.eval_steps)
         if is_measured and validate(validation, averaged, config, run, step):
             save("best")

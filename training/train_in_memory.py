@@ -282,10 +282,8 @@ def train_prompts(
     signals: StopSignals,
 ) -> EfficientSamModel:
     task = InteractiveSegmentation(model, MaskLoss(config), config)
-    generator, shared = (
-        torch.Generator(data.device).manual_seed(config.seed),
-        torch.Generator().manual_seed(config.seed),
-    )
+    generator = torch.Generator(data.device).manual_seed(config.seed)
+    shared = torch.Generator().manual_seed(config.seed)
 
     def draw() -> Batch:
         shapes = (config.batch_size, config.prompts, config.noise_size)
