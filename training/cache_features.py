@@ -24,7 +24,14 @@ from tqdm.auto import tqdm
 
 from hf_efficientsam.training.data.feature_cache import ViewParts, open_manifest, part_path, write_index, write_part
 from hf_efficientsam.training.data.images import ImageSourceConfig, ImageViews, StreamedViews, open_images
-from hf_efficientsam.training.engine.config import OutputFolder, PositiveInt, check_ranges, parse_config
+from hf_efficientsam.training.engine.config import (
+    NotNegativeInt,
+    OutputFolder,
+    PositiveInt,
+    PositiveRatio,
+    check_ranges,
+    parse_config,
+)
 from hf_efficientsam.training.engine.run import run_script
 from hf_efficientsam.training.sami.teachers import Teacher, load_teacher
 
@@ -33,14 +40,18 @@ from hf_efficientsam.training.sami.teachers import Teacher, load_teacher
 class CacheFeaturesConfig(ImageSourceConfig):
     # What the features depend on.
     teacher: str = field(default="bundled", metadata={"help": "vision model: Hub name, directory, or: bundled"})
-    teacher_size: int | None = field(default=None, metadata={"help": "its input side; else its processor's"})
-    size: int = field(default=224, metadata={"help": "side of the student's crop in pixels"})
-    crop_scale: float = field(default=0.2, metadata={"help": "smallest part of an image's area that a crop keeps"})
+    teacher_size: PositiveInt | None = field(default=None, metadata={"help": "its input side; else its processor's"})
+    size: PositiveInt = field(default=224, metadata={"help": "side of the student's crop in pixels"})
+    crop_scale: PositiveRatio = field(
+        default=0.2, metadata={"help": "smallest part of an image's area that a crop keeps"}
+    )
     views: PositiveInt = field(default=1, metadata={"help": "crops of each image"})
-    view_seed: int = field(default=0, metadata={"help": "of the crops"})
+    view_seed: NotNegativeInt = field(default=0, metadata={"help": "of the crops"})
     # How it is done.
     batch_size: PositiveInt = field(default=32, metadata={"help": "images at a time and process"})
-    num_workers: int = field(default=2, metadata={"help": "processes that read images, each a part of its own"})
+    num_workers: NotNegativeInt = field(
+        default=2, metadata={"help": "processes that read images, each a part of its own"}
+    )
     part_size: PositiveInt = field(default=512, metadata={"help": "images in a file; of shards, each makes one"})
     output_dir: OutputFolder = field(default="runs/features", metadata={"help": "folder of the cache"})
 

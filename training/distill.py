@@ -15,6 +15,7 @@ same `--output_dir` goes on where it stopped.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate.utils import send_to_device
@@ -58,7 +59,9 @@ MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "distill.yaml"
 
 @dataclass(frozen=True)
 class DistillConfig(MaskModelConfig, RunConfig, StepsConfig, StreamConfig, TeacherViewsConfig):
-    target: str = field(default="embeddings", metadata={"help": "embeddings (of a promptable teacher) or features"})
+    target: Literal["embeddings", "features"] = field(
+        default="embeddings", metadata={"help": "what is learnt; embeddings are of a promptable teacher"}
+    )
     learning_rate: PositiveFloat = field(default=1e-3, metadata={"help": "peak of the learning rate"})
     size: PositiveInt = 1024
     output_dir: OutputFolder = "runs/distill"
@@ -68,8 +71,6 @@ class DistillConfig(MaskModelConfig, RunConfig, StepsConfig, StreamConfig, Teach
 def check(config: DistillConfig) -> None:
     check_ranges(config)
     config.check_model()
-    if config.target not in ("embeddings", "features"):
-        raise ValueError(f"--target {config.target} is not known; choose embeddings or features.")
     if config.teacher is None:
         raise ValueError("Give --teacher a model; with --cache its features are read, not computed.")
 
@@ -124,7 +125,7 @@ def training_function(config: DistillConfig, run: TrainingRun) -> None:
     student = build_student(config)
     task = build_task(config, student, (data.cache or teacher).width)
     optimizer = adamw(parameter_groups(task, config.learning_rate, config.weight_decay))
-    warmup_steps = min(config.warmup_steps, config.steps // 3)
+    warmup_steps = config.warmup_of(config.steps)
     scheduler = warmed_up(get_cosine_schedule_with_warmup(optimizer, warmup_steps, config.steps), warmup_steps)
     model, optimizer = accelerator.prepare(task, optimizer)
     average = weight_average(task, config.ema_decay)

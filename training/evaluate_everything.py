@@ -26,7 +26,14 @@ from hf_efficientsam.inference.image_files import describe_error
 from hf_efficientsam.inference.loading import checkpoint_fingerprint, load_model
 from hf_efficientsam.inference.mask_generation import EfficientSamMaskGenerator
 from hf_efficientsam.training.data.coco import AnnotationConfig, CocoMasks
-from hf_efficientsam.training.engine.config import OutputFile, OutputFolder, PositiveInt, check_ranges, parse_config
+from hf_efficientsam.training.engine.config import (
+    OutputFile,
+    OutputFolder,
+    PositiveInt,
+    Ratio,
+    check_ranges,
+    parse_config,
+)
 from hf_efficientsam.training.engine.reports import end_without, replace_text, write_report
 from hf_efficientsam.training.engine.run import check_device, run_script
 from hf_efficientsam.training.masks.coco_ar import NAMES, PROTOCOL, average_recall
@@ -38,17 +45,18 @@ class EvaluateEverythingConfig(AnnotationConfig):
     annotations: str | None = field(default=None, metadata={"help": "COCO-style json file with the true masks"})
     images: str | None = field(default=None, metadata={"help": "folder of its images; by default beside it"})
     limit: PositiveInt | None = field(default=None, metadata={"help": "only the first so many images that have masks"})
-    points_per_side: list[int] = field(default_factory=lambda: [32], metadata={"help": "one or several"})
-    pred_iou_thresh: float = field(default=0.0, metadata={"help": "least predicted IoU, exclusive; 0 keeps all"})
-    stability_score_thresh: float = field(default=0.0, metadata={"help": "least stability, likewise"})
-    box_nms_thresh: float | None = field(
+    points_per_side: list[PositiveInt] = field(default_factory=lambda: [32], metadata={"help": "one or several"})
+    pred_iou_thresh: Ratio = field(default=0.0, metadata={"help": "least predicted IoU, exclusive; 0 keeps all"})
+    stability_score_thresh: Ratio = field(default=0.0, metadata={"help": "least stability, likewise"})
+    box_nms_thresh: Ratio | None = field(
         default=None,
         metadata={
             "help": "of two masks whose boxes overlap by more, the worse is left out; by default the generator's"
         },
     )
     search: list[str] = field(
-        default_factory=lambda: ["exact"], metadata={"help": "which points are asked about: exact, adaptive, or both"}
+        default_factory=lambda: ["exact"],
+        metadata={"help": "which points are asked about: one of the two, or both", "choices": ["exact", "adaptive"]},
     )
     output: OutputFile | None = field(default=None, metadata={"help": "json file for the numbers"})
     masks: OutputFolder | None = field(
@@ -62,10 +70,8 @@ def check(config: EvaluateEverythingConfig) -> None:
     check_device(config.device)
     if config.annotations is None:
         raise ValueError("Give --annotations a COCO-style json file.")
-    if not config.points_per_side or len(set(config.points_per_side)) < len(config.points_per_side):
-        raise ValueError("Give --points_per_side at least one number, and none twice.")
-    if not config.search or set(config.search) - {"exact", "adaptive"}:
-        raise ValueError(f"--search is exact, adaptive, or both, not {' '.join(config.search)!r}.")
+    if len(set(config.points_per_side)) < len(config.points_per_side):
+        raise ValueError("Give --points_per_side no number twice.")
 
 
 @dataclass

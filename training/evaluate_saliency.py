@@ -27,7 +27,7 @@ from hf_efficientsam.inference.loading import checkpoint_fingerprint, load_model
 from hf_efficientsam.inference.prompters import SalientPrompter
 from hf_efficientsam.training.data.coco import AnnotationConfig, decode_rles
 from hf_efficientsam.training.data.folder_masks import UnitedMasks, open_annotations
-from hf_efficientsam.training.engine.config import OutputFile, PositiveInt, check_ranges, parse_config
+from hf_efficientsam.training.engine.config import OutputFile, PositiveInt, RatioBelowOne, check_ranges, parse_config
 from hf_efficientsam.training.engine.reports import end_without, write_report
 from hf_efficientsam.training.engine.run import check_device, run_script
 from hf_efficientsam.training.saliency.evaluation import mean_scores, score_map
@@ -42,7 +42,7 @@ class EvaluateSaliencyConfig(AnnotationConfig):
     limit: PositiveInt | None = field(default=None, metadata={"help": "only the first so many images"})
     saliency: list[str] = field(default_factory=lambda: ["own"], metadata={"help": "sources, see above"})
     prior: str | None = field(default=None, metadata={"help": "such a folder or json, for the source of that name"})
-    threshold: float = field(default=0.5, metadata={"help": "objects are cut out of the map at this value"})
+    threshold: RatioBelowOne = field(default=0.5, metadata={"help": "objects are cut out of the map at this value"})
     output: OutputFile | None = field(default=None, metadata={"help": "json file for the numbers"})
     cases: OutputFile | None = field(default=None, metadata={"help": "png of the best, median and worst masks"})
     device: str | None = field(default=None, metadata={"help": "by default a GPU if there is one"})
@@ -63,7 +63,7 @@ def mean_mask(source: UnitedMasks) -> np.ndarray:
     """The mean of all masks, each squashed to a square: float32 `[PRIOR_SIDE, PRIOR_SIDE]`, 0 to 1."""
     total = torch.zeros(PRIOR_SIDE, PRIOR_SIDE)
     for index in range(len(source)):
-        mask = torch.from_numpy(decode_rles(source[index].rles)).float()
+        mask = torch.from_numpy(decode_rles(source.without_image(index).rles)).float()
         total += F.interpolate(mask[None], (PRIOR_SIDE, PRIOR_SIDE), mode="area")[0, 0]
     return (total / len(source)).numpy()
 

@@ -17,6 +17,7 @@ training/accelerate/ddp.yaml and multi_node.yaml.
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -89,7 +90,9 @@ class ClassificationConfig(
         default=None, metadata={"help": "only print how good this model of an earlier run is on the images to test"}
     )
     # Model.
-    pooling: str = field(default="mean", metadata={"help": "what is classified: mean (over patches) or cls (a token)"})
+    pooling: Literal["mean", "cls"] = field(
+        default="mean", metadata={"help": "what is classified: the mean over the patches, or a class token"}
+    )
     linear_probe: bool = field(default=False, metadata={"help": "train the last norm and the classifier alone"})
     # Optimisation.
     label_smoothing: RatioBelowOne = field(
@@ -111,8 +114,6 @@ def check(config: ClassificationConfig) -> None:
         raise ValueError(f"--rand_augment_magnitude {config.rand_augment_magnitude} must be from 1 to 29.")
     if config.size % 16:
         raise ValueError(f"--size {config.size} must be a multiple of the patch's 16 pixels.")
-    if config.pooling not in ("mean", "cls"):
-        raise ValueError(f"--pooling {config.pooling} is not known; choose mean or cls.")
     if config.linear_probe and config.drop_path:
         raise ValueError("--linear_probe leaves the encoder as it is; leave --drop_path out.")
 

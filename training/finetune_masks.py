@@ -19,6 +19,7 @@ training/accelerate/ddp.yaml and multi_node.yaml.
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -112,7 +113,7 @@ class MasksConfig(
         default=None,
         metadata={"help": "folder of the cached embeddings, the teacher's too; by default OUTPUT_DIR/embeddings"},
     )
-    views: list[int] = field(
+    views: list[PositiveInt] = field(
         default_factory=lambda: [1],
         metadata={
             "help": "cached views of an image: 1 whole, 2 also mirrored, 3 and more zoomed; or a number for each file"
@@ -130,7 +131,9 @@ class MasksConfig(
     # Optimisation.
     epochs: PositiveFloat | None = field(default=None, metadata={"help": "times over the data, in place of steps"})
     learning_rate: PositiveFloat = 5e-4
-    schedule: str = field(default="cosine", metadata={"help": "how it falls to zero: cosine, linear or constant"})
+    schedule: Literal["cosine", "linear", "constant"] = field(
+        default="cosine", metadata={"help": "how it falls to zero, unless it is constant"}
+    )
     encoder_lr_scale: NotNegativeFloat = 0.5
     # Output.
     output_dir: OutputFolder = "runs/masks"
@@ -147,8 +150,6 @@ def check(config: MasksConfig) -> None:
         if config.image_size is not None and config.image_size % divisor:
             raise ValueError(f"--image_size {config.image_size} must be a multiple of {divisor} (16, --loss_stride).")
     config.check_model()
-    if config.schedule not in ("cosine", "linear", "constant"):
-        raise ValueError(f"--schedule {config.schedule} is not known; choose cosine, linear or constant.")
     config.check_trained_parts()
     config.check_validation()
     if config.save_lora and (
@@ -166,8 +167,6 @@ def check(config: MasksConfig) -> None:
 
 
 def check_cache(config: MasksConfig) -> None:
-    if not config.views or min(config.views) < 1:
-        raise ValueError("--views must be numbers from 1 on.")
     if not config.cache_embeddings and config.teacher is None:
         if max(config.views) > 1:
             raise ValueError("--views are views of cached images; give --cache_embeddings, too.")
@@ -246,7 +245,7 @@ def get_optimizer(
         raise ValueError("--layer_decay: the encoder has no numbered layers; leave it out.")
     groups = layer_wise_groups(model, config, layers, config.weight_decay)
     optimizer = adamw(groups)
-    kind, warmup_steps = config.schedule, min(config.warmup_steps, steps // 3)
+    kind, warmup_steps = config.schedule, config.warmup_of(steps)
     kind = "constant_with_warmup" if kind == "constant" else kind
     return optimizer, warmed_up(get_scheduler(kind, optimizer, warmup_steps, steps), warmup_steps)
 

@@ -18,6 +18,7 @@ training/accelerate/ddp.yaml and multi_node.yaml.
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,9 +43,9 @@ from hf_efficientsam import EfficientSamBackbone, EfficientSamBackboneConfig
 from hf_efficientsam.inference.drawing import draw_classes, image_table
 from hf_efficientsam.training.data.semantic import (
     NO_CLASS,
-    CropConfig,
     EvaluationImages,
     LabelSourceConfig,
+    SemanticCropConfig,
     SemanticCrops,
     Source,
     open_source,
@@ -96,7 +97,7 @@ class SemanticConfig(
     EvaluationConfig,
     LoaderConfig,
     EncoderConfig,
-    CropConfig,
+    SemanticCropConfig,
     LabelSourceConfig,
 ):
     evaluate: str | None = field(
@@ -107,7 +108,7 @@ class SemanticConfig(
         default=0, metadata={"help": "side in patches of the windows that most layers attend within; 0: everywhere"}
     )
     # Head.
-    head: str = field(default="mask2former", metadata={"help": "what segments: mask2former or upernet"})
+    head: Literal["mask2former", "upernet"] = field(default="mask2former", metadata={"help": "what segments"})
     width: PositiveInt = field(
         default=256, metadata={"help": "its channels, and the feature pyramid's; a multiple of 32"}
     )
@@ -125,8 +126,8 @@ class SemanticConfig(
     learning_rate: PositiveFloat = 2e-4
     encoder_lr_scale: NotNegativeFloat = 0.1
     # Evaluation.
-    evaluation: str = field(
-        default="whole", metadata={"help": "images are looked at whole, or by windows of --size: whole or slide"}
+    evaluation: Literal["whole", "slide"] = field(
+        default="whole", metadata={"help": "images are looked at whole, or by sliding windows of --size"}
     )
     output_dir: OutputFolder = "runs/semantic"
 
@@ -138,12 +139,6 @@ def check(config: SemanticConfig) -> None:
             raise ValueError(f"--{name} {getattr(config, name)} must be a multiple of 32.")
     if config.max_scale < config.min_scale:
         raise ValueError(f"--max_scale {config.max_scale} must not be less than --min_scale {config.min_scale}.")
-    if config.warmup_steps >= config.steps:
-        raise ValueError(f"--warmup_steps {config.warmup_steps} must be less than --steps {config.steps}.")
-    if config.head not in HEADS:
-        raise ValueError(f"--head {config.head} is not known; choose mask2former or upernet.")
-    if config.evaluation not in ("whole", "slide"):
-        raise ValueError(f"--evaluation {config.evaluation} is not known; choose whole or slide.")
 
 
 def build_backbone(config: SemanticConfig) -> EfficientSamBackbone:
@@ -222,10 +217,11 @@ def get_optimizer(
     layers = model.config.backbone_config.num_hidden_layers
     groups = layer_wise_groups(model, config, layers, config.weight_decay)
     optimizer = adamw(groups)
+    warmup_steps = config.warmup_of(config.steps)
     schedule = get_polynomial_decay_schedule_with_warmup(
-        optimizer, config.warmup_steps, config.steps, lr_end=0.0, power=config.schedule_power
+        optimizer, warmup_steps, config.steps, lr_end=0.0, power=config.schedule_power
     )
-    return optimizer, warmed_up(schedule, config.warmup_steps)
+    return optimizer, warmed_up(schedule, warmup_steps)
 
 
 def predict(

@@ -24,10 +24,17 @@ from tqdm.auto import tqdm
 
 from hf_efficientsam.training.data.classification import ClassFolders
 from hf_efficientsam.training.data.images import normalize
-from hf_efficientsam.training.engine.config import OutputFile, check_ranges, parse_config
+from hf_efficientsam.training.engine.config import (
+    NotNegativeInt,
+    OutputFile,
+    PositiveFloat,
+    PositiveInt,
+    check_ranges,
+    parse_config,
+)
 from hf_efficientsam.training.engine.encoder_weights import load_encoder
 from hf_efficientsam.training.engine.reports import write_report
-from hf_efficientsam.training.engine.run import run_script
+from hf_efficientsam.training.engine.run import check_device, run_script
 
 
 @dataclass(frozen=True)
@@ -37,15 +44,21 @@ class ProbeConfig:
         metadata={"help": "path or Hub name that EfficientSamVisionModel.from_pretrained takes, or: pixels"},
     )
     data: str | None = field(default=None, metadata={"help": "with train/CLASS/* and test/CLASS/* images"})
-    size: int = field(default=96, metadata={"help": "images are resized to this side"})
-    train_limit: int | None = field(default=None, metadata={"help": "so many training images, the same of each class"})
-    test_limit: int | None = field(default=None, metadata={"help": "so many test images, the same of each class"})
-    seed: int = field(default=0, metadata={"help": "of which images the limits choose"})
-    neighbors: int = field(default=10, metadata={"help": "that vote, by cosine similarity"})
-    probe_c: float = field(default=0.1, metadata={"help": "C of the logistic regression on standardised features"})
-    probe_iterations: int = field(default=1000, metadata={"help": "of the logistic regression at most"})
-    batch_size: int = field(default=64, metadata={"help": "images at a time"})
-    num_workers: int = field(default=0, metadata={"help": "processes that read images"})
+    size: PositiveInt = field(default=96, metadata={"help": "images are resized to this side"})
+    train_limit: PositiveInt | None = field(
+        default=None, metadata={"help": "so many training images, the same of each class"}
+    )
+    test_limit: PositiveInt | None = field(
+        default=None, metadata={"help": "so many test images, the same of each class"}
+    )
+    seed: NotNegativeInt = field(default=0, metadata={"help": "of which images the limits choose"})
+    neighbors: PositiveInt = field(default=10, metadata={"help": "that vote, by cosine similarity"})
+    probe_c: PositiveFloat = field(
+        default=0.1, metadata={"help": "C of the logistic regression on standardised features"}
+    )
+    probe_iterations: PositiveInt = field(default=1000, metadata={"help": "of the logistic regression at most"})
+    batch_size: PositiveInt = field(default=64, metadata={"help": "images at a time"})
+    num_workers: NotNegativeInt = field(default=0, metadata={"help": "processes that read images"})
     device: str | None = field(default=None, metadata={"help": "by default a GPU if there is one"})
     output: OutputFile | None = field(default=None, metadata={"help": "json file for the numbers"})
 
@@ -89,7 +102,10 @@ def features_of(encoder: nn.Module, images: ClassFolders, config: ProbeConfig, d
 
 def open_all(config: ProbeConfig) -> tuple[nn.Module, ClassFolders, ClassFolders]:
     if config.encoder is None or config.data is None:
-        raise ValueError("Give --encoder and --data.")
+        raise ValueError(
+            "Give --encoder a model with EfficientSAM's encoder, or pixels, and --data a folder with train/CLASS/ and "
+            "test/CLASS/."
+        )
     folders = [Path(config.data) / name for name in ("train", "test")]
     if missing := [str(folder) for folder in folders if not folder.is_dir()]:
         raise ValueError(f"There is no folder {' and no '.join(missing)}; --data needs train/CLASS/ and test/CLASS/.")
@@ -110,6 +126,7 @@ def open_all(config: ProbeConfig) -> tuple[nn.Module, ClassFolders, ClassFolders
 def main(arguments: list[str] | None = None) -> None:
     config = parse_config(ProbeConfig, __doc__, arguments)
     check_ranges(config)
+    check_device(config.device)
     started = time.perf_counter()
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     encoder, train, test = open_all(config)

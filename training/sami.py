@@ -12,6 +12,7 @@ training/accelerate/*.yaml.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate.utils import send_to_device, set_seed
@@ -28,6 +29,7 @@ from hf_efficientsam.training.engine.config import (
     OutputFolder,
     PositiveFloat,
     PositiveInt,
+    RatioBelowOne,
     RunConfig,
     StreamConfig,
     check_ranges,
@@ -53,18 +55,26 @@ MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "sami.yaml"
 @dataclass(frozen=True)
 class SamiConfig(RunConfig, EpochsConfig, StreamConfig, TeacherViewsConfig):
     # Target.
-    target: str = field(default="features", metadata={"help": "features (SAMI), or pixels (MAE, without a teacher)"})
-    target_normalization: str = field(default="layer_norm", metadata={"help": "layer_norm or none"})
-    loss: str = field(default="mse", metadata={"help": "mse or cosine"})
+    target: Literal["features", "pixels"] = field(
+        default="features", metadata={"help": "features are SAMI's; pixels are MAE's, without a teacher"}
+    )
+    target_normalization: Literal["layer_norm", "none"] = field(
+        default="layer_norm", metadata={"help": "of each feature"}
+    )
+    loss: Literal["mse", "cosine"] = field(default="mse", metadata={"help": "between target and reconstruction"})
     # Student; the defaults are EfficientSAM-Ti with the paper's decoder.
-    hidden_size: int = field(default=192, metadata={"help": "the encoder's width: 192 (Ti), 384 (S), 768 (B)"})
-    num_attention_heads: int = field(default=3, metadata={"help": "the encoder's heads: 3, 6, 12"})
-    num_hidden_layers: int = field(default=12, metadata={"help": "the encoder's layers"})
-    mask_ratio: float = field(default=0.75, metadata={"help": "ratio of patches that the encoder does not see"})
-    decoder_type: str = field(default="cross_attention", metadata={"help": "cross_attention or all_token"})
-    decoder_hidden_size: int = field(default=512, metadata={"help": "the decoder's width"})
-    decoder_num_hidden_layers: int = field(default=8, metadata={"help": "the decoder's layers"})
-    decoder_num_attention_heads: int = field(default=16, metadata={"help": "the decoder's heads"})
+    hidden_size: PositiveInt = field(default=192, metadata={"help": "the encoder's width: 192 (Ti), 384 (S), 768 (B)"})
+    num_attention_heads: PositiveInt = field(default=3, metadata={"help": "the encoder's heads: 3, 6, 12"})
+    num_hidden_layers: PositiveInt = field(default=12, metadata={"help": "the encoder's layers"})
+    mask_ratio: RatioBelowOne = field(
+        default=0.75, metadata={"help": "ratio of patches that the encoder does not see"}
+    )
+    decoder_type: Literal["cross_attention", "all_token"] = field(
+        default="cross_attention", metadata={"help": "what the decoder's layers work on: hidden patches, or all"}
+    )
+    decoder_hidden_size: PositiveInt = field(default=512, metadata={"help": "the decoder's width"})
+    decoder_num_hidden_layers: PositiveInt = field(default=8, metadata={"help": "the decoder's layers"})
+    decoder_num_attention_heads: PositiveInt = field(default=16, metadata={"help": "the decoder's heads"})
     select_weights: bool = field(
         default=False, metadata={"help": "start from evenly spaced weights of a Dinov2 teacher, not from scratch"}
     )
@@ -76,7 +86,7 @@ class SamiConfig(RunConfig, EpochsConfig, StreamConfig, TeacherViewsConfig):
     base_learning_rate: NotNegativeFloat = field(
         default=1.5e-4, metadata={"help": "for each 256 images of the global batch"}
     )
-    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's"})
+    adam_beta2: RatioBelowOne = field(default=0.95, metadata={"help": "AdamW's"})
     output_dir: OutputFolder = "runs/sami"
 
 

@@ -93,7 +93,7 @@ def check(config: InMemoryConfig) -> None:
         raise ValueError("--reconstruct_minutes must be less than --minutes.")
 
 
-def find_device(name: str | None) -> torch.device:
+def choose_device(name: str | None) -> torch.device:
     check_device(name)
     if name is None and not torch.cuda.is_available():
         raise ValueError(
@@ -296,7 +296,7 @@ def train_prompts(
 
 
 def train(config: InMemoryConfig, signals: StopSignals) -> None:
-    device = find_device(config.device)
+    device = choose_device(config.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     summary = Summary(config, device)

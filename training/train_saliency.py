@@ -55,7 +55,7 @@ from hf_efficientsam.training.engine.optimization import (
 )
 from hf_efficientsam.training.engine.reports import describe_model, write_report
 from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
-from hf_efficientsam.training.saliency.embeddings import EncodedImages, MirroredEmbeddings, whiten
+from hf_efficientsam.training.saliency.embeddings import EmbeddedImages, MirroredEmbeddings, whiten
 from hf_efficientsam.training.saliency.evaluation import mean_scores, predict_map, score_map
 
 MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "saliency.yaml"
@@ -95,17 +95,17 @@ def check(config: SaliencyConfig) -> None:
         raise ValueError(f"--image_size {config.image_size} must be a multiple of 16.")
 
 
-def get_data(config: SaliencyConfig, device: torch.device) -> tuple[MirroredEmbeddings, EncodedImages | None, int]:
+def get_data(config: SaliencyConfig, device: torch.device) -> tuple[MirroredEmbeddings, EmbeddedImages | None, int]:
     """What is trained on, what is measured on, and the channels of the embeddings."""
     model, _ = load_model(config.model)
     model, vision = model.to(device), model.config.vision_config
     side = config.image_size or vision.image_size
     processor = EfficientSamProcessor(EfficientSamImageProcessor(size={"height": side, "width": side}))
     source = ConcatDataset([UnitedMasks(open_annotations(path, reading=config)) for path in config.train])
-    data = MirroredEmbeddings(EncodedImages(model, processor, source), config.seed)
+    data = MirroredEmbeddings(EmbeddedImages(model, processor, source), config.seed)
     val = None
     if config.val is not None:
-        val = EncodedImages(model, processor, UnitedMasks(open_annotations(config.val, reading=config, split="val")))
+        val = EmbeddedImages(model, processor, UnitedMasks(open_annotations(config.val, reading=config, split="val")))
     return data, val, vision.output_channels
 
 
@@ -137,12 +137,12 @@ def get_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     groups = parameter_groups(head, config.learning_rate, config.weight_decay)
     optimizer = adamw(groups)
-    warmup_steps = min(config.warmup_steps, config.steps // 3)
+    warmup_steps = config.warmup_of(config.steps)
     schedule = get_scheduler("cosine", optimizer, warmup_steps, config.steps)
     return optimizer, warmed_up(schedule, warmup_steps)
 
 
-def measure(head: EfficientSamSaliencyHead, images: EncodedImages, accelerator: Accelerator) -> dict:
+def measure(head: EfficientSamSaliencyHead, images: EmbeddedImages, accelerator: Accelerator) -> dict:
     """See `mean_scores`; the same on every process, which share the images."""
     training = head.training
     head.eval()
@@ -152,7 +152,7 @@ def measure(head: EfficientSamSaliencyHead, images: EncodedImages, accelerator: 
     return {**mean_scores(gather_object(scores)), "images": len(images)}
 
 
-def draw(head: EfficientSamSaliencyHead, images: EncodedImages) -> Image.Image:
+def draw(head: EfficientSamSaliencyHead, images: EmbeddedImages) -> Image.Image:
     """Some of the images to measure on, what is salient in them, and what the head takes for it, side by side."""
     columns = {"images": [], "what is salient": [], "found": []}
     head.eval()

@@ -117,9 +117,9 @@ def test_a_broken_image_is_left_out_named_and_counted(coco, tiny_model, tmp_path
         ([], "Give --annotations"),
         (["--annotations", "absent.json"], "There is no annotation file absent.json"),
         (["--annotations", "COCO", "--limit", 0], "--limit is 0; it must be more than 0"),
-        (["--annotations", "COCO", "--points_per_side", 8, 8], "none twice"),
-        (["--annotations", "COCO", "--search", "fast"], "--search is exact, adaptive, or both"),
-        (["--annotations", "COCO", "--points_per_side", 0], "points_per_side must be at least 1"),
+        (["--annotations", "COCO", "--points_per_side", 8, 8], "Give --points_per_side no number twice."),
+        (["--annotations", "COCO", "--search", "fast"], "--search: invalid choice: 'fast'"),
+        (["--annotations", "COCO", "--points_per_side", 0], "--points_per_side is 0; it must be more than 0."),
         (["--annotations", "COCO", "--model", "absent/runs/model"], "absent/runs/model: no such directory"),
     ],
 )

@@ -150,7 +150,7 @@ def test_a_broken_image_is_left_out_named_and_counted(folder, model, tmp_path):
         (["--data", "FOLDER", "--saliency", "prior"], "the mean of the masks of --prior; give both or neither."),
         (["--data", "FOLDER", "--prior", "FOLDER"], "the mean of the masks of --prior; give both or neither."),
         (["--data", "FOLDER", "--saliency", "absent.onnx"], "absent.onnx: no such file."),
-        (["--data", "FOLDER", "--threshold", 1], "threshold must be at least 0 and below 1, not 1."),
+        (["--data", "FOLDER", "--threshold", 1], "--threshold is 1.0; it must be at least 0 and less than 1."),
         (["--data", "absent"], "There is no annotation file absent."),
     ],
 )

@@ -272,7 +272,7 @@ REFUSALS = {
     "no step": ("--train TRAIN --test TEST --epochs 0.2 --warmup_epochs 0", "is less than one step"),
     "all warm-up": ("--train TRAIN --test TEST --warmup_epochs 4", "must be less than --epochs"),
     "size": ("--train TRAIN --test TEST --size 40", "--size 40 must be a multiple"),
-    "pooling": ("--train TRAIN --test TEST --pooling max", "choose mean or cls"),
+    "pooling": ("--train TRAIN --test TEST --pooling max", "--pooling: invalid choice: 'max'"),
     "magnitude": ("--train TRAIN --test TEST --rand_augment_magnitude 30", "must be from 1 to 29"),
     "share": ("--train TRAIN --test TEST --erasing 2", "--erasing is 2.0; it must be between 0 and 1"),
     "dropped": ("--train TRAIN --test TEST --drop_path 1", "it must be at least 0 and less than 1"),

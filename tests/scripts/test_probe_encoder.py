@@ -139,10 +139,11 @@ def test_limits_are_balanced_and_repeatable(colors):
         (None, ["--encoder", "DINO"], "lacks weights of the encoder, such as vision_encoder."),
         (None, ["--encoder", "TINY", "--size", "40"], "--size 40 must be a multiple of the patch size, 16"),
         (None, ["--encoder", "pixels", "--train_limit", "31"], "limit 31 must be a multiple of the 3 classes"),
-        (None, ["--encoder", "pixels", "--train_limit", "0"], "limit 0 must be a multiple"),
+        (None, ["--encoder", "pixels", "--train_limit", "0"], "--train_limit is 0; it must be more than 0."),
         (None, ["--encoder", "pixels", "--test_limit", "15"], "test/blue holds only 4 images"),
         (None, ["--encoder", "pixels", "--neighbors", "37"], "--neighbors 37 are more than the 36"),
         (lambda folder: (folder / "test" / "red").rename(folder / "test" / "rot"), ["--encoder", "pixels"], "differ"),
+        (None, ["--encoder", "pixels", "--device", "gpu"], "--device gpu: "),
         (
             lambda folder: (folder / "train" / "red" / "3.png").write_bytes(b"words"),
             ["--encoder", "pixels"],

@@ -405,7 +405,7 @@ REFUSALS = {
     "no average": ("--images IMAGES --target pixels --ema_decay 1", "--ema_decay is 1.0; it must be at least 0"),
     "no seed": ("--images IMAGES --target pixels --seed -1", "must be 0 or more."),
     "no size": ("--images IMAGES --target pixels --size 60", "must be a multiple of the patch's 16 pixels: got 60."),
-    "no such loss": ("--images IMAGES --teacher TEACHER --loss l1", "it must be 'mse' or 'cosine'."),
+    "no such loss": ("--images IMAGES --teacher TEACHER --loss l1", "--loss: invalid choice: 'l1'"),
     "no such tracker": ("--images IMAGES --teacher TEACHER --trackers wandb", "There is no tracker wandb here"),
     "another teacher": ("--images IMAGES --cache CACHE --teacher OTHER", "made with other options"),
     "another size": ("--images IMAGES --cache CACHE --size 32", "size is 64, not 32."),

@@ -25,7 +25,7 @@ from hf_efficientsam import EfficientSamSaliencyConfig, EfficientSamSaliencyHead
 from hf_efficientsam.inference.loading import load_model
 from hf_efficientsam.training.data.coco import CocoMasks, decode_rles
 from hf_efficientsam.training.data.folder_masks import FolderMasks, UnitedMasks
-from hf_efficientsam.training.saliency.embeddings import EncodedImages, MirroredEmbeddings, whiten
+from hf_efficientsam.training.saliency.embeddings import EmbeddedImages, MirroredEmbeddings, whiten
 from hf_efficientsam.training.saliency.evaluation import predict_map
 
 STEPS = 7
@@ -94,7 +94,7 @@ def test_a_run_leaves_a_head_metrics_curves_and_pictures(whole, folder, tiny_mod
 
     # The numbers are those of the saved head.
     head = EfficientSamSaliencyHead.from_pretrained(whole / "model")
-    images = EncodedImages(*load_model(str(tiny_model)), FolderMasks(folder))
+    images = EmbeddedImages(*load_model(str(tiny_model)), FolderMasks(folder))
     mae = [
         np.abs(predict_map(head, images.processor, image) - image["truth"]).mean()
         for image in map(images.__getitem__, range(9))
@@ -141,7 +141,7 @@ def test_images_are_encoded_once_and_mirrored_half_of_the_time(folder, tiny_mode
     model, processor = load_model(str(tiny_model))
     encoded, get_image_embeddings = [], model.get_image_embeddings
     model.get_image_embeddings = lambda pixels: encoded.append(1) or get_image_embeddings(pixels)
-    images = EncodedImages(model, processor, FolderMasks(folder))
+    images = EmbeddedImages(model, processor, FolderMasks(folder))
     data, seen = MirroredEmbeddings(images), []
     for epoch in range(12):
         data.set_epoch(epoch)

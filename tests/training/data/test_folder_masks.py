@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageFilter, ImageOps
 
 from hf_efficientsam.training.data.coco import AnnotationConfig, decode_rles
-from hf_efficientsam.training.data.folder_masks import FolderMasks
+from hf_efficientsam.training.data.folder_masks import FolderMasks, UnitedMasks
 
 
 def write(folder, masks, size=(20, 10), **saving):
@@ -33,6 +33,7 @@ def test_each_image_has_its_mask(tmp_path):
         assert (sample.image_id, sample.annotation_ids, sample.source) == (number, [number], tmp_path.name)
         (tmp_path / "images" / f"{number}.jpg").unlink()
         assert dataset.without_image(number) == replace(sample, image=None)
+        assert UnitedMasks(dataset).without_image(number).image is None
 
 
 def colors(*objects):

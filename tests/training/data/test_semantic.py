@@ -8,10 +8,10 @@ from transformers import Mask2FormerImageProcessorPil
 
 from hf_efficientsam.training.data.semantic import (
     NO_CLASS,
-    CropConfig,
     EvaluationImages,
     LabelledImages,
     LabelSourceConfig,
+    SemanticCropConfig,
     SemanticCrops,
     Shapes,
     open_source,
@@ -149,7 +149,7 @@ def test_made_up_shapes():
 
 def test_a_crop_depends_on_seed_epoch_and_key_alone():
     def item(seed, epoch, index):
-        data = SemanticCrops(Shapes(4, 0), CropConfig(size=32), seed)
+        data = SemanticCrops(Shapes(4, 0), SemanticCropConfig(size=32), seed)
         data.set_epoch(epoch)
         return data[index]
 
@@ -161,7 +161,7 @@ def test_a_crop_depends_on_seed_epoch_and_key_alone():
 
 def test_labels_stay_with_their_pixels():
     """Each shape has a colour of its own, so a crop's pixels say what its labels must be."""
-    source, options = Shapes(8, 0), CropConfig(size=96, min_scale=0.5, max_scale=2, color_jitter=0)
+    source, options = Shapes(8, 0), SemanticCropConfig(size=96, min_scale=0.5, max_scale=2, color_jitter=0)
     data = SemanticCrops(source, options)
     for index in range(len(source)):
         item = data[index]
@@ -183,7 +183,7 @@ def test_labels_stay_with_their_pixels():
 
 
 def test_crops_show_images_at_every_scale():
-    options, generator = CropConfig(size=32, min_scale=0.5, max_scale=2), np.random.default_rng(0)
+    options, generator = SemanticCropConfig(size=32, min_scale=0.5, max_scale=2), np.random.default_rng(0)
     scales, whole = [], 0
     for _ in range(300):
         (left, top, right, bottom), (width, height) = random_scale_crop(120, 80, options, generator)

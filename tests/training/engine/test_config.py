@@ -1,6 +1,7 @@
 import dataclasses
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pytest
 
@@ -12,6 +13,7 @@ from hf_efficientsam.training.engine.config import (
     Ratio,
     RatioBelowOne,
     RunConfig,
+    StepsConfig,
     check_ranges,
     parse_config,
 )
@@ -27,6 +29,7 @@ class Config:
     flip: bool = True
     debug: bool = False
     order: str = field(default="given", metadata={"choices": ["given", "random"]})
+    loss: Literal["mse", "cosine"] = "mse"
 
 
 def write(folder, text):
@@ -96,12 +99,19 @@ def test_a_file_that_cannot_be_read(tmp_path):
         (["--train"], "--train: expected at least one argument."),
         (["--config"], "--config: expected one argument."),
         (["--order", "up"], "--order: invalid choice: 'up' (choose from "),
+        (["--loss", "l1"], "--loss: invalid choice: 'l1' (choose from "),
     ],
 )
 def test_an_argument_that_does_not_fit_is_named_in_one_sentence(arguments, sentence, capsys):
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}") as raised:
         parse_config(Config, "", arguments)
     assert "\n" not in str(raised.value) and capsys.readouterr() == ("", "")
+
+
+def test_an_option_is_named_by_one_of_its_spellings():
+    for name in ("--batch_size", "--batch-size"):
+        with pytest.raises(ValueError, match=r"^--batch_size: invalid int value: 'few'\.$"):
+            parse_config(RunConfig, "", [name, "few"])
 
 
 def test_without_arguments_the_default_file_is_read(tmp_path, monkeypatch):
@@ -130,6 +140,7 @@ class Ranged:
     erasing: Ratio = 1.0
     crop_scale: PositiveRatio = 1.0
     ema_decay: RatioBelowOne = 0.0
+    sizes: list[PositiveInt] = field(default_factory=lambda: [1])
 
 
 def test_options_out_of_range_are_named():
@@ -144,9 +155,15 @@ def test_options_out_of_range_are_named():
         ("crop_scale", 1.5, "--crop_scale is 1.5; it must be between 0 and 1."),
         ("ema_decay", 1.0, "--ema_decay is 1.0; it must be at least 0 and less than 1."),
         ("erasing", float("nan"), "--erasing is nan; it must be between 0 and 1."),
+        ("sizes", [3, 0], "--sizes is 0; it must be more than 0."),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             check_ranges(dataclasses.replace(Ranged(), **{name: value}))
+
+
+def test_a_warm_up_takes_a_third_of_the_steps_at_most():
+    config = StepsConfig(warmup_steps=10)
+    assert [config.warmup_of(steps) for steps in (100, 31, 20, 2)] == [10, 10, 6, 0]
 
 
 def test_epochs_are_whole_steps():

@@ -1,4 +1,4 @@
-"""What image classification adds to a training loop: mixed images with their targets, and top-1 and top-5."""
+"""Mixup and cutmix of the images of a batch and their targets."""
 
 import torch
 

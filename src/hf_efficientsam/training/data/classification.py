@@ -271,7 +271,7 @@ def read_names(path: str | None) -> list[str]:
 
 def draw_mixing(options: ClassViewConfig, generator: np.random.Generator) -> tuple[float, tuple[int, int, int, int]]:
     """
-    How much of an image is kept when it is mixed with another, see `classification.mix_neighbors`: by mixup (arXiv
+    How much of an image is kept when it is mixed with another, see `mixup.mix_neighbors`: by mixup (arXiv
     1710.09412) a part of each pixel, by cutmix (arXiv 1905.04899) all pixels outside a box.
 
     Returns:

@@ -38,7 +38,8 @@ class AnnotationConfig(FrameConfig):
     crowds: str = field(
         default="auto",
         metadata={
-            "help": "iscrowd 1 in json: skip (regions of many objects), keep (masks like others), or auto: by the file"
+            "help": "iscrowd 1 in json: skip (regions of many objects), keep (masks as others), or auto: by the file",
+            "choices": CROWDS,
         },
     )
 

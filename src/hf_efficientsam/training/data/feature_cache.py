@@ -166,6 +166,7 @@ class ViewParts(IterableDataset):
 
 
 def part_path(folder: str | Path, view: int, part: int) -> Path:
+    """The file of a part of a view's features."""
     return Path(folder) / f"view_{view:04d}" / f"part_{part:06d}.safetensors"
 
 

@@ -109,7 +109,13 @@ class UnitedMasks(Dataset):
         return len(self.masks)
 
     def __getitem__(self, index: int) -> Sample:
-        sample = self.masks[index]
+        return self._unite(self.masks[index])
+
+    def without_image(self, index: int) -> Sample:
+        """The sample without its image, whose file is not opened."""
+        return self._unite(self.masks.without_image(index))
+
+    def _unite(self, sample: Sample) -> Sample:
         return replace(sample, rles=[rle_codec.merge(sample.rles)], annotation_ids=sample.annotation_ids[:1])
 
 

@@ -49,7 +49,10 @@ class FrameConfig:
 
     mask_frame: str | None = field(
         default=None,
-        metadata={"help": "masks of photographs with an EXIF orientation, where sizes do not tell: upright or stored"},
+        metadata={
+            "help": "the frame of masks of photographs with an EXIF orientation, where sizes do not tell",
+            "choices": FRAMES,
+        },
     )
 
 

@@ -48,7 +48,7 @@ class LabelSourceConfig(FrameConfig):
 
 
 @dataclass(frozen=True)
-class CropConfig:
+class SemanticCropConfig:
     """How training images are augmented."""
 
     size: PositiveInt = field(
@@ -234,7 +234,7 @@ class SemanticCrops(Dataset):
         seed: of all chance.
     """
 
-    def __init__(self, source: Source, options: CropConfig, seed: int = 0):
+    def __init__(self, source: Source, options: SemanticCropConfig, seed: int = 0):
         self.source, self.options, self.seed = source, options, seed
         self.epoch = shared_number()
 
@@ -271,7 +271,7 @@ class SemanticCrops(Dataset):
 
 
 def random_scale_crop(
-    width: int, height: int, options: CropConfig, generator: np.random.Generator
+    width: int, height: int, options: SemanticCropConfig, generator: np.random.Generator
 ) -> tuple[tuple[float, float, float, float], tuple[int, int]]:
     """
     What to cut out of an image of `width` x `height` pixels, and to which size: the whole image would become one whose

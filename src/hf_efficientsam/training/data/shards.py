@@ -221,6 +221,7 @@ def shared_number() -> torch.Tensor:
 
 
 def hash_lines(lines: Iterable[str]) -> str:
+    """SHA-256 of some lines, names of files among them."""
     return hashlib.sha256(os.fsencode("".join(f"{line}\n" for line in lines))).hexdigest()
 
 

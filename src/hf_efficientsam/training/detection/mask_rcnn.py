@@ -130,10 +130,8 @@ class MaskDetector(nn.Module):
         found, _ = self._heads(self.rcnn.backbone(pixel_values), pixel_values, sizes)
         found = self.rcnn.transform.postprocess(found, sizes, [(image.height, image.width) for image in images])
         self.train(training)
-        return [
-            {name: value[:, 0] > 0.5 if name == "masks" else value for name, value in to_cpu(one).items()}
-            for one in found
-        ]
+        on_cpu = [{name: value.cpu() for name, value in one.items()} for one in found]
+        return [one | {"masks": one["masks"][:, 0] > 0.5} for one in on_cpu]
 
     def _heads(self, features: dict, pixel_values: torch.Tensor, sizes: list, targets: list | None = None) -> tuple:
         from torchvision.models.detection.image_list import ImageList
@@ -202,10 +200,6 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def to_cpu(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value.cpu() for name, value in values.items()}
 
 
 def save_detector(detector: MaskDetector, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -90,6 +91,10 @@ class StepsConfig:
 
     steps: PositiveInt = field(default=2000, metadata={"help": "optimiser steps"})
     warmup_steps: NotNegativeInt = field(default=100, metadata={"help": "linear warm-up; at most a third of all"})
+
+    def warmup_of(self, steps: int) -> int:
+        """The steps of the warm-up of a run of so many steps."""
+        return min(self.warmup_steps, steps // 3)
 
 
 @dataclass(frozen=True)
@@ -191,7 +196,8 @@ def parse_config(
 
 def _refuse(message: str) -> NoReturn:
     """In place of argparse's way, which prints all options first."""
-    raise ValueError(f"{message.removeprefix('argument ')}.")
+    message = re.sub(r"^argument (--\w+)(/--[\w-]+)?", r"\1", message)  # without the option's other spelling
+    raise ValueError(f"{message}.")
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: list[str], names: list[str]) -> dict[str, Any]:
@@ -249,17 +255,18 @@ def _example_file(value: str) -> str | None:
 
 def check_ranges(config: Any) -> None:
     """
-    Checks the fields whose type says what they may hold, such as `PositiveInt`; None always fits. And that a run in
-    epochs is not all warm-up.
+    Checks the fields whose type says what they may hold, such as `PositiveInt`, or each value of a list; None always
+    fits. And that a run in epochs is not all warm-up.
 
     Raises:
         ValueError: for the first one out of range.
     """
     for name, hint in get_type_hints(type(config), include_extras=True).items():
-        value = getattr(config, name)
-        for allowed in _ranges(hint):
-            if value is not None and not allowed.contains(value):
-                raise ValueError(f"--{name} is {value}; it must be {allowed.words}.")
+        given = getattr(config, name)
+        for value in given if isinstance(given, list) else [given]:
+            for allowed in _ranges(hint):
+                if value is not None and not allowed.contains(value):
+                    raise ValueError(f"--{name} is {value}; it must be {allowed.words}.")
     if isinstance(config, EpochsConfig) and config.warmup_epochs >= config.epochs:
         raise ValueError(f"--warmup_epochs {config.warmup_epochs} must be less than --epochs {config.epochs}.")
 

@@ -14,7 +14,7 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from .config import OutputFolder, PositiveInt, check_ranges
+from .config import NotNegativeInt, OutputFolder, PositiveInt, check_ranges
 from .reports import fill_between, replace_text, versions_of
 
 Scores = dict[str, dict[str, dict]]  # by arm and seed: numbers by their names, and the `versions` behind them
@@ -27,7 +27,9 @@ class StudyConfig:
 
     data: str = field(default="../shared/data", metadata={"help": "folder with train-seg, coco-train and so on"})
     arms: list[str] | None = field(default=None, metadata={"help": "which of the arms; by default all"})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "each arm is run with each"})
+    seeds: list[NotNegativeInt] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "each arm is run with each"}
+    )
     jobs: PositiveInt = field(default=1, metadata={"help": "runs at a time, each on one thread"})
     output_dir: OutputFolder | None = field(
         default=None, metadata={"help": "where every stage keeps its result; by default runs/ and the study's name"}

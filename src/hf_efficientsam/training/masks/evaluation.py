@@ -203,6 +203,7 @@ def candidate_ious(
 
 
 def masks_at_once(height: int, width: int, prompts_at_once: int) -> int:
+    """How many masks of an image of this size are asked for together, `prompts_at_once` at most."""
     return max(1, min(prompts_at_once, PIXELS_AT_ONCE // (height * width)))
 
 

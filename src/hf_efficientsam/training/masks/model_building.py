@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field
+from typing import Literal
 
 from accelerate import PartialState
 from accelerate.utils import set_seed
@@ -59,20 +60,18 @@ class MaskModelConfig:
         default=None, metadata={"help": "takes background points (label 0); by default as --model, and a new one does"}
     )
     mask_prompts: bool | None = field(default=None, metadata={"help": "takes mask prompts; by default likewise"})
-    initial_weights: str = field(
+    initial_weights: Literal["geometric", "random"] = field(
         default="geometric",
-        metadata={"help": "a new decoder's: geometric (untrained it answers a box with that box) or random"},
+        metadata={"help": "a new decoder's; with geometric ones it answers a box with that box, untrained"},
     )
-    position_init: str = field(
-        default="axes", metadata={"help": "a new random decoder's Fourier frequencies: gaussian or axes"}
+    position_init: Literal["axes", "gaussian"] = field(
+        default="axes", metadata={"help": "a new random decoder's Fourier frequencies"}
     )
 
     def check_model(self) -> None:
-        """Raises ValueError for options that exclude each other, or are not known."""
+        """Raises ValueError for options that exclude each other."""
         if self.select_weights is not None and (self.model is not None or self.encoder is not None):
             raise ValueError("--select_weights starts a new encoder; leave out --model and --encoder.")
-        if self.initial_weights not in ("geometric", "random"):
-            raise ValueError(f"--initial_weights {self.initial_weights} is not known; choose geometric or random.")
 
 
 def build_model(config: MaskModelConfig, image_size: int | None = None, seed: int = 0) -> PreTrainedModel:

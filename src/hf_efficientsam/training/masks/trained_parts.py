@@ -22,7 +22,7 @@ class TrainedPartsConfig:
     """Which parts are trained, and how."""
 
     freeze: list[str] = field(
-        default_factory=list, metadata={"help": "parts that are not trained: vision_encoder, prompt_encoder, ..."}
+        default_factory=list, metadata={"help": "parts that are not trained", "choices": list(PARTS)}
     )
     unfreeze: list[str] = field(
         default_factory=list, metadata={"help": "modules of frozen parts that are trained, as mask_decoder.iou_head"}
@@ -38,9 +38,7 @@ class TrainedPartsConfig:
     )
 
     def check_trained_parts(self) -> None:
-        """Raises ValueError for parts that are not known, and options that exclude each other."""
-        if unknown := set(self.freeze) - set(PARTS):
-            raise ValueError(f"--freeze {min(unknown)}: there is no such part; choose of {', '.join(PARTS)}.")
+        """Raises ValueError for options that exclude each other."""
         if self.lora and "vision_encoder" in self.freeze:
             raise ValueError(
                 "--lora updates the encoder and --freeze vision_encoder forbids it; leave one of them out."

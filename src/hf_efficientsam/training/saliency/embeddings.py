@@ -13,7 +13,7 @@ from hf_efficientsam.training.data.coco import decode_rles
 NOISE_RATIO = 1e-5  # of the embeddings' variance: components of less are not made as large as the others
 
 
-class EncodedImages(Dataset):
+class EmbeddedImages(Dataset):
     """
     Images with one mask each, as the processor shows them to a frozen encoder. An image is encoded when it is first
     asked for, and then kept in half precision: at 512 pixels half a MiB.
@@ -53,7 +53,7 @@ class MirroredEmbeddings(Dataset):
     are mirrored as they are: so an image is encoded once. An item depends on (seed, epoch, index) and on nothing else.
     """
 
-    def __init__(self, images: EncodedImages, seed: int = 0):
+    def __init__(self, images: EmbeddedImages, seed: int = 0):
         self.images, self.seed, self.epoch = images, seed, 0
 
     def __len__(self) -> int:

@@ -14,7 +14,7 @@ F_BETA = 0.3  # the square of beta, by which saliency benchmarks weigh precision
 
 @torch.no_grad()
 def predict_map(head: EfficientSamSaliencyHead, processor: EfficientSamProcessor, image: dict) -> np.ndarray:
-    """The saliency float32 `[height, width]`, 0 to 1, of an item of [`EncodedImages`]."""
+    """The saliency float32 `[height, width]`, 0 to 1, of an item of [`EmbeddedImages`]."""
     logits = head(image["image_embeddings"][None].to(head.device)).logits.float().cpu()
     return processor.post_process_masks([logits], **image["sizes"], binarize=False)[0][0, 0].sigmoid().numpy()
 

@@ -7,7 +7,7 @@ from accelerate import PartialState
 
 from hf_efficientsam.training.data.feature_cache import FeatureCache
 from hf_efficientsam.training.data.images import ImageSourceConfig, ImageViews, StreamedViews, open_images
-from hf_efficientsam.training.engine.config import NotNegativeInt, PositiveInt
+from hf_efficientsam.training.engine.config import NotNegativeInt, PositiveInt, PositiveRatio
 
 from .teachers import Teacher, load_teacher
 
@@ -17,11 +17,15 @@ class TeacherViewsConfig(ImageSourceConfig):
     """The student's images and their teacher. A script's configuration is a `RunConfig` and a `StreamConfig`, too."""
 
     size: PositiveInt = field(default=224, metadata={"help": "side of the student's crop in pixels"})
-    crop_scale: float = field(default=0.2, metadata={"help": "smallest part of an image's area that a crop keeps"})
-    views: int | None = field(default=None, metadata={"help": "crops of an image; else new ones in each epoch"})
+    crop_scale: PositiveRatio = field(
+        default=0.2, metadata={"help": "smallest part of an image's area that a crop keeps"}
+    )
+    views: PositiveInt | None = field(
+        default=None, metadata={"help": "crops of an image; else new ones in each epoch"}
+    )
     view_seed: NotNegativeInt = field(default=0, metadata={"help": "of the crops: that of the cache, if one is used"})
     teacher: str | None = field(default=None, metadata={"help": "vision model: Hub name, directory, or: bundled"})
-    teacher_size: int | None = field(default=None, metadata={"help": "its input side; else its processor's"})
+    teacher_size: PositiveInt | None = field(default=None, metadata={"help": "its input side; else its processor's"})
     cache: str | None = field(default=None, metadata={"help": "its features from cache_features.py"})
 
 
