@@ -25,7 +25,7 @@ from torch import nn
 from .onednn_efficientsam import EfficientSamLinear, linear, products, stack
 
 CHUNK_ON_CPU = 2  # prompts; measured: more at once fall out of the cache
-UPSCALED_NUMBERS = 2**19  # of the cells that are upscaled last at a time: they stay in the cache
+UPSCALED_NUMBERS = 2**17  # of the cells that are upscaled last at a time; measured: they become 1 MB
 
 
 def can_decode_fast(decoder: nn.Module, image_embeddings: torch.Tensor, output_attentions: bool = False) -> bool:
@@ -215,24 +215,26 @@ def upscale_masks(
     Doublings, normalisation over all cells, activation and products ignore the order of cells, so the cells stay flat
     until the end. The four cells that a cell becomes follow each other.
     """
-    return upscale_doubled(upscaling, double_cells(upscaling.convs[0], image), filters, grid_size)
+    return upscale_doubled(upscaling, double_cells(image, *doubling_layer(upscaling.convs[0])), filters, grid_size)
 
 
 def upscale_doubled(
     upscaling: nn.Module, doubled: torch.Tensor, filters: torch.Tensor, grid_size: tuple[int, int]
 ) -> torch.Tensor:
     """`upscale_masks` from what the first doubling makes of the image, `[P, 4 N, C_next]`."""
-    image, convs = doubled, upscaling.convs
-    for norm, conv in zip(upscaling.norms[:-1], convs[1:-1], strict=True):
-        image = double_cells(conv, upscaling.activation(group_normalize(norm, image)))
-    image = upscaling.activation(group_normalize(upscaling.norms[-1], image))
+    image = doubled
+    (_, *convs, last), (*norms, last_norm) = upscaling.convs, upscaling.norms
+    for norm, conv in zip(norms, convs, strict=True):
+        image = double_cells(upscaling.activation(group_normalize(norm, image)), *doubling_layer(conv))
+    image = upscaling.activation(group_normalize(last_norm, image))
     # The last doubling is the largest by far and nothing is normalised after it: in parts that stay in the cache of a
     # CPU, unless gradients need all of it anyway; not in compiled code, where the number of parts would be fixed.
     parts = [image]
     if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         parts = image.split(max(1, UPSCALED_NUMBERS // image[:, 0].numel()), dim=1)
-    masks = [products(filters, upscaling.activation(double_cells(convs[-1], part))) for part in parts]
-    return lay_out(torch.cat(masks, dim=2), grid_size, doublings=len(convs))
+    weight, bias = doubling_layer(last)
+    masks = [products(filters, upscaling.activation(double_cells(part, weight, bias))) for part in parts]
+    return lay_out(torch.cat(masks, dim=2), grid_size, doublings=len(upscaling.convs))
 
 
 def group_normalize(norm: nn.GroupNorm, image: torch.Tensor) -> torch.Tensor:
@@ -240,14 +242,14 @@ def group_normalize(norm: nn.GroupNorm, image: torch.Tensor) -> torch.Tensor:
     return torch.addcmul(norm.bias, F.layer_norm(image, image.shape[1:], eps=norm.eps), norm.weight)
 
 
-def double_cells(conv: nn.ConvTranspose2d, image: torch.Tensor) -> torch.Tensor:
-    """`[P, N, C] -> [P, 4 N, C_next]`, the transposed convolution with kernel and stride 2."""
-    return linear(image, doubling_weight(conv), conv.bias.expand(4, -1).flatten()).unflatten(-1, (4, -1)).flatten(1, 2)
+def doubling_layer(conv: nn.ConvTranspose2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight `[4 * C_next, C]` and bias of the linear layer that makes the four cells of one."""
+    return conv.weight.permute(2, 3, 1, 0).flatten(0, 2), conv.bias.expand(4, -1).flatten()
 
 
-def doubling_weight(conv: nn.ConvTranspose2d) -> torch.Tensor:
-    """`[4 * C_next, C]`: of the linear layer that makes the four cells of one."""
-    return conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
+def double_cells(image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`[P, N, C] -> [P, 4 N, C_next]`, the transposed convolution with kernel and stride 2, as `doubling_layer`."""
+    return linear(image, weight, bias).unflatten(-1, (4, -1)).flatten(1, 2)
 
 
 def lay_out(masks: torch.Tensor, grid_size: tuple[int, int], doublings: int) -> torch.Tensor:

@@ -27,8 +27,7 @@ from torch import nn
 
 from .mask_decoder_fast_efficientsam import (
     attend_to_shared_image,
-    can_decode_fast,
-    doubling_weight,
+    doubling_layer,
     project_shared_image,
     upscale_doubled,
 )
@@ -38,14 +37,14 @@ LEAST_PROMPTS = 8  # with fewer, computing what they share costs more than it sa
 PROMPTS_AT_ONCE = 16  # whose tokens go through a layer together; their images follow one by one, to stay in the cache
 
 
-def can_share_image(decoder: nn.Module, image: torch.Tensor) -> bool:
+def can_share_image(image: torch.Tensor) -> bool:
     """
-    Whether `SharedImageDecoder` may decode `image` `[B, 1 or Q, N, C]`, and is the faster one for many prompts: on a
-    CPU, without gradients, and without masks as prompts. Compiled code would unroll the loop over the prompts.
+    Whether `SharedImageDecoder` may take the place of a `FastMaskDecoder` for `image` `[B, 1 or Q, N, C]`, and is the
+    faster one for many prompts: on a CPU, without gradients, and without masks as prompts. Compiled code would unroll
+    the loop over the prompts.
     """
     return (
-        can_decode_fast(decoder, image)
-        and image.device.type == "cpu"
+        image.device.type == "cpu"
         and image.shape[1] == 1
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
@@ -208,7 +207,7 @@ class SharedImageDecoder:
     Decodes prompts of one image with the parameters of an `EfficientSamMaskDecoder`.
 
     Args:
-        decoder: the reference; `can_share_image` must allow it.
+        decoder: the reference; `can_decode_fast` and `can_share_image` must allow it.
         image: `[N, C]`, what all prompts see before the first layer.
         positions: `[N, C]`.
     """
@@ -240,9 +239,9 @@ class SharedImageDecoder:
         last, conv = decoder.final_token_to_image_attention, decoder.upscaling.convs[0]
         self.final_key = project(last, last.k_proj, image, positions)
         self.final_value = project(last, last.v_proj, image)
-        weight = doubling_weight(conv)
+        weight, bias = doubling_layer(conv)
         self.doubled = linear(image.base, weight)
-        self.doubled_offset = F.linear(image.shift, weight, conv.bias.repeat(4))
+        self.doubled_offset = F.linear(image.shift, weight, bias)
         self.doubled_maps = [one @ weight.T for one in image.maps]
 
     def predict(

@@ -401,9 +401,10 @@ class EfficientSamFeedForward(nn.Module):
         self.activation = ACT2FN[hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers[:-1]:
+        *hidden_layers, last = self.layers
+        for layer in hidden_layers:
             hidden_states = self.activation(layer(hidden_states))
-        return self.layers[-1](hidden_states)
+        return last(hidden_states)
 
 
 class EfficientSamMaskUpscaling(nn.Module):
@@ -491,7 +492,7 @@ class EfficientSamMaskDecoder(nn.Module):
             return iou_scores.new_empty(*iou_scores.shape, *(scale * side for side in grid_size)), iou_scores
         if can_decode_fast(self, image, kwargs.get("output_attentions")):
             # The number of prompts is asked last: in compiled code each question about it makes a graph of its own.
-            if can_share_image(self, image) and tokens.shape[1] >= LEAST_PROMPTS:
+            if can_share_image(image) and tokens.shape[1] >= LEAST_PROMPTS:
                 return self.predict_shared(*inputs, grid_size, multimask_output)
             return FastMaskDecoder(self).predict(*inputs, grid_size, multimask_output)
 
@@ -563,9 +564,9 @@ class EfficientSamMaskDecoder(nn.Module):
         image_positional_embeddings: torch.Tensor,
         dense_prompt_embeddings: torch.Tensor | None,
     ) -> SharedImageDecoder | None:
-        """What many prompts of one image, `[1, C, h, w]`, have in common; None where `can_share_image` forbids it."""
+        """What many prompts of one image, `[1, C, h, w]`, have in common; None where no decoder may use it."""
         image = self.embed_image(image_embeddings, dense_prompt_embeddings)
-        if can_share_image(self, image):
+        if can_decode_fast(self, image) and can_share_image(image):
             return SharedImageDecoder(self, image[0, 0], image_positional_embeddings)
         return None
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_efficientsam.model.mask_decoder_fast_efficientsam import double_cells
+from hf_efficientsam.model.mask_decoder_fast_efficientsam import double_cells, doubling_layer
 from hf_efficientsam.model.modeling_efficientsam import (
     EfficientSamMaskDecoder,
     EfficientSamMaskUpscaling,
@@ -166,9 +166,9 @@ def upscale_cells(
     prompts, count = image.shape[:2], image.shape[2]
     image, weight = image.flatten(0, 1), weight.flatten(0, 1).to(image)
     for conv, norm in zip(upscaling.convs[:-1], upscaling.norms, strict=True):
-        image, weight = double_cells(conv, image), weight.repeat_interleave(4, dim=1)
+        image, weight = double_cells(image, *doubling_layer(conv)), weight.repeat_interleave(4, dim=1)
         image = upscaling.activation(_normalize(norm, image, weight.unsqueeze(-1)))
-    image = upscaling.activation(double_cells(upscaling.convs[-1], image))
+    image = upscaling.activation(double_cells(image, *doubling_layer(upscaling.convs[-1])))
     return (filters.flatten(0, 1) @ image.transpose(1, 2)).unflatten(2, (count, -1)).unflatten(0, prompts)
 
 
