@@ -18,20 +18,15 @@ Decoder and post-processing, from the image's embedding on, in interleaved runs 
 - ours: `EfficientSamMaskGenerator`, what it does after the embedding.
 - adaptive: the same with `adaptive=True`, which asks about fewer points and so finds other masks.
 
-Thresholds are quantiles of the image's own scores, since what is a good score differs between models. Memory is that
-of the generator at all points against the naive way with all points together, which is measured at fewer, and at all
-computed as what it holds at least.
+Thresholds are quantiles of the image's own scores, since what is a good score differs between models. Memory is
+everything_naive_memory.py's.
 """
 
 import argparse
 import copy
 import functools
-import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from contextlib import ExitStack
@@ -41,7 +36,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from decoder_memory import peak_bytes
 from PIL import Image
 from tqdm import tqdm
 from transformers import SamConfig, SamModel, pipeline
@@ -227,6 +221,18 @@ def choose_thresholds(scene: Scene, logits: torch.Tensor, scores: torch.Tensor, 
     scene.stability_score_thresh = between(torch.cat(stability), 1 - stable)
 
 
+def open_scene(args: argparse.Namespace) -> tuple:
+    """The scene of the options, its image processor, and logits and scores as of `all_candidates`."""
+    model, processor = load(args.model, args.image_size)
+    image = Image.open(args.image).convert("RGB").resize((args.image_size, args.image_size))
+    with torch.no_grad():
+        embedding = model.get_image_embeddings(processor(image)["pixel_values"].to(model.device))
+    scene = Scene(model, image, embedding, args.image_size, args.points_per_side)
+    logits, scores = all_candidates(scene)
+    choose_thresholds(scene, logits, scores, args.prompts, args.stable)
+    return scene, processor, logits, scores
+
+
 def matched(masks: list[np.ndarray], reference: list[np.ndarray]) -> tuple[float, float]:
     """
     The share of the reference's masks that are among `masks`, IoU at least 0.999, and the median of the reference's
@@ -295,59 +301,11 @@ def stages(scene: Scene, processor, clock) -> dict[str, float]:
     return dict(watch.seconds)
 
 
-def naive_bytes(scene: Scene, num_points: int) -> int:
-    """What the naive way holds at least where it brings all candidates to the size of the image: these and those."""
-    num_candidates = num_points * scene.model.config.mask_decoder_config.num_multimask_outputs
-    return 4 * num_candidates * (scene.size**2 + (scene.size // 4) ** 2)
-
-
-def extra_bytes(way: str, scene: Scene, model: str | None, points_per_side: int) -> int:
-    """Peak of resident memory that one way takes above what was there before, on a CPU, in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "scene.pt")
-        options = {"size": scene.size, "points_per_side": points_per_side, "embedding": scene.embedding.cpu()}
-        options |= {name: getattr(scene, name) for name in ("pred_iou_thresh", "stability_score_thresh")}
-        torch.save(options, path)
-        command = [sys.executable, __file__, "--way", way, "--scene", path, "--threads", str(torch.get_num_threads())]
-        # Large blocks go back to the system at once, so that the peak is what was in use and not what was kept.
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
-        environment |= {"CUDA_VISIBLE_DEVICES": ""}
-        command += [] if model is None else ["--model", model]
-        return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
-
-
-def measure_bytes(way: str, path: str, model_name: str | None) -> int:
-    """The other end of `extra_bytes`."""
-    options = torch.load(path, weights_only=True)
-    model, processor = load(model_name, options["size"])
-    scene = Scene(model, None, **options)
-    if way == "naive":
-        model.set_attn_implementation("eager")
-        run = functools.partial(naive, model, scene, len(scene.points))
-    else:
-        run = functools.partial(ours, scene.generator(processor), scene)
-    with torch.no_grad():
-        model(image_embeddings=scene.embedding[..., :4, :4], input_points=torch.ones(1, 1, 1, 2))  # loads the kernels
-    reset = Path("/proc/self/clear_refs")
-    if reset.exists():
-        reset.write_text("5")  # the peak is what is resident now, on Linux
-    before = peak_bytes()
-    run()
-    return peak_bytes() - before
-
-
-def compare(args: argparse.Namespace) -> tuple[Scene, dict]:
-    """What was done and its numbers, but for memory."""
+def compare(args: argparse.Namespace) -> dict:
+    """The numbers of each way."""
     clock = time.process_time if args.cpu_time else time.perf_counter
-    model, processor = load(args.model, args.image_size)
-    image = Image.open(args.image).convert("RGB").resize((args.image_size, args.image_size))
-    with torch.no_grad():
-        embedding = model.get_image_embeddings(processor(image)["pixel_values"].to(model.device))
-    scene = Scene(model, image, embedding, args.image_size, args.points_per_side)
-    logits, scores = all_candidates(scene)
-    choose_thresholds(scene, logits, scores, args.prompts, args.stable)
-
-    plain = copy.deepcopy(model)
+    scene, processor, logits, scores = open_scene(args)
+    model, plain = scene.model, copy.deepcopy(scene.model)
     plain.set_attn_implementation("eager")
     ways = {
         "naive": functools.partial(naive, plain, scene, args.naive_batch),
@@ -362,25 +320,13 @@ def compare(args: argparse.Namespace) -> tuple[Scene, dict]:
             masks[name] = watch.run(name, way)
             seconds[name].append(watch.seconds.pop(name))
             tqdm.write(f"{name}: {seconds[name][-1]:.2f}", file=sys.stderr)  # a run can take minutes
-    return scene, {
+    return {
         "thresholds": (scene.pred_iou_thresh, scene.stability_score_thresh),
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "masks": {name: len(found) for name, found in masks.items()},
         "matched": {name: matched(found, masks["naive"]) for name, found in masks.items()},
         "stages": stages(scene, processor, clock),
     }
-
-
-def compare_memory(args: argparse.Namespace, scene: Scene) -> list[tuple[int, int, str, int]]:
-    """Of few points and of all: their number, the generator's bytes, how the naive way's are known, and those."""
-    few, rows = min(args.memory_points, args.points_per_side), []
-    measured = extra_bytes("naive", scene, args.model, few)
-    for side, how, value in (
-        (few, "measured", measured),
-        (args.points_per_side, "at least, computed", naive_bytes(scene, args.points_per_side**2)),
-    ):
-        rows.append((side**2, extra_bytes("ours", scene, args.model, side), how, value))
-    return rows
 
 
 def show(args: argparse.Namespace, result: dict) -> None:
@@ -403,28 +349,24 @@ def show(args: argparse.Namespace, result: dict) -> None:
         print(f"  {name:24}{value:8.2f}{value / total:8.1%}")
 
 
-def show_memory(rows: list[tuple[int, int, str, int]]) -> None:
-    print("\npeak of memory, and that of the naive way with all points together")
-    for num_points, own, how, value in rows:
-        print(f"  {num_points:5} points{own / 2**20:8.0f} MiB, {own / value:.3f} of {value / 2**20:.0f} MiB {how}")
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def scene_parser(description: str) -> argparse.ArgumentParser:
+    """The options of `open_scene`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points-per-side", type=int, default=32)
     parser.add_argument("--image-size", type=int, default=1024, help="side of the image and of the model input")
     parser.add_argument("--image", default=str(IMAGE), help="file; it is made square")
     parser.add_argument("--model", help="path or Hub name; the bundled one by default")
     parser.add_argument("--prompts", type=float, default=0.5, help="share of the prompts with a confident mask")
     parser.add_argument("--stable", type=float, default=0.5, help="share of the confident masks that are stable")
+    parser.add_argument("--threads", type=int)
+    return parser
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = scene_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--naive-batch", type=int, default=16, help="points that the naive way decodes together")
     parser.add_argument("--cpu-time", action="store_true", help="for a machine that others use: count CPU seconds")
-    parser.add_argument("--memory-points", type=int, default=8, help="points a side where naive memory is measured")
-    parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--way", choices=("naive", "ours"), help="measure its memory in this process (internal)")
-    parser.add_argument("--scene", help="what it is measured on (internal)")
     return parser.parse_args(arguments)
 
 
@@ -432,13 +374,7 @@ def main() -> None:
     args = parse()
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.way:
-        print(measure_bytes(args.way, args.scene, args.model))
-        return
-    scene, result = compare(args)
-    show(args, result)
-    if not args.no_memory:
-        show_memory(compare_memory(args, scene))
+    show(args, compare(args))
 
 
 if __name__ == "__main__":

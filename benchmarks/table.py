@@ -193,7 +193,7 @@ def training(args: argparse.Namespace) -> None:
 
 def everything(args: argparse.Namespace) -> None:
     options = ["--points-per-side", "8", "--repeats", str(args.repeats), "--image-size", str(args.size)]
-    _, result = compare_everything(parse_everything([*options, *["--cpu-time"] * args.cpu_time]))
+    result = compare_everything(parse_everything([*options, *["--cpu-time"] * args.cpu_time]))
     notes = {
         name: f", {result['masks'][name]} masks, {share:.3f} matched" for name, (share, _) in result["matched"].items()
     }

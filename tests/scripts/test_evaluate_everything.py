@@ -1,4 +1,4 @@
-"""`training/evaluate_everything.py` and `benchmarks/everything.py`, run as a user does, on tiny models."""
+"""`training/evaluate_everything.py` and the benchmarks of the same, run as a user does, on tiny models."""
 
 import json
 import shutil
@@ -135,15 +135,16 @@ def test_the_ways_of_the_benchmark_agree(monkeypatch):
     """On few points and pixels; with the bundled model, for a random one's masks are all alike."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     import everything
+    import everything_naive_memory
 
-    given = "--image-size 128 --points-per-side 6 --repeats 1 --naive-batch 20 --memory-points 2"
-    args = everything.parse(given.split())
-    scene, result = everything.compare(args)
+    scene = "--image-size 128 --points-per-side 6"
+    args = everything.parse(f"{scene} --repeats 1 --naive-batch 20".split())
+    result = everything.compare(args)
     assert result["masks"]["ours"] == result["masks"]["naive"] > 3
     assert result["masks"]["pipeline"] > 1
     assert result["matched"]["ours"] == result["matched"]["naive"] == (1, 1)
     assert set(result["stages"]) >= {"encode", "decode: masks", "decode: tokens and IoU", "measure", "NMS", "enlarge"}
     everything.show(args, result)
-    rows = everything.compare_memory(args, scene)
+    rows = everything_naive_memory.compare_memory(everything_naive_memory.parse(f"{scene} --memory-points 2".split()))
     assert [row[0] for row in rows] == [4, 36] and all(row[3] > 0 for row in rows)
-    everything.show_memory(rows)
+    everything_naive_memory.show_memory(rows)
