@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
 BUS, BUS_BOX = ROOT / "examples" / "bus.jpg", (192, 127, 477, 293)
 
 

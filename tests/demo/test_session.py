@@ -9,9 +9,10 @@ from pycocotools import mask as coco_mask
 
 from hf_efficientsam import EfficientSamPredictor, SegmentationResult
 from hf_efficientsam.demo.outputs import FORMATS, file_of, python_code
-from hf_efficientsam.demo.scene import Finding, Scene
+from hf_efficientsam.demo.scene import Finding, Scene, SceneObject
 from hf_efficientsam.demo.session import NothingFound, Session
 from hf_efficientsam.inference.loading import load_model
+from hf_efficientsam.inference.results import mask_rles
 from hf_efficientsam.model.prompts_efficientsam import BOX_IS_CLIPPED
 
 WIDTH, HEIGHT = 90, 60
@@ -222,8 +223,15 @@ def test_pictures_for_the_page(session, model, tiny_model):
     session.add_corner(0.1, 0.1)
     drawn = np.asarray(session.draw())
     assert drawn.shape == (HEIGHT, WIDTH, 3) and (drawn != np.asarray(session.predictor.image)).any()
-    dark = np.asarray(session.thumbnails()[0])[~session.current.mask(0)]
-    assert dark.max() <= 51
+
+
+def test_thumbnails_show_the_part_of_the_image_where_the_object_is(session):
+    mask = np.zeros((2, HEIGHT, WIDTH), dtype=bool)
+    mask[0, 10:14, 20:25] = True
+    session.scene = Scene((SceneObject(candidates=tuple(mask_rles(mask)), scores=(1.0, 0.5)),))
+    small, empty = (np.asarray(one).max(axis=2) > 51 for one in session.thumbnails())
+    assert max(small.shape) == 112 and not empty.any()
+    assert 0.015 < small.mean() < 0.03  # 20 pixels of about 1000, not of 5400
 
 
 def test_masks_of_a_large_image_are_small_until_they_are_downloaded(model, tiny_model, monkeypatch):

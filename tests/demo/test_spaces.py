@@ -14,6 +14,7 @@ import pytest
 from demo_visitor import (
     BUS,
     BUS_BOX,
+    PHONE,
     answer,
     click,
     copy_code,
@@ -39,7 +40,6 @@ from hf_efficientsam.cli.app import app
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
 
 
 def test_a_click_shows_the_models_mask_where_it_is(visit, predictor):
@@ -192,13 +192,14 @@ def test_uploads_good_broken_and_too_large(visit, tmp_path):
     Image.new("L", (10001, 10000)).save(large)
     bytes_.write_bytes(b"\x89PNG" + bytes(21 * 2**20))
     page = visit()
+    problem = page.locator("#problem")
     for path, sentence in (
         (broken, "broken.png cannot be read as an image"),
-        (large, "10001 x 10000 pixels are too many; up to 100 million are taken here."),
+        (large, "large.png: 10001 x 10000 pixels are too many; up to 100 million are taken here."),
         (bytes_, "maximum allowed size"),
     ):
         page.locator('input[type="file"]').first.set_input_files(path)
-        page.get_by_text(sentence).first.wait_for()
+        (page if path == bytes_ else problem).get_by_text(sentence).first.wait_for()
         expect(page.locator(".stage")).not_to_be_visible()
         page.get_by_text("Drop Image Here").wait_for()  # for another
 
@@ -206,6 +207,8 @@ def test_uploads_good_broken_and_too_large(visit, tmp_path):
     page.locator('input[type="file"]').first.set_input_files(tmp_path / "reduced.jpg")
     page.get_by_text("2190 x 1369 pixels (reduced from 3200 x 2000)").wait_for()
     page.get_by_role("button", name="Other picture").click()
+    page.get_by_text("Drop Image Here").wait_for()
+    assert not problem.inner_text().strip()
 
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6  # lies on its side

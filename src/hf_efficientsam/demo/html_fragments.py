@@ -15,6 +15,9 @@ from hf_efficientsam.inference.drawing import color_of, ink_on
 
 from .session import THUMBNAIL_SIDE, Session
 
+NO_BREAK = "\N{NO-BREAK SPACE}"
+SCORE = "How sure the model is, from 0 to 1"
+
 
 def data_url(image: Image.Image) -> str:
     """An image as a data URL, so that nothing of it is written to disk."""
@@ -62,7 +65,7 @@ def objects_html(session: Session) -> str:
     """A button for each object, and one for the next."""
     chips = []
     for i, one in enumerate(session.objects):
-        score = f"<small>{one.score:.2f}</small>" if one.candidates else ""
+        score = f'<small title="{SCORE}">{one.score:.2f}</small>' if one.candidates else ""
         style = f"background:rgb{color_of(i)};color:{ink_on(color_of(i))}"
         chips.append(f'<b style="{style}">{i + 1}</b>{html.escape(one.name)} {score}')
     if session.scene.current < len(session.objects):
@@ -83,18 +86,24 @@ def candidates_html(session: Session) -> str:
     chips = [""] * len(thumbnails)
     for i, thumbnail in enumerate(thumbnails):
         rank = order.index(i) + 1
-        chips[i] = f'<img src="{data_url(thumbnail)}" alt="Candidate {rank}"><small>score {one.scores[i]:.2f}</small>'
+        score = f'<small title="{SCORE}">score {one.scores[i]:.2f}</small>'
+        chips[i] = f'<img src="{data_url(thumbnail)}" alt="Candidate {rank}">{score}'
     return "<h2>Which mask is right?</h2>" + chips_html(chips, one.chosen, "Candidate masks", "pictures")
 
 
-def status_html(session: Session, problem: str = "") -> str:
-    """Size and times, and what is to be said about the last input."""
+def status_html(session: Session, sentence: str = "", is_error: bool = False) -> str:
+    """Size and times, and a sentence about the last input."""
     size = f"{session.width} x {session.height} pixels"
     parts = [size + (" (reduced from {} x {})".format(*session.reduced_from) if session.reduced_from else "")]
-    parts += [f"read in {session.encode_seconds:.1f} s"]
-    parts += [f"answer in {session.answer_seconds:.2f} s"] if session.answer_seconds is not None else []
-    problem = f' <span class="error">{html.escape(problem)}</span>' if problem else ""
-    return f'<p class="hint" role="status">{" · ".join(parts)}{problem}</p>'
+    parts += [f"read in {session.encode_seconds:.1f}{NO_BREAK}s"]
+    parts += [f"answer in {session.answer_seconds:.2f}{NO_BREAK}s"] if session.answer_seconds is not None else []
+    sentence = f" <b{' class=error' * is_error}>{html.escape(sentence)}</b>" if sentence else ""
+    return f'<p class="hint" role="status">{" · ".join(parts)}{sentence}</p>'
+
+
+def problem_html(sentence: str) -> str:
+    """What is wrong with an uploaded file."""
+    return f'<p class="error" role="alert">{html.escape(sentence)}</p>'
 
 
 def thumbnail_html(path: Path) -> str:

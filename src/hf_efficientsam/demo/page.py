@@ -12,9 +12,9 @@ import gradio as gr
 from hf_efficientsam.inference.uploads import MAX_FILE_BYTES, MAX_POINTS_PER_SIDE
 
 from .api import COMPUTES, build_api
-from .html_fragments import by_hand, chips_html, thumbnail_html
+from .html_fragments import by_hand, chips_html, problem_html, thumbnail_html
 from .outputs import FORMATS
-from .service import Demo, as_sentence
+from .service import Demo
 from .session import Session
 
 HERE = Path(__file__).parent
@@ -114,6 +114,7 @@ class Page:
             self.upload = gr.Image(
                 label="Your picture", type="filepath", sources=["upload", "clipboard", "webcam"], height=340
             )
+            self.problem = gr.HTML(apply_default_css=False, elem_id="problem")
             heading("Or one of these photographs")
             chips = chips_html([thumbnail_html(path) for path in EXAMPLES], None, "Example pictures", "pictures")
             self.examples = gr.HTML(chips, js_on_load=PICK_JS, apply_default_css=False, elem_id="examples")
@@ -123,11 +124,11 @@ class Page:
         self.stage = gr.HTML(js_on_load=(HERE / "stage.js").read_text(), apply_default_css=False)
         self.preview = gr.HTML({"url": ""}, html_template="", js_on_load=PREVIEW_JS, visible="hidden")
         self.progress = gr.HTML("&nbsp;", apply_default_css=False, elem_id="progress")
+        self.stop = gr.Button("Stop", size="sm", interactive=False, elem_id="stop")
         self.status = gr.HTML(apply_default_css=False, elem_id="status")
         with gr.Row(elem_classes="buttons"):
-            self.undo, self.redo, self.clear, self.stop = (
-                gr.Button(label, size="sm", min_width=50, interactive=False)
-                for label in ("Undo", "Redo", "Clear", "Stop")
+            self.undo, self.redo, self.clear = (
+                gr.Button(label, size="sm", min_width=50, interactive=False) for label in ("Undo", "Redo", "Clear")
             )
             self.another = gr.Button("Other picture", size="sm", min_width=105)
 
@@ -218,9 +219,8 @@ class Page:
             try:
                 session = open_image()
             except ValueError as error:
-                gr.Warning(as_sentence(error))
-                return [None, None, *[gr.skip()] * len([*self.panels, *self.answers])]
-            return [session, gr.skip(), *show_panels(False, True), *self.demo.view(session)]
+                return [None, None, problem_html(str(error)), *[gr.skip()] * len([*self.panels, *self.answers])]
+            return [session, gr.skip(), "", *show_panels(False, True), *self.demo.view(session)]
 
         def begin_upload(sent: dict | None) -> list:
             if sent is None:  # the visitor removed the image
@@ -233,7 +233,7 @@ class Page:
 
         opening = {
             **PRIVATE,
-            "outputs": [self.session, self.upload, *self.panels, *self.answers],
+            "outputs": [self.session, self.upload, self.problem, *self.panels, *self.answers],
             "trigger_mode": "once",
             "show_progress": "full",
             "show_progress_on": self.upload,

@@ -184,7 +184,7 @@ class Demo:
             objects_html(session),
             candidates_html(session),
             gr.update(value=session.current.name if session.current else "", interactive=session.current is not None),
-            status_html(session, problem),
+            status_html(session, problem or as_sentence(session.notice), is_error=bool(problem)),
             python_code(session) if session.objects else "",
             *(gr.update(interactive=bool(one)) for one in enabled),
         ]
@@ -197,10 +197,12 @@ class Demo:
             session.notice, problem = "", ""
             try:
                 change(session)
+            except Stopped as stopped:
+                session.notice = str(stopped)
             except ValueError as error:
                 problem = as_sentence(error)
                 gr.Warning(problem)
-            return self.view(session, problem or as_sentence(session.notice))
+            return self.view(session, problem)
 
     def reporter(self, session: Session, progress: gr.Progress, text: str) -> Callable[[float], None]:
         """What shows the visitor how far something is, and raises `Stopped` when the visitor wants that."""
@@ -221,6 +223,9 @@ class Demo:
                 report = self.reporter(session, progress, f"Making the download: {FORMATS[kind]}")
                 name, content = file_of(session, kind, report)
             path = save_bytes_to_cache(content, name, get_upload_folder())
+        except Stopped as stopped:
+            gr.Info(as_sentence(stopped))
+            return gr.skip()
         except ValueError as error:
             raise gr.Error(as_sentence(error), print_exception=False) from None
         except OSError as error:  # its file name is of this computer

@@ -41,12 +41,13 @@ def no_report(ratio: float) -> None:
 class WatchedGenerator(EfficientSamMaskGenerator):
     """
     Segment everything on the image that a predictor has encoded; it calls `report` with the ratio done (0 to 1) before
-    each batch of points and each mask.
+    each batch of points, which are the first half, and each mask.
     """
 
     def __init__(self, predictor: EfficientSamPredictor, report: Callable[[float], None], **options):
         super().__init__(predictor.model, predictor.processor, output_mode="coco_rle", **options)
-        self.predictor, self.report, self.most_points = predictor, report, 1
+        self.predictor, self.report = predictor, report
+        self.most_points, self.most_masks, self.finished = 1, 0, 0
 
     def embed(self, crops: list, batch_size: int) -> Iterator[tuple]:
         yield self.predictor.features, self.predictor.input_size
@@ -54,12 +55,18 @@ class WatchedGenerator(EfficientSamMaskGenerator):
     def predict(self, embedding: torch.Tensor, points: torch.Tensor, *shared) -> tuple:
         """Called with the points that are left."""
         self.most_points = max(self.most_points, len(points))
-        self.report(0.9 * (1 - len(points) / self.most_points))
+        self.report(0.5 * (1 - len(points) / self.most_points))
         return super().predict(embedding, points, *shared)
 
-    def record(self, *mask) -> dict:
-        self.report(0.9)
-        return super().record(*mask)
+    def finish(self, masks: list, image_size: tuple[int, int]) -> list[dict]:
+        self.most_masks = len(masks)
+        return super().finish(masks, image_size)
+
+    def enlarge(self, *mask) -> tuple:
+        """Called once for each mask, and for none that a better one covers."""
+        self.report(0.5 + 0.5 * self.finished / self.most_masks)
+        self.finished += 1
+        return super().enlarge(*mask)
 
 
 class Session:
@@ -174,7 +181,9 @@ class Session:
         index of its object. Nothing is changed.
         """
         one, index = self._with_point(x, y, 1)
-        masks, scores, _ = self.predictor.predict(**one.prompts(), mask_size=self._reduced_size(PREVIEW_SIDE))
+        scale = min(1, PREVIEW_SIDE / max(self.height, self.width))
+        size = [max(1, round(scale * side)) for side in (self.height, self.width)]
+        masks, scores, _ = self.predictor.predict(**one.prompts(), mask_size=size)
         return masks[scores.argmax()], index
 
     def set_box(self, x1: float, y1: float, x2: float, y2: float) -> None:
@@ -229,6 +238,7 @@ class Session:
         """
         start = perf_counter()
         records = WatchedGenerator(self.predictor, report, **options).generate(self.predictor.image)
+        report(1)
         rles = [record["segmentation"] for record in records]
         scores = [record["predicted_iou"] for record in records]
         self._take(Finding("everything", options), rles, scores, scores, ["object"] * len(rles), start)
@@ -303,20 +313,21 @@ class Session:
         boxes = [one.box and tuple(scale * x for x in one.box) for one in self.objects]
         return draw_masks(self.shown, masks, points, labels, boxes)
 
-    def _reduced_size(self, side: int) -> tuple[int, int]:
-        """Height and width of the image with at most `side` pixels in each."""
-        scale = min(1, side / max(self.height, self.width))
-        return max(1, round(scale * self.height)), max(1, round(scale * self.width))
-
     def thumbnails(self) -> list[Image.Image]:
-        """The candidates of the current object: small images that are dark outside the mask."""
+        """The candidates of the current object: small images of the part of the image where they are, dark outside."""
         one = self.current
         if one is None or not one.candidates:
             return []
-        small = self.shown.resize(self._reduced_size(THUMBNAIL_SIDE)[::-1])
+        masks = np.stack([one.mask(i) for i in range(len(one.candidates))])
+        left, top, right, bottom = boxes_from_masks_np(masks.any(axis=0)[None])[0].astype(int)
+        margin = max(right - left, bottom - top, THUMBNAIL_SIDE // 2) // 4
+        box = clip_box([left - margin, top - margin, right + margin, bottom + margin], *self.shown.size)
+        part = self.shown.crop(box)
+        scale = THUMBNAIL_SIDE / max(part.size)
+        small = part.resize([max(1, round(scale * side)) for side in part.size])
         dark = small.point(lambda value: value // 5)
-        masks = [resize_nearest(one.mask(i), small.size) for i in range(len(one.candidates))]
-        return [Image.composite(small, dark, Image.fromarray(mask)) for mask in masks]
+        parts = masks[:, box[1] : box[3], box[0] : box[2]]
+        return [Image.composite(small, dark, Image.fromarray(resize_nearest(mask, small.size))) for mask in parts]
 
 
 def resize_nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
