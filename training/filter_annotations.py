@@ -38,7 +38,9 @@ def choose_images(images: list[dict], sources: list[str], limit: int | None) -> 
     """The records of images of these sources (none: of all), every k-th if there are more than `limit`."""
     known = {image.get("source") for image in images}
     if unknown := set(sources) - known:
-        raise ValueError(f"--sources {min(unknown)}: no image has this source; there are {sorted(map(str, known))}.")
+        raise ValueError(
+            f"--sources {min(unknown)}: no image has this source; choose of {', '.join(sorted(map(str, known)))}."
+        )
     chosen = [image for image in images if not sources or image.get("source") in sources]
     count = min(len(chosen), limit or len(chosen))
     return [chosen[number * len(chosen) // count] for number in range(count)]

@@ -147,7 +147,9 @@ def check(config: DetectionConfig) -> None:
     if config.image_size % STRIDES[-1]:
         raise ValueError(f"--image_size {config.image_size} must be a multiple of {STRIDES[-1]}, the coarsest stride.")
     if config.least_scale > config.greatest_scale:
-        raise ValueError(f"--least_scale {config.least_scale} is more than --greatest_scale {config.greatest_scale}.")
+        raise ValueError(
+            f"--least_scale {config.least_scale} must not be more than --greatest_scale {config.greatest_scale}."
+        )
     if config.evaluate is None and config.train is None:
         raise ValueError("Give --train a COCO-style json, or --evaluate a model.")
     if config.evaluate is not None and config.val is None:

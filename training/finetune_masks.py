@@ -194,7 +194,9 @@ def fit_to_model(config: MasksConfig, model: PreTrainedModel) -> MasksConfig:
             if getattr(config, name) != value:
                 raise ValueError(f"--{name} is for EfficientSAM alone; leave it out with {config.model}.")
         if config.image_size not in (None, size):
-            raise ValueError(f"--image_size {config.image_size}: {config.model} takes {size} pixels alone.")
+            raise ValueError(
+                f"--image_size {config.image_size}: {config.model} takes {size} pixels alone; leave it out."
+            )
     if config.image_size is None:
         config = dataclasses.replace(config, image_size=size)
         check(config)

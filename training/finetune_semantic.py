@@ -207,7 +207,9 @@ def synchronize_batch_norm(
     if accelerator.num_processes == 1:
         return model
     if accelerator.device.type != "cuda":
-        raise ValueError("UperNet normalises over all images of a step, which processes share on GPUs alone.")
+        raise ValueError(
+            "UperNet normalises over all images of a step, which processes share on GPUs alone; start one."
+        )
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 

@@ -96,7 +96,9 @@ def features_of(encoder: nn.Module, images: ClassFolders, config: ProbeConfig, d
     features = [encoder(normalize(batch.to(device))).cpu() for batch in tqdm(batches, unit="batch", mininterval=2)]
     features = torch.cat(features).numpy()
     if not np.isfinite(features).all():
-        raise ValueError(f"The features of --encoder {config.encoder} are not finite; its training has diverged.")
+        raise ValueError(
+            f"The features of --encoder {config.encoder} are not finite; its training has diverged; choose another."
+        )
     return features
 
 

@@ -151,7 +151,7 @@ def test_a_broken_image_is_left_out_named_and_counted(folder, model, tmp_path):
         (["--data", "FOLDER", "--prior", "FOLDER"], "the mean of the masks of --prior; give both or neither."),
         (["--data", "FOLDER", "--saliency", "absent.onnx"], "absent.onnx: no such file."),
         (["--data", "FOLDER", "--threshold", 1], "--threshold is 1.0; it must be at least 0 and less than 1."),
-        (["--data", "absent"], "There is no annotation file absent."),
+        (["--data", "absent"], "There is no annotation file absent; check the path."),
     ],
 )
 def test_what_cannot_be_measured_is_refused(folder, model, options, sentence):

@@ -35,7 +35,7 @@ def test_a_broken_torchvision_is_named_before_transformers_fails_with_it(tmp_pat
         (["--seed", 1], "Give --train a COCO-style json, or --evaluate a model."),
         (["--evaluate", "model"], "--evaluate needs --val, a COCO-style json to measure AP on."),
         (["--image_size", 96], "--image_size 96 must be a multiple of 64, the coarsest stride."),
-        (["--least_scale", 3], "--least_scale 3.0 is more than --greatest_scale 2.0."),
+        (["--least_scale", 3], "--least_scale 3.0 must not be more than --greatest_scale 2.0."),
         (["--warmup_epochs", 100], "--warmup_epochs 100.0 must be less than --epochs 100."),
         (["--min_score", 1], "--min_score is 1.0; it must be at least 0 and less than 1."),
         (["--sampled_boxes", 0], "--sampled_boxes is 0; it must be more than 0."),

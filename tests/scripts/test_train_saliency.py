@@ -186,7 +186,7 @@ def test_the_objects_of_a_coco_json_are_salient_together(coco):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--train", "absent"], "There is no annotation file absent."),
+        (["--train", "absent"], "There is no annotation file absent; check the path."),
         (["--model", "absent/absent/absent"], "absent/absent/absent: no such directory."),
         (["--global_batch_size", 64], "9 images are less than one step; lower --global_batch_size 64."),
         (["--image_size", 40], "--image_size 40 must be a multiple of 16."),

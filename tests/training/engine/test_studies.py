@@ -111,5 +111,5 @@ def test_a_stage_that_was_stopped_is_run_again(tmp_path, scripts):
 
 
 def test_an_unknown_arm_is_refused(tmp_path, scripts):
-    with pytest.raises(ValueError, match="There is no arm three; the arms are one, two"):
+    with pytest.raises(ValueError, match="There is no arm three; choose of one, two"):
         run(tmp_path / "runs", scripts, arms=["one", "three"])

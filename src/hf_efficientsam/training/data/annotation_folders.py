@@ -51,7 +51,7 @@ def read_folder(path: Path, images: str | Path | None, split: str, mask_frame: s
     elif path.is_dir():
         settings = next((path / name for name in SETTINGS if (path / name).is_file()), None)
     else:
-        raise FileNotFoundError(f"There is no annotation file {path}.")
+        raise FileNotFoundError(f"There is no annotation file {path}; check the path.")
     if settings is None and not all((path / name).is_dir() for name in ("images", "labels")):
         return read_labelme(path, images, mask_frame), path if images is None else Path(images)
     if images is not None:

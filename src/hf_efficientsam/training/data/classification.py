@@ -259,7 +259,9 @@ def read_names(path: str | None) -> list[str]:
     try:
         names = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--class_names {path} cannot be read ({error}).") from error
+        raise ValueError(
+            f"--class_names {path} cannot be read ({error}); give a text file with a class a line."
+        ) from error
     names = [name.strip() for name in names if name.strip()]
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"--class_names {path} must name at least two classes, and none twice.")

@@ -217,7 +217,8 @@ class CocoMasks(Dataset):
         record, path = self.records[index], self.files[index]
         image = decode_image(path, path)
         if image.size != (record["width"], record["height"]):
-            raise ValueError(self._other_size(record, path, image.size))
+            problem = self._other_size(record, path, image.size)
+            raise ValueError(f"{problem}; put the image back that its masks were drawn on.")
         return replace(self.without_image(index), image=image)
 
     def without_image(self, index: int) -> Sample:

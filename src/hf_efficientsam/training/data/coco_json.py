@@ -23,7 +23,7 @@ def read_json(path: Path) -> dict:
             or the name of an image twice, or annotations of images that it does not list.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"There is no annotation file {path}.")
+        raise FileNotFoundError(f"There is no annotation file {path}; check the path.")
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -129,7 +129,8 @@ def _check_image(record: dict, path: Path) -> None:
     if not any(isinstance(record.get(key), str) for key in ("file_name", "coco_url")):
         missing.add("file_name")
     if missing:
-        raise ValueError(f"{path} has an image without {', '.join(sorted(missing))}: {record}.")
+        names = ", ".join(sorted(missing))
+        raise ValueError(f"{path} has an image without {names}; add it, or remove the image: {record}.")
     for name in file_names(record):
         is_absolute = Path(name).anchor or ("\\" in name and PureWindowsPath(name).anchor)
         if is_absolute or ".." in Path(os.path.normpath(name)).parts:

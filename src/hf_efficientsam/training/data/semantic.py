@@ -154,7 +154,7 @@ def _find(folder: Path, validation: bool) -> tuple[Path, Path, list[str]]:
             try:
                 names = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise ValueError(f"{path} is not valid json ({error}).") from error
+                raise ValueError(f"{path} is not valid json ({error}); repair it.") from error
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise ValueError(f"{path} must be a list of names.")
             if len(set(names)) < len(names):

@@ -93,7 +93,7 @@ class DetectionViews(Dataset):
         self.label_of = {category["id"]: label for label, category in enumerate(self.categories, start=1)}
         if unknown := {one for ids in source.category_ids for one in ids} - self.label_of.keys():
             raise ValueError(
-                f"{source.annotations} has objects of the category {unknown.pop()}, which it does not list."
+                f"{source.annotations} has objects of the category {unknown.pop()}, which it does not list; add it."
             )
         self.epoch = shared_number()
 

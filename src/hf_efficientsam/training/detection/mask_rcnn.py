@@ -229,9 +229,13 @@ def load_detector(folder: str | Path) -> MaskDetector:
         detector = MaskDetector(EfficientSamBackbone.from_pretrained(folder, dtype=torch.float32), config)
         missing, unexpected = detector.load_state_dict(load_file(Path(folder, "heads.safetensors")), strict=False)
     except (OSError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder} holds no detector of finetune_detection.py: {error}") from error
+        raise ValueError(
+            f"{folder} holds no detector of finetune_detection.py ({error}); give OUTPUT_DIR/model of a run."
+        ) from error
     if wrong := [*unexpected, *(name for name in missing if not of_backbone(name))]:
-        raise ValueError(f"{folder}/heads.safetensors does not fit detector.json: see {wrong[0]}.")
+        raise ValueError(
+            f"{folder}/heads.safetensors does not fit detector.json (see {wrong[0]}); give another folder."
+        )
     return detector.eval()
 
 

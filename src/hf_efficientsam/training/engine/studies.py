@@ -97,7 +97,7 @@ def run_study(
     """
     check_ranges(config)
     if unknown := set(config.arms or ()) - set(arms):
-        raise ValueError(f"There is no arm {min(unknown)}; the arms are {', '.join(arms)}.")
+        raise ValueError(f"There is no arm {min(unknown)}; choose of {', '.join(arms)}.")
     check_same_study(config, folder, scripts)
     finished, chosen = finished_runs(folder, arms), [arm for arm in arms if arm in (config.arms or arms)]
     runs = [(arm, seed) for seed in config.seeds for arm in chosen]  # a seed of all arms before the next

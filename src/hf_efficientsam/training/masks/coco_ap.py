@@ -258,7 +258,7 @@ def _complete(truth: dict, path: Path, is_lvis: bool) -> None:
 
 def _read_detections(path: str, truth: dict, annotations: str) -> list[dict]:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file of detections {path}.")
+        raise FileNotFoundError(f"There is no file of detections {path}; check the path.")
     try:
         detections = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:

@@ -87,7 +87,8 @@ def freeze_first_layers(model: PreTrainedModel, last_layers: int) -> None:
     """Embeddings and layers of the encoder, but for the last so many layers."""
     layers = count_layers(model)
     if last_layers > layers or not layers:
-        raise ValueError(f"--train_last_layers {last_layers}: the encoder has {layers or 'no numbered'} layers.")
+        advice = f"{layers} layers; give at most so many" if layers else "no numbered layers; leave it out"
+        raise ValueError(f"--train_last_layers {last_layers}: the encoder has {advice}.")
     for name, parameter in model.named_parameters():
         # A backbone's last normalisations come after its layers, and before the neck.
         after = last_layers == 0 and name.startswith("vision_encoder.backbone.")
