@@ -12,13 +12,11 @@ Features are in memory until their file is complete: `num_workers` files at a ti
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from datetime import timedelta
 from itertools import groupby
 from operator import itemgetter
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -32,7 +30,7 @@ from hf_efficientsam.training.engine.config import (
     check_ranges,
     parse_config,
 )
-from hf_efficientsam.training.engine.run import run_script
+from hf_efficientsam.training.engine.run import accelerator_without_timeout, run_script
 from hf_efficientsam.training.sami.teachers import Teacher, load_teacher
 
 
@@ -121,8 +119,7 @@ def cache_features(config: CacheFeaturesConfig, accelerator: Accelerator) -> Non
 def main(arguments: list[str] | None = None) -> None:
     config = parse_config(CacheFeaturesConfig, __doc__, arguments)
     check_ranges(config)
-    # Processes that are done wait for the others, for longer than the usual limit.
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    accelerator = accelerator_without_timeout()
     cache_features(config, accelerator)
     accelerator.end_training()
 

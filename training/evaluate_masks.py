@@ -21,14 +21,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import gather_object
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch.utils.data import DataLoader
@@ -40,7 +39,7 @@ from hf_efficientsam.training.data.folder_masks import open_annotations
 from hf_efficientsam.training.data.sa1b import Sa1bShards
 from hf_efficientsam.training.engine.config import NotNegativeInt, OutputFile, PositiveInt, check_ranges, parse_config
 from hf_efficientsam.training.engine.reports import end_without, replace_text, write_report
-from hf_efficientsam.training.engine.run import check_device, run_script
+from hf_efficientsam.training.engine.run import accelerator_without_timeout, check_device, run_script
 from hf_efficientsam.training.masks.coco_ap import CANDIDATES, Detections, RleEncoder, segment_detections
 from hf_efficientsam.training.masks.evaluation import (
     PROTOCOLS,
@@ -367,8 +366,7 @@ def evaluate(config: EvaluateMasksConfig, accelerator: Accelerator) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     config = parse_config(EvaluateMasksConfig, __doc__, arguments)
-    # Processes that are done wait for the others, for longer than the usual limit.
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    accelerator = accelerator_without_timeout()
     evaluate(config, accelerator)
     accelerator.end_training()
 

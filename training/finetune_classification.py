@@ -69,7 +69,12 @@ from hf_efficientsam.training.engine.optimization import (
     weight_average,
 )
 from hf_efficientsam.training.engine.reports import describe_model, write_report
-from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
+from hf_efficientsam.training.engine.run import (
+    TrainingRun,
+    accelerator_without_timeout,
+    run_script,
+    start_accelerator,
+)
 
 MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "classification.yaml"
 SHOWN = 6  # images in a drawing
@@ -224,7 +229,7 @@ def measure(
 
 def evaluate_saved(config: ClassificationConfig) -> None:
     """Prints what the run that saved the model has written into its metrics."""
-    accelerator, source = Accelerator(), open_test(config)
+    accelerator, source = accelerator_without_timeout(), open_test(config)
     model, new = load_around_encoder(EfficientSamForImageClassification, config.evaluate)
     if new or list(model.config.id2label.values()) != list(source.classes):
         raise ValueError(f"{config.evaluate} is no classifier of the classes to test; choose another.")

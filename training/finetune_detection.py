@@ -90,7 +90,12 @@ from hf_efficientsam.training.engine.optimization import (
     weight_average,
 )
 from hf_efficientsam.training.engine.reports import describe_model, replace_text, write_report
-from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
+from hf_efficientsam.training.engine.run import (
+    TrainingRun,
+    accelerator_without_timeout,
+    run_script,
+    start_accelerator,
+)
 from hf_efficientsam.training.masks.coco_ap import Truth
 
 MINIATURE = Path(__file__).parent / "recipes" / "miniature" / "detection.yaml"
@@ -240,7 +245,7 @@ def write_metrics(
 
 def evaluate_saved(config: DetectionConfig) -> None:
     """Prints and writes what the run that saved the detector has written into its metrics."""
-    accelerator, detector = Accelerator(), load_detector(config.evaluate)
+    accelerator, detector = accelerator_without_timeout(), load_detector(config.evaluate)
     truth = open_truth(config, detector.config.categories)
     detector = detector.to(accelerator.device)
     scores, results = measure(detector, truth, config, accelerator)

@@ -75,7 +75,12 @@ from hf_efficientsam.training.engine.optimization import (
     weight_average,
 )
 from hf_efficientsam.training.engine.reports import describe_model, write_report
-from hf_efficientsam.training.engine.run import TrainingRun, run_script, start_accelerator
+from hf_efficientsam.training.engine.run import (
+    TrainingRun,
+    accelerator_without_timeout,
+    run_script,
+    start_accelerator,
+)
 from hf_efficientsam.training.semantic.evaluation import (
     class_scores,
     confusion_matrix,
@@ -258,7 +263,7 @@ def measure(
 
 def evaluate_saved(config: SemanticConfig) -> None:
     """Prints what the run that saved the model has written into its metrics."""
-    accelerator, source = Accelerator(), open_source(config, test=True)
+    accelerator, source = accelerator_without_timeout(), open_source(config, test=True)
     try:
         head = AutoConfig.from_pretrained(config.evaluate).model_type
     except (OSError, ValueError):

@@ -180,9 +180,8 @@ def write_part(folder: str | Path, view: int, part: int, keys: list[str], featur
     features = features.to("cpu", torch.float16).contiguous()
     finite = features.isfinite().flatten(1).all(dim=1)
     if not finite.all():
-        raise ValueError(
-            f"The teacher's features of {keys[int(finite.int().argmin())]} do not fit into float16; choose another."
-        )
+        broken = keys[int(finite.int().argmin())]
+        raise ValueError(f"The teacher's features of {broken} do not fit into float16; choose another teacher.")
     key_hashes = torch.tensor([_hash_key(key) for key in keys], dtype=torch.int64)
     checksums = torch.tensor([checksum(row) for row in features], dtype=torch.int64)
     tensors = {"features": features, "key_hashes": key_hashes, "checksums": checksums}

@@ -83,6 +83,11 @@ def start_accelerator(config: RunConfig, fsdp: bool = False, **options) -> Accel
     return accelerator
 
 
+def accelerator_without_timeout() -> Accelerator:
+    """For work without a training loop: processes that are done wait a week for the others, not minutes."""
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+
+
 class TrainingRun:
     """
     What a training loop needs to stop and go on, as a context that ends after the loop's function has returned.

@@ -141,6 +141,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluates, and then trains those of its modules that were trained."""
     trained = [module for module in model.modules() if module.training]
     model.eval()
-    yield
-    for module in trained:
-        module.training = True
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
