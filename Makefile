@@ -45,15 +45,20 @@ checkpoint: $(CLEARED) runs/salient/instances.json
 	  --model runs/s_512_2/model --output_dir runs/s_512_3 $(OPTIONS)
 	accelerate launch --mixed_precision bf16 training/finetune_masks.py --config training/recipes/bundled/s_512_3_six_layers.yaml $(MASKS) \
 	  --model runs/s_512_3/model --learning_rate 3e-4 --steps 3000 --output_dir runs/s_512_4 $(OPTIONS)
-	python training/average_models.py --models runs/s_512_3/model runs/s_512_4/model --output_dir runs/s_512_average
+	python training/average_models.py --models runs/s_512_3/model runs/s_512_4/model --output_dir runs/s_512_4_average
 	accelerate launch --mixed_precision bf16 training/finetune_masks.py --config training/recipes/bundled/s_640_5_six_layers.yaml $(MASKS) \
-	  --model runs/s_512_average --output_dir runs/s_640_5 $(OPTIONS)
-	python training/average_models.py --models runs/s_512_3/model runs/s_512_4/model runs/s_640_5/model --output_dir runs/s_512
-	accelerate launch training/train_saliency.py --config training/recipes/bundled/6_saliency.yaml --model runs/s_512 \
+	  --model runs/s_512_4_average --output_dir runs/s_640_5 $(OPTIONS)
+	python training/average_models.py --models runs/s_512_3/model runs/s_512_4/model runs/s_640_5/model --output_dir runs/s_512_5_average
+	accelerate launch --mixed_precision bf16 training/finetune_masks.py --config training/recipes/bundled/s_512_6_random_crops.yaml $(MASKS) \
+	  --model runs/s_512_5_average --output_dir runs/s_512_6 $(OPTIONS)
+	accelerate launch --mixed_precision bf16 training/finetune_masks.py --config training/recipes/bundled/s_512_7_threshold.yaml $(MASKS) \
+	  --model runs/s_512_5_average --cache_dir runs/s_512_3/embeddings --output_dir runs/s_512_7 $(OPTIONS)
+	python training/average_models.py --models runs/s_512_6/model runs/s_512_7/model --output_dir runs/s_512
+	accelerate launch training/train_saliency.py --config training/recipes/bundled/8_saliency.yaml --model runs/s_512 \
 	  $(SALIENCY) --output_dir runs/saliency $(OPTIONS)
 	python training/bundle_checkpoint.py --model runs/s_512 --saliency runs/saliency/model $(THRESHOLDS) \
 	  --annotations $(DATA)/coco-val-dev/instances_val.json --salient $(DATA)/saliency \
-	  --curves runs/s_512_1 runs/s_512_2 runs/s_512_3 runs/s_512_4 runs/s_640_5 runs/saliency
+	  --curves runs/s_512_1 runs/s_512_2 runs/s_512_3 runs/s_512_4 runs/s_640_5 runs/s_512_6 runs/saliency
 
 # Only a new saliency head for the checkpoint that is there.
 SALIENCY = --train runs/salient/instances.json --val $(DATA)/saliency/val
@@ -61,7 +66,7 @@ runs/salient/instances.json:
 	python training/filter_annotations.py --annotations $(DATA)/train-seg/instances_train.json --output $@ \
 	  --sources clothing-co-parsing oxford-iiit-pet feral-cat --limit 300
 saliency: runs/salient/instances.json
-	accelerate launch training/train_saliency.py --config training/recipes/bundled/6_saliency.yaml $(SALIENCY) \
+	accelerate launch training/train_saliency.py --config training/recipes/bundled/8_saliency.yaml $(SALIENCY) \
 	  --output_dir runs/new_head/saliency
 	python training/bundle_checkpoint.py --saliency runs/new_head/saliency/model --salient $(DATA)/saliency \
 	  --curves runs/new_head/saliency

@@ -1,7 +1,7 @@
 """Trains the head that finds salient objects in the image embeddings of a frozen EfficientSAM.
 
     accelerate launch --num_processes 1 training/train_saliency.py   # a miniature: example images, no network
-    accelerate launch training/train_saliency.py --config training/recipes/bundled/6_saliency.yaml \
+    accelerate launch training/train_saliency.py --config training/recipes/bundled/8_saliency.yaml \
         --train ../shared/data/saliency/train --val ../shared/data/saliency/val --output_dir runs/saliency
 
 Data are folders with `images/` and, of the same names, `masks/`; or COCO-style json files, whose objects are then what

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -272,6 +273,13 @@ def test_a_sampled_round_trains_every_part_and_does_not_depend_on_the_batch(make
     ]
     torch.testing.assert_close(sum(alone), parts["loss"])
     assert set(parts) == {"loss", "focal", "dice", "bce", "iou"}
+
+
+def test_a_sampled_round_heeds_where_masks_are_to_end(make_task):
+    task, inputs = make_task(), batch()
+    even = task(*inputs, generator(), num_cells=6)["bce"]
+    task.loss = MaskLoss(replace(task.loss.weights, bce_threshold=0.1))
+    assert task(*inputs, generator(), num_cells=6)["bce"] != even
 
 
 def test_padding_does_not_count(make_task):
