@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_efficientsam.training.data.coco_json import find_folder, read_json
-from hf_efficientsam.training.engine.config import OutputFile, PositiveInt, Ratio, check_ranges, parse_config
+from hf_efficientsam.training.engine.config import OutputFile, PositiveInt, check_ranges, parse_config
 from hf_efficientsam.training.engine.run import run_script
 
 
@@ -29,7 +29,7 @@ class FilterConfig:
     output: OutputFile = field(default="", metadata={"help": "json file to write, in a folder of its own"})
     sources: list[str] = field(default_factory=list, metadata={"help": "only images of these; by default of all"})
     limit: PositiveInt | None = field(default=None, metadata={"help": "so many of them at most, evenly spread"})
-    min_predicted_iou: Ratio = field(
+    min_predicted_iou: float = field(
         default=0.0, metadata={"help": "only masks that `efficientsam everything` gave at least this predicted IoU"}
     )
 

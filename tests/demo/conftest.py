@@ -21,7 +21,7 @@ DESK = {"viewport": {"width": 1280, "height": 820}}
 expect.set_options(timeout=30_000)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def gate(tmp_path_factory) -> Path:
     """The file that demo_server.py looks for."""
     return tmp_path_factory.mktemp("gate") / "closed"
@@ -42,7 +42,7 @@ def hold(gate):
     return hold
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def server(gate, tmp_path_factory):
     """Where `efficientsam demo` serves, on a free port; at the end no temporary file of its is left."""
     with socket.socket() as free:
@@ -71,7 +71,7 @@ def server(gate, tmp_path_factory):
     assert "Traceback" not in Path(log.name).read_text()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser():
     with chromium() as start:
         yield start(*SWITCHES)
@@ -99,7 +99,7 @@ def visit(browser, server):
     assert not errors
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def predictor() -> EfficientSamPredictor:
     predictor = EfficientSamPredictor.from_pretrained()
     predictor.set_image(ROOT / "examples" / "bus.jpg")
